@@ -1,0 +1,242 @@
+"""Text sets as blocks of tokens: local copies first, then the hub, and a clear line where neither is there.
+
+A text set is a list of documents per split. They are tokenised without special tokens, joined by the tokenizer's
+end-of-text token and cut into non-overlapping blocks; WikiText-2 and PTB are one document, joined as the field does
+(method: perplexity over non-overlapping windows).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from tvaprune import python_docs
+from tvaprune.errors import InputError
+
+SPLITS = python_docs.SPLITS
+PATH_SHARES = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a file without splits
+_TOKENIZE_BATCH = 256  # documents a call
+
+
+def cache_folder() -> Path:
+    """Returns where extracted texts and token blocks are kept: ``$TVAPRUNE_CACHE``, else ``~/.cache/tvaprune``."""
+    return Path(os.environ.get("TVAPRUNE_CACHE", "~/.cache/tvaprune")).expanduser()
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a public text set stands on the hub, and how its rows become documents.
+
+    Attributes:
+        repo: Hub id; a folder of the same name under ``--data_dir`` is read in its place.
+        files: Split -> the data files within the repository.
+        column: The column that holds the text.
+        join: What joins all rows to one document; ``None`` keeps a row a document.
+        rows: Split -> the share of the files' rows that the split takes.
+    """
+
+    repo: str
+    files: dict[str, str]
+    column: str
+    join: str | None
+    rows: dict[str, tuple[float, float]] | None = None
+    revision: str | None = None
+
+
+HUB_SETS = {
+    "wikitext2": HubSet(
+        repo="Salesforce/wikitext",
+        files={split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in SPLITS},
+        column="text",
+        join="\n\n",
+    ),
+    "ptb": HubSet(  # the parquet copy that the hub keeps: `datasets` no longer runs the repository's script
+        repo="ptb-text-only/ptb_text_only",
+        files={split: f"penn_treebank/{split}/0000.parquet" for split in SPLITS},
+        column="sentence",
+        join="\n\n",
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubSet(  # C4 has no test split: the field reports its validation file, so ours is cut from the training file
+        repo="allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-train.00000-of-01024.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        column="text",
+        join=None,
+        rows={"train": (0.0, 0.97), "validation": (0.97, 1.0), "test": (0.0, 1.0)},
+    ),
+}
+DATASET_NAMES = ("python_docs", *HUB_SETS)
+
+
+def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data") -> list[str]:
+    """Returns the documents of one split.
+
+    Args:
+        dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet`` or a ``save_to_disk`` folder.
+        split: ``train``, ``validation`` or ``test``.
+        data_dir: Folder that holds local copies of hub repositories.
+
+    Raises:
+        InputError: If the name is unknown, the text cannot be had, or the split is empty.
+    """
+    if dataset_name == "python_docs":
+        documents = _python_docs(split)
+    elif dataset_name in HUB_SETS:
+        documents = _hub_documents(HUB_SETS[dataset_name], dataset_name, split, Path(data_dir))
+    else:
+        documents = _path_documents(Path(dataset_name), split)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise InputError(f"--dataset_name {dataset_name}: its {split} split holds no text; give a longer text")
+    return documents
+
+
+def _python_docs(split: str) -> list[str]:
+    """Returns a split of `python_docs`, extracted once for each set of package versions."""
+    versions = json.dumps([_version(package) for package in python_docs.PACKAGES])
+    source = Path(python_docs.__file__).read_text(encoding="utf-8") + versions + sys.version
+    folder = cache_folder() / f"python_docs-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+    def build(target: Path) -> None:
+        splits = python_docs.split_documents(python_docs.collect())
+        texts = {name: Dataset.from_dict({"text": [d.text for d in docs]}) for name, docs in splits.items()}
+        DatasetDict(texts).save_to_disk(target)
+
+    return list(_cached(folder, build)[split]["text"])
+
+
+def _version(package: str) -> str:
+    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "more_itertools": "more-itertools"}
+    return f"{package} {version(names.get(package, package))}"
+
+
+def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
+    """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        try:
+            build(temporary / "data")
+            os.rename(temporary / "data", folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return load_from_disk(str(folder))
+
+
+def _hub_documents(hub_set: HubSet, dataset_name: str, split: str, data_dir: Path) -> list[str]:
+    """Loads a hub set's split, from ``data_dir`` where a copy of the repository lies there."""
+    local = data_dir / hub_set.repo
+    is_local = (local / hub_set.files[split]).exists()
+    builder = "parquet" if hub_set.files[split].endswith(".parquet") else "json"
+    try:
+        if is_local:
+            rows = load_dataset(builder, data_files={split: str(local / hub_set.files[split])}, split=split)
+        else:
+            rows = load_dataset(
+                hub_set.repo, data_files={split: hub_set.files[split]}, revision=hub_set.revision, split=split
+            )
+    except Exception as error:  # the hub's client raises a dozen kinds for "no network"
+        raise InputError(
+            f"--dataset_name {dataset_name}: cannot load {hub_set.repo} ({type(error).__name__}); put the hub's "
+            f"{hub_set.files[split]} at {local / hub_set.files[split]}, or choose --dataset_name python_docs"
+        ) from error
+    texts = list(rows[hub_set.column])
+    if hub_set.rows is not None:
+        first, last = (round(share * len(texts)) for share in hub_set.rows[split])
+        texts = texts[first:last]
+    return texts if hub_set.join is None else [hub_set.join.join(texts)]
+
+
+def _path_documents(path: Path, split: str) -> list[str]:
+    """Loads a user's own text; what has no splits is cut at 90% and 95% of its documents, in order."""
+    if not path.exists():
+        raise InputError(
+            f"--dataset_name {path}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
+            "give a .txt, .jsonl, .parquet or save_to_disk folder"
+        )
+    if path.is_dir():
+        loaded = load_from_disk(str(path))
+    elif path.suffix == ".txt":
+        loaded = Dataset.from_dict({"text": path.read_text(encoding="utf-8").split("\n\n")})
+    elif path.suffix in (".jsonl", ".parquet"):
+        builder = "json" if path.suffix == ".jsonl" else "parquet"
+        loaded = load_dataset(builder, data_files=str(path), split="train")
+    else:
+        raise InputError(f"--dataset_name {path}: cannot read '{path.suffix}'; give .txt, .jsonl or .parquet")
+    own_splits = isinstance(loaded, DatasetDict)
+    if own_splits and split not in loaded:
+        raise InputError(f"--dataset_name {path}: has splits {', '.join(loaded)}, needs {split}; save it with all three")
+    rows = loaded[split] if own_splits else loaded
+    if "text" not in rows.column_names:
+        raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")
+    texts = list(rows["text"])
+    if not own_splits:
+        first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
+        texts = texts[first:last]
+    return ["\n\n".join(texts)] if path.suffix == ".txt" else texts
+
+
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset_name: str,
+    split: str,
+    block_size: int,
+    max_blocks: int | None = None,
+    seed: int = 0,
+    data_dir: str | Path = "data",
+) -> Dataset:
+    """Returns a split as non-overlapping blocks of tokens, tokenised once and cached.
+
+    Args:
+        max_blocks: How many blocks to draw (without repeats, by ``seed``, in the text's order); ``None`` keeps all.
+
+    Returns:
+        A dataset of ``input_ids`` of shape ``(block_size,)``, formatted as torch tensors.
+
+    Raises:
+        InputError: If the text cannot be had or is shorter than one block.
+    """
+    documents = load_documents(dataset_name, split, data_dir)
+    digest = hashlib.sha256(json.dumps([block_size, tokenizer.get_vocab()], sort_keys=True).encode())
+    for document in documents:
+        digest.update(document.encode() + b"\0")
+
+    def build(target: Path) -> None:
+        Dataset.from_dict({"input_ids": _cut(tokenizer, documents, block_size)}).save_to_disk(target)
+
+    blocks = _cached(cache_folder() / f"blocks-{digest.hexdigest()[:16]}", build)
+    if len(blocks) == 0:
+        raise InputError(
+            f"--dataset_name {dataset_name}: its {split} split is shorter than one block of {block_size} tokens; "
+            "give a longer text or a smaller --block_size"
+        )
+    if max_blocks is not None and max_blocks < len(blocks):
+        chosen = np.random.default_rng(seed).permutation(len(blocks))[:max_blocks]
+        blocks = blocks.select(np.sort(chosen))
+    return blocks.with_format("torch")
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, documents: list[str], block_size: int) -> list[list[int]]:
+    """Tokenises, joins by the end-of-text token and cuts; the last incomplete block is dropped."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stream: list[int] = []
+    for first in range(0, len(documents), _TOKENIZE_BATCH):
+        batch = tokenizer(documents[first : first + _TOKENIZE_BATCH], add_special_tokens=False, verbose=False)
+        for ids in batch["input_ids"]:
+            stream += ids + end
+    return [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]

@@ -1,0 +1,1 @@
+"""Measures of the model object they are given; they know nothing of pruning."""

@@ -1,0 +1,246 @@
+"""Masks -> keep plan: which units stay and by what their weights are multiplied. Every way of choosing ends here.
+
+The threshold for an exact sparsity, the dimension adjustment (TVA-Prune, eq. 4-5), and the plan as JSON.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvaprune.errors import InputError
+from tvaprune.families import ModelShape
+from tvaprune.masks import Masks
+from tvaprune.param_count import decoder_sparsity, total_parameters
+from tvaprune.units import PerUnit
+
+TOLERANCE = 0.005  # how far the saved mask's sparsity may be from the target
+NEARBY_WIDTHS = 3  # multiples of T above and below the natural hidden width that the search for an exact target tries
+NARROW_HIDDEN_SIZE = 1024
+
+
+def default_dim_multiple(hidden_size: int) -> int:
+    """Returns the multiple that widths are adjusted to: 128 (tensor cores), 8 for miniature models."""
+    return 128 if hidden_size >= NARROW_HIDDEN_SIZE else 8
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """What is kept of a model.
+
+    Attributes:
+        kept: Ascending indices of the kept units (int64).
+        scale: The factor of each kept unit, aligned with ``kept`` (float32).
+        shape: The unpruned model's sizes.
+        dim_multiple: What hidden and MLP widths were adjusted to; 1 is no adjustment.
+    """
+
+    kept: PerUnit
+    scale: PerUnit
+    shape: ModelShape
+    dim_multiple: int
+
+    @property
+    def hidden_size(self) -> int:
+        """Kept hidden dims."""
+        return len(self.kept.hidden)
+
+    @property
+    def num_key_value_heads(self) -> tuple[int, ...]:
+        """Kept KV heads per layer."""
+        return tuple(len(indices) for indices in self.kept.attn)
+
+    @property
+    def intermediate_size(self) -> tuple[int, ...]:
+        """Kept MLP channels per layer."""
+        return tuple(len(indices) for indices in self.kept.inter)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the decoder layers' parameters that goes."""
+        return float(
+            decoder_sparsity(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape)
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters that stay, embeddings and lm_head included."""
+        return total_parameters(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape)
+
+    def full_scale(self) -> PerUnit:
+        """Returns the factors at the unpruned sizes, 0 where a unit goes: what the masked model multiplies by."""
+        zeros = PerUnit.full(self.shape, 0.0)
+        return zeros.map(lambda full, kept, scale: full.index_copy(0, kept, scale), self.kept, self.scale)
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON, under a temporary name first."""
+        layers = range(self.shape.num_hidden_layers)
+        content = {
+            "shape": asdict(self.shape),
+            "dim_multiple": self.dim_multiple,
+            "sparsity": self.sparsity,
+            "hidden": {"kept": self.kept.hidden.tolist(), "scale": self.scale.hidden.tolist()},
+            "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
+            "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
+        }
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "KeepPlan":
+        """Reads a plan.
+
+        Raises:
+            InputError: If the file is no plan.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+
+            def units(name: str, dtype: torch.dtype) -> PerUnit:
+                attn, inter = ([torch.tensor(row[name], dtype=dtype) for row in content[k]] for k in ("attn", "inter"))
+                return PerUnit(torch.tensor(content["hidden"][name], dtype=dtype), tuple(attn), tuple(inter))
+
+            shape = ModelShape(**content["shape"])
+            return cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run") from error
+
+
+def adjust_width(width: int, full: int, multiple: int) -> int:
+    """Returns the width rounded to the nearest multiple (eq. 4), at least one multiple, at most the full width."""
+    rounded = (2 * width + multiple) // (2 * multiple) * multiple
+    return min(max(rounded, multiple), full)
+
+
+def plan_from_masks(
+    masks: Masks, shape: ModelShape, dim_multiple: int = 1, min_key_value_heads: int = 0
+) -> KeepPlan:
+    """Cuts at ``log_alpha = 0``, then adjusts the widths: the units of smallest ``log_alpha`` fill or leave (eq. 5).
+
+    Args:
+        min_key_value_heads: KV heads that every layer keeps at least; 0 lets a layer lose its attention.
+    """
+
+    def indices(log_alpha: torch.Tensor, width: int) -> torch.Tensor:
+        return torch.argsort(log_alpha, stable=True)[:width].sort().values
+
+    def heads(log_alpha: torch.Tensor) -> torch.Tensor:
+        return indices(log_alpha, max(int((log_alpha < 0).sum()), min_key_value_heads))
+
+    def adjusted(log_alpha: torch.Tensor) -> torch.Tensor:
+        return indices(log_alpha, adjust_width(int((log_alpha < 0).sum()), len(log_alpha), dim_multiple))
+
+    detached = Masks(*(values.map(lambda v: v.detach().float().cpu()) for values in (masks.mu, masks.log_variance)))
+    scores = detached.log_alpha
+    kept = PerUnit(adjusted(scores.hidden), tuple(map(heads, scores.attn)), tuple(map(adjusted, scores.inter)))
+    return KeepPlan(kept, detached.mu.map(torch.Tensor.__getitem__, kept), shape, dim_multiple)
+
+
+def calibrate(
+    masks: Masks, shape: ModelShape, target: float, dim_multiple: int = 1, min_key_value_heads: int = 0
+) -> Masks:
+    """Shifts the log-variances so that the cut at 0, adjusted, comes as near to the target sparsity as can be.
+
+    One threshold on ``log_alpha`` serves all units where it can. Where the step of one hidden width is larger than the
+    tolerance, the hidden dims get a threshold of their own, the nearest that makes the target possible.
+
+    Returns:
+        New masks of the same means; `plan_from_masks` of them is the plan.
+    """
+    scores = _Scores(masks, shape, dim_multiple, min_key_value_heads)
+    common = scores.threshold(target)
+    natural = adjust_width(scores.num_hidden_below(common), shape.hidden_size, dim_multiple)
+    best, best_rank = (common, common), scores.rank(common, common, target)
+    for steps in range(-NEARBY_WIDTHS, NEARBY_WIDTHS + 1):
+        width = adjust_width(natural + steps * dim_multiple, shape.hidden_size, dim_multiple)
+        rest = scores.threshold(target, width)
+        hidden = scores.hidden_threshold(width, rest)
+        rank = scores.rank(hidden, rest, target)
+        if rank < best_rank:
+            best, best_rank = (hidden, rest), rank
+    return scores.shifted(*best)
+
+
+class _Scores:
+    """The sorted log_alpha of a model, to count quickly what a threshold keeps."""
+
+    def __init__(self, masks: Masks, shape: ModelShape, dim_multiple: int, min_key_value_heads: int) -> None:
+        self.masks = Masks(*(v.map(lambda t: t.detach().float().cpu()) for v in (masks.mu, masks.log_variance)))
+        # Float64, so that a threshold between two float32 scores stands strictly between them.
+        self.sorted = self.masks.log_alpha.map(lambda score: score.double().sort().values)
+        self.shape, self.dim_multiple, self.min_key_value_heads = shape, dim_multiple, min_key_value_heads
+        self.cuts = _between(torch.cat(tuple(self.sorted)).sort().values)
+
+    def num_hidden_below(self, threshold: float) -> int:
+        return _count(self.sorted.hidden, threshold)
+
+    def sparsity(self, width: int, threshold: float) -> float:
+        """Returns the sparsity at a hidden width and a threshold for KV heads and MLP channels."""
+        heads = [max(_count(score, threshold), self.min_key_value_heads) for score in self.sorted.attn]
+        channels = [adjust_width(_count(s, threshold), len(s), self.dim_multiple) for s in self.sorted.inter]
+        return float(decoder_sparsity(width, heads, channels, self.shape))
+
+    def threshold(self, target: float, width: int | None = None) -> float:
+        """Returns the cut whose sparsity is nearest to the target; ``width`` None: it cuts the hidden dims too."""
+
+        def sparsity(cut: float) -> float:
+            return self.sparsity(self._width(cut) if width is None else width, cut)
+
+        low, high = 0, len(self.cuts) - 1  # sparsity falls as the cut rises
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if sparsity(float(self.cuts[middle])) <= target else (middle + 1, high)
+        return min(map(float, self.cuts[max(low - 1, 0) : low + 1]), key=lambda cut: abs(sparsity(cut) - target))
+
+    def hidden_threshold(self, width: int, near: float) -> float:
+        """Returns the cut nearest to ``near`` that keeps ``width`` hidden dims after adjustment."""
+        if self._width(near) == width:
+            return near
+        cuts = [float(cut) for cut in _between(self.sorted.hidden)]
+        fitting = [cut for cut in cuts if self._width(cut) == width]
+        return min(fitting or [near], key=lambda cut: abs(cut - near))
+
+    def rank(self, hidden: float, rest: float, target: float) -> tuple[float, float]:
+        """Orders pairs of cuts: first by what they miss the target by beyond the tolerance, then by their distance."""
+        miss = abs(self.sparsity(self._width(hidden), rest) - target)
+        return (max(0.0, miss - TOLERANCE), abs(hidden - rest) + miss)
+
+    def shifted(self, hidden: float, rest: float) -> Masks:
+        """Returns the masks with 0 as the cut."""
+        log_variance = self.masks.log_variance
+        return Masks(
+            mu=self.masks.mu,
+            log_variance=PerUnit(
+                hidden=(log_variance.hidden.double() - hidden).float(),
+                attn=tuple((v.double() - rest).float() for v in log_variance.attn),
+                inter=tuple((v.double() - rest).float() for v in log_variance.inter),
+            ),
+        )
+
+    def _width(self, cut: float) -> int:
+        return adjust_width(self.num_hidden_below(cut), self.shape.hidden_size, self.dim_multiple)
+
+
+def _count(sorted_scores: torch.Tensor, threshold: float) -> int:
+    return int(torch.searchsorted(sorted_scores, threshold))
+
+
+def _between(scores: torch.Tensor) -> torch.Tensor:
+    """Returns the cuts that tell sorted scores apart: below all, midway between neighbours, above all."""
+    return torch.cat([scores[:1] - 1, (scores[1:] + scores[:-1]) / 2, scores[-1:] + 1]).unique()
+
+
+def describe_widths(plan: KeepPlan) -> dict[str, Any]:
+    """Returns the plan's sizes as plain values, for reports."""
+    return {
+        "hidden_size": plan.hidden_size,
+        "num_key_value_heads": list(plan.num_key_value_heads),
+        "intermediate_size": list(plan.intermediate_size),
+        "decoder_sparsity": plan.sparsity,
+        "num_parameters": plan.num_parameters,
+        "dim_multiple": plan.dim_multiple,
+    }
