@@ -23,7 +23,6 @@ INITIAL_MU = 1.0
 INITIAL_STD = 0.01  # of both means and log-variances (method: section 2)
 
 
-
 class GatedModel(nn.Module):
     """A frozen stock model with a VIB gate on every prunable unit.
 
@@ -143,7 +142,7 @@ class GatedModel(nn.Module):
             return output
         x = args[0].float()
         kept = self._kept_hidden().float()
-        mean_square = (x.square() @ kept).unsqueeze(-1) / kept.sum()
+        mean_square = (x.square() * kept).sum(-1, keepdim=True) / kept.sum()
         normed = x * torch.rsqrt(mean_square + norm.variance_epsilon)
         return norm.weight * normed.to(args[0].dtype)
 

@@ -180,7 +180,9 @@ def _path_documents(path: Path, split: str) -> list[str]:
         raise InputError(f"--dataset_name {path}: cannot read '{path.suffix}'; give .txt, .jsonl or .parquet")
     own_splits = isinstance(loaded, DatasetDict)
     if own_splits and split not in loaded:
-        raise InputError(f"--dataset_name {path}: has splits {', '.join(loaded)}, needs {split}; save it with all three")
+        raise InputError(
+            f"--dataset_name {path}: has splits {', '.join(loaded)}, needs {split}; save it with all three"
+        )
     rows = loaded[split] if own_splits else loaded
     if "text" not in rows.column_names:
         raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")

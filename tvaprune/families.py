@@ -96,7 +96,9 @@ def shape_of(config: Any) -> ModelShape:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
-        raise InputError(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: mend config")
+        raise InputError(
+            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: mend config"
+        )
     attention_bias = bool(getattr(config, "attention_bias", False))
     return ModelShape(
         hidden_size=config.hidden_size,

@@ -61,9 +61,7 @@ class KeepPlan:
     @property
     def sparsity(self) -> float:
         """Share of the decoder layers' parameters that goes."""
-        return float(
-            decoder_sparsity(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape)
-        )
+        return float(decoder_sparsity(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape))
 
     @property
     def num_parameters(self) -> int:
@@ -107,7 +105,9 @@ class KeepPlan:
             shape = ModelShape(**content["shape"])
             return cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run") from error
+            raise InputError(
+                f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run"
+            ) from error
 
 
 def adjust_width(width: int, full: int, multiple: int) -> int:
@@ -116,9 +116,7 @@ def adjust_width(width: int, full: int, multiple: int) -> int:
     return min(max(rounded, multiple), full)
 
 
-def plan_from_masks(
-    masks: Masks, shape: ModelShape, dim_multiple: int = 1, min_key_value_heads: int = 0
-) -> KeepPlan:
+def plan_from_masks(masks: Masks, shape: ModelShape, dim_multiple: int = 1, min_key_value_heads: int = 0) -> KeepPlan:
     """Cuts at ``log_alpha = 0``, then adjusts the widths: the units of smallest ``log_alpha`` fill or leave (eq. 5).
 
     Args:

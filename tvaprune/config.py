@@ -1,0 +1,208 @@
+"""Every flag of both scripts, typed, with its help and its checks; what transformers' TrainingArguments has comes on top.
+
+A default of ``None`` means "by the model, the target or the length of the run", as the help says; what the user sets is
+never overwritten.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tvaprune.errors import InputError
+
+RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
+SHORT_RUN_STEPS = (
+    1000  # below this many steps the released gate settings cannot reach their target (method: section 10)
+)
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """The model to prune."""
+
+    model_name_or_path: str | None = _flag(None, "A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a folder or a hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU."
+    )
+
+
+@dataclass
+class DataArguments:
+    """The text that gates are trained on and perplexity is measured on."""
+
+    dataset_name: str = _flag(
+        "c4", "python_docs, c4, wikitext2, ptb, or a path: .txt, .jsonl, .parquet, a save_to_disk folder."
+    )
+    data_dir: str = _flag("data", "Folder with local copies of hub data sets, e.g. data/Salesforce/wikitext/...")
+    block_size: int = _flag(512, "Tokens of a training block.")
+    ctx_length: int | None = _flag(
+        None, f"Tokens of an evaluation window; default: the model's longest, at most {RELEASED_MAX_WINDOW}."
+    )
+    max_train_samples: int | None = _flag(None, "Training blocks drawn; default: 4,500 for masks.")
+    max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all.")
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
+        _check_positive(self, *sizes)
+
+
+@dataclass
+class PruneArguments:
+    """Mask learning, and applying a mask."""
+
+    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap"] = _flag(
+        "vib", "How units are chosen: vib trains gates; the others score in one shot (the baselines)."
+    )
+    target_sparsity: float = _flag(0.5, "Share of the decoder layers' parameters to remove, between 0 and 1.")
+    vib_learning_rate: float | None = _flag(
+        None,
+        f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_STEPS} steps) or above 50%% sparsity, "
+        "else 0.05.",
+    )
+    reg_learning_rate: float = _flag(0.1, "Learning rate of the two Lagrangian multipliers.")
+    kl_factor: float = _flag(1e-6, "Weight of the information loss.")
+    att_mul: float | None = _flag(
+        None, "Weight of the attention gates within it; default 256, above 60%% sparsity 512."
+    )
+    inter_mul: float = _flag(1.0, "Weight of the MLP gates within it.")
+    emb_mult: float = _flag(30.0, "Weight of the hidden gates at the embedding within it.")
+    lagrangian_warmup_epochs: float | None = _flag(
+        None, "Epochs over which the target sparsity rises; default 0.1, above 60%% sparsity 0.2, in a short run 0.5."
+    )
+    beta: float | None = _flag(
+        None, "Sharpness of the keep probability at the end; default by family: Llama 10, Mistral 5."
+    )
+    beta_start: float | None = _flag(
+        None, "Sharpness at the start, rising geometrically; default 0.5 in a short run, else the final value."
+    )
+    beta_warmup_share: float = _flag(0.7, "Share of the steps over which the sharpness rises.")
+    initial_log_variance: float | None = _flag(
+        None, "Start of the gates' log-variances; default -5 in a short run, else the released -9."
+    )
+    dim_multiple: int | None = _flag(
+        None,
+        "Adjust hidden and MLP widths to multiples of this; 0: off; default 128, or 8 for a model under 1,024 wide.",
+    )
+    keep_one_kv_head: bool = _flag(False, "Keep at least one KV head in every layer, as the released tool does.")
+    mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
+    weight_update: Literal["none", "fold"] = _flag(
+        "fold", "Instant weight update: fold the gates' means into the weights, or none: cut only."
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if not 0 < self.target_sparsity < 1:
+            raise InputError(
+                f"--target_sparsity is {self.target_sparsity}: it is a share of the decoder's parameters, give a number "
+                "between 0 and 1, such as 0.5"
+            )
+        if self.dim_multiple is not None and self.dim_multiple < 0:
+            raise InputError(f"--dim_multiple is {self.dim_multiple}: give a width such as 128, or 0 for no adjustment")
+        if self.mask_loc is not None and not Path(self.mask_loc).is_file():
+            raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
+        _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "beta_warmup_share")
+
+
+@dataclass
+class DistillArguments:
+    """Distillation from the unpruned model."""
+
+    distill: bool = _flag(
+        True, "Train on the KL to the unpruned model's own logits (gates: in place of cross-entropy; one more forward)."
+    )
+    distill_temp: float = _flag(1.0, "Temperature of the distillation.")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        _check_positive(self, "distill_temp")
+
+
+@dataclass
+class EvalArguments:
+    """What is measured of the pruned model, and where it goes."""
+
+    save_loc: str | None = _flag(None, "Folder of results.json, plan.json and the plots; default: the output folder.")
+    eval_split: Literal["validation", "test"] = _flag(
+        "validation", "Split that the perplexity is reported on; choose nothing on the test split."
+    )
+    speed_batches: int = _flag(20, "Batches timed, dense and pruned turn about; 0: no timing.")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.speed_batches < 0:
+            raise InputError(
+                f"--speed_batches is {self.speed_batches}: give the number of batches to time, or 0 for none"
+            )
+
+
+def _check_positive(arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} is {value}: give a number above 0")
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """The settings of one gate training, every default resolved. Same names as the flags."""
+
+    target_sparsity: float
+    vib_learning_rate: float
+    reg_learning_rate: float
+    kl_factor: float
+    att_mul: float
+    inter_mul: float
+    emb_mult: float
+    num_warmup_steps: int
+    beta: float
+    beta_start: float
+    beta_warmup_share: float
+    initial_log_variance: float
+    dim_multiple: int
+    min_key_value_heads: int
+    distill: bool
+    distill_temp: float
+
+
+def gate_settings(
+    prune: PruneArguments,
+    distill: DistillArguments,
+    num_steps: int,
+    steps_per_epoch: float,
+    family_beta: float,
+    dim_multiple: int,
+) -> GateSettings:
+    """Resolves the defaults that depend on the target, the family and the length of the run.
+
+    The released values serve runs of some 4,000 steps; under `SHORT_RUN_STEPS` a faster start takes their place.
+    """
+    short, sparsity = num_steps < SHORT_RUN_STEPS, prune.target_sparsity
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    beta = given(prune.beta, family_beta)
+    warmup_epochs = given(prune.lagrangian_warmup_epochs, 0.5 if short else 0.2 if sparsity > 0.6 else 0.1)
+    return GateSettings(
+        target_sparsity=sparsity,
+        vib_learning_rate=given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
+        reg_learning_rate=prune.reg_learning_rate,
+        kl_factor=prune.kl_factor,
+        att_mul=given(prune.att_mul, 512 if sparsity > 0.6 else 256),
+        inter_mul=prune.inter_mul,
+        emb_mult=prune.emb_mult,
+        num_warmup_steps=round(warmup_epochs * steps_per_epoch),
+        beta=beta,
+        beta_start=given(prune.beta_start, 0.5 if short else beta),
+        beta_warmup_share=prune.beta_warmup_share,
+        initial_log_variance=given(prune.initial_log_variance, -5.0 if short else -9.0),
+        dim_multiple=dim_multiple,
+        min_key_value_heads=int(prune.keep_one_kv_head),
+        distill=distill.distill,
+        distill_temp=distill.distill_temp,
+    )

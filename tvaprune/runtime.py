@@ -1,0 +1,156 @@
+"""What a run stands on: device and precision, the loaded model, versions for the record, and the end of a command."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from tvaprune.errors import InputError
+from tvaprune.families import family_of
+
+RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate")
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments with this project's defaults."""
+
+    output_dir: str = field(default="out", metadata={"help": "Folder of checkpoints, masks and the log."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace what an earlier run left in the output folder."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training blocks."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Blocks a device takes at a step."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When masks are scored."})
+    eval_steps: float = field(default=50, metadata={"help": "Steps between two scorings of the mask."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    disable_tqdm: bool | None = field(
+        default=False, metadata={"help": "Print logs as lines in place of a progress bar."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(),
+        metadata={"help": "Pin the memory of batches; default: where there is a GPU."},
+    )
+    report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong with the flags in one line."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see --help")
+
+
+def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
+    """Parses the command line into dataclasses.
+
+    Raises:
+        InputError: If a flag is unknown, or a value cannot be used.
+    """
+    try:
+        return tuple(_Parser(classes).parse_args_into_dataclasses(arguments))
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command and returns its exit code; a user's mistake ends in one line."""
+    logging.set_verbosity_error()
+    try:
+        command()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; --resume_from_checkpoint True goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """Loads a supported checkpoint and its tokenizer.
+
+    Raises:
+        InputError: If there is no such checkpoint, it has no weights, or its family is not supported.
+    """
+    if path is None:
+        raise InputError("--model_name_or_path is missing: give a checkpoint's folder or hub id")
+    torch_dtype = ("auto" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--model_name_or_path {path}: cannot be loaded ({reason}); give a folder with config.json, safetensors "
+            "weights and a tokenizer, or a hub id that is in the cache or reachable"
+        ) from error
+    family_of(model.config)
+    return model.to(device).eval(), tokenizer
+
+
+def prepare_output(args: RunArguments, resume: bool) -> None:
+    """Makes the output folder, and refuses one that is in use.
+
+    Raises:
+        InputError: If it holds files and neither ``--overwrite_output_dir`` nor a resumed run says to use it.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror}); give another folder") from error
+    if any(folder.iterdir()) and not (args.overwrite_output_dir or resume):
+        raise InputError(
+            f"--output_dir {folder}: is not empty; go on with --resume_from_checkpoint True, replace it with "
+            "--overwrite_output_dir, or give another folder"
+        )
+
+
+def describe_device(device: torch.device) -> str:
+    """Returns the hardware's name for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a run is recorded with."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES}
+
+
+def _version(name: str) -> str:
+    if name == "tvaprune":  # also where it is run from a checkout that is not installed
+        from tvaprune import __version__
+
+        return __version__
+    return version(name)
+
+
+def command_line() -> str:
+    """Returns the command as it was typed."""
+    return shlex.join(["python", *sys.argv])
