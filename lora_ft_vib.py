@@ -2,19 +2,18 @@
 
 import sys
 
-from tvaprune import pipeline
 from tvaprune.errors import InputError
-from tvaprune.runtime import parse, run_command
+from tvaprune.pipeline import Arguments, run_evaluate, run_prune
+from tvaprune.runtime import run_command
 
 
 def main() -> None:
     """Parses the flags and runs what they ask for."""
-    arguments = parse(pipeline.ARGUMENT_CLASSES)
-    prune, training = arguments[2], arguments[-1]
-    if training.do_train and prune.mask_loc is None:
-        pipeline.run_prune(arguments)
-    elif training.do_eval and prune.mask_loc is not None:
-        pipeline.run_evaluate(arguments)
+    args = Arguments.parse()
+    if args.training.do_train and args.prune.mask_loc is None:
+        run_prune(args)
+    elif args.training.do_eval and args.prune.mask_loc is not None:
+        run_evaluate(args)
     else:
         raise InputError("nothing to do: give --do_eval with --mask_loc, or --do_train without it")
 

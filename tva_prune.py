@@ -2,14 +2,8 @@
 
 import sys
 
-from tvaprune import pipeline
-from tvaprune.runtime import parse, run_command
-
-
-def main() -> None:
-    """Parses the flags and runs the stages."""
-    pipeline.run_prune(parse(pipeline.ARGUMENT_CLASSES))
-
+from tvaprune.pipeline import Arguments, run_prune
+from tvaprune.runtime import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(lambda: run_prune(Arguments.parse())))

@@ -6,6 +6,7 @@ architecture of their family, `transformers.Trainer`. An interrupted run goes on
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +29,7 @@ VOCAB_SIZE = 2048
 BLOCK_SIZE = 256  # longer than the Mistral's sliding window, so that the window is exercised
 # The split of Llama-3's tokenizer (its tokenizer.json): contractions, words, numbers of up to three digits, the rest.
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SHARED = {
+SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "num_hidden_layers": 6,
@@ -121,11 +122,11 @@ def pretrain(family: str, output_dir: Path, work_dir: Path, args: argparse.Names
         ids = torch.stack([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": ids}
 
-    trainer = Trainer(
-        model=build_model(family), args=arguments, train_dataset=blocks, eval_dataset=validation, data_collator=collate
-    )
+    model = build_model(family)
+    trainer = Trainer(model=model, args=arguments, train_dataset=blocks, eval_dataset=validation, data_collator=collate)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
-    trainer.model.to(torch.bfloat16).save_pretrained(output_dir)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
 

@@ -70,7 +70,7 @@ def apply_plan(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
 
 
 def head_features(kv_heads: torch.Tensor, features: int) -> torch.Tensor:
-    """Returns the feature indices of KV heads of ``features`` features each, in order; shape ``(heads * features,)``."""
+    """Returns the indices of the features of KV heads, ``features`` each, in order; shape ``(heads * features,)``."""
     return (kv_heads.unsqueeze(1) * features + torch.arange(features, device=kv_heads.device)).flatten()
 
 
@@ -92,7 +92,7 @@ def _slice_attention(
     _slice_linear(output, rows=hidden, columns=queries)
 
 
-def _slice_linear(linear: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
+def _slice_linear(linear: Any, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
     weight = linear.weight
     if rows is not None:
         weight = weight.index_select(0, rows)
@@ -104,7 +104,7 @@ def _slice_linear(linear: nn.Module, rows: torch.Tensor | None = None, columns: 
     linear.out_features, linear.in_features = weight.shape
 
 
-def _slice_norm(norm: nn.Module, hidden: torch.Tensor) -> None:
+def _slice_norm(norm: Any, hidden: torch.Tensor) -> None:
     norm.weight = _parameter(norm.weight.index_select(0, hidden), norm.weight)
 
 

@@ -1,9 +1,9 @@
 """Puts gates on a stock transformers model by hooks, and takes them off.
 
-One object owns all hooks. Where each gate multiplies (method: section 1): the hidden gate the embedding's output, once,
-and the output of every attention block and MLP before the residual add; the attention gate the input of ``o_proj``, a KV
-head with the query heads that share it; the MLP gate the input of ``down_proj``. Under a hidden gate an RMSNorm averages
-over the kept dims only, as the sliced model will.
+One object owns all hooks. Where each gate multiplies (method: section 1): the hidden gate the embedding's output,
+once, and the output of every attention block and MLP before the residual add; the attention gate the input of
+``o_proj``, a KV head with the query heads that share it; the MLP gate the input of ``down_proj``. Under a hidden gate
+an RMSNorm averages over the kept dims only, as the sliced model will.
 """
 
 from collections.abc import Iterator
@@ -136,7 +136,7 @@ class GatedModel(nn.Module):
 
         return hook
 
-    def _renormalise(self, norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def _renormalise(self, norm: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Replaces an RMSNorm's output by one whose mean square is over the kept hidden dims."""
         if self._off:
             return output

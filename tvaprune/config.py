@@ -1,4 +1,4 @@
-"""Every flag of both scripts, typed, with its help and its checks; what transformers' TrainingArguments has comes on top.
+"""Every flag of both scripts, typed, with its help and its checks; transformers' TrainingArguments come on top.
 
 A default of ``None`` means "by the model, the target or the length of the run", as the help says; what the user sets is
 never overwritten.
@@ -61,8 +61,8 @@ class PruneArguments:
     target_sparsity: float = _flag(0.5, "Share of the decoder layers' parameters to remove, between 0 and 1.")
     vib_learning_rate: float | None = _flag(
         None,
-        f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_STEPS} steps) or above 50%% sparsity, "
-        "else 0.05.",
+        f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_STEPS} steps) or above 50%% "
+        "sparsity, else 0.05.",
     )
     reg_learning_rate: float = _flag(0.1, "Learning rate of the two Lagrangian multipliers.")
     kl_factor: float = _flag(1e-6, "Weight of the information loss.")
@@ -86,7 +86,7 @@ class PruneArguments:
     )
     dim_multiple: int | None = _flag(
         None,
-        "Adjust hidden and MLP widths to multiples of this; 0: off; default 128, or 8 for a model under 1,024 wide.",
+        "Multiple that hidden and MLP widths are adjusted to; 0: off; default 128, in a model under 1,024 wide 8.",
     )
     keep_one_kv_head: bool = _flag(False, "Keep at least one KV head in every layer, as the released tool does.")
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")

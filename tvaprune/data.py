@@ -87,7 +87,7 @@ def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data")
     """Returns the documents of one split.
 
     Args:
-        dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet`` or a ``save_to_disk`` folder.
+        dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet``, a ``save_to_disk`` folder.
         split: ``train``, ``validation`` or ``test``.
         data_dir: Folder that holds local copies of hub repositories.
 

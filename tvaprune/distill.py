@@ -18,8 +18,8 @@ def distillation_loss(
     Args:
         student_logits: Shape ``(batch, length, vocabulary)``.
         teacher_logits: The same shape.
-        labels: Shape ``(batch, length)``; the logits at position ``i`` predict ``labels[:, i + 1]``, and positions whose
-            label is ``ignore_index`` do not count. ``None``: every position but the last counts.
+        labels: Shape ``(batch, length)``; the logits at position ``i`` predict ``labels[:, i + 1]``; labels equal to
+            ``ignore_index`` do not count. ``None``: every position but the last counts.
     """
     student = functional.log_softmax(student_logits[:, :-1].float() / temperature, dim=-1)
     teacher = functional.log_softmax(teacher_logits[:, :-1].float() / temperature, dim=-1)

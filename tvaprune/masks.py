@@ -5,6 +5,8 @@ read by an unpickler that knows nothing but tensors, and the tensors' bytes by `
 """
 
 import io
+import json
+import math
 import os
 import pickle
 import re
@@ -77,6 +79,41 @@ def load_masks(path: str | Path) -> Masks:
             "give a whole mask_info_*.pkl"
         ) from error
     return _from_dict(loaded, path)
+
+
+def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, Any]) -> Path:
+    """Writes a mask named by its perplexity, and its JSON, if it beats the folder's; the beaten one goes last.
+
+    Returns:
+        The folder's best mask, new or old.
+    """
+    before = best_mask(folder)
+    if before is not None and perplexity_of(before) <= perplexity:
+        return before
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MASK_NAME.format(perplexity=perplexity)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(record | {"perplexity": perplexity}, indent=2) + "\n", encoding="utf-8")
+    save_masks(masks, path)
+    os.replace(temporary, path.with_suffix(".json"))
+    if before is not None:
+        before.unlink()
+        before.with_suffix(".json").unlink(missing_ok=True)
+    return path
+
+
+def best_mask(folder: Path) -> Path | None:
+    """Returns the mask with the lowest perplexity in a folder, by its name."""
+    paths = list(folder.glob(MASK_NAME.format(perplexity="*")))
+    return min(paths, key=perplexity_of, default=None)
+
+
+def perplexity_of(path: Path) -> float:
+    """Returns the perplexity in a mask file's name; infinity where there is none."""
+    try:
+        return float(path.stem.removeprefix(MASK_NAME.split("{")[0]))
+    except ValueError:
+        return math.inf
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -9,6 +9,8 @@ from typing import Any
 
 from tvaprune.families import ModelShape
 
+SPARSITY_DEFINITION = "decoder layers' projections and norms; embeddings, lm_head and final norm are not counted"
+
 
 def layer_parameters(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape) -> Any:
     """Returns the counted parameters of one layer, for ints or for scalar tensors alike."""
@@ -39,3 +41,10 @@ def total_parameters(hidden: int, kv_heads: Sequence[int], channels: Sequence[in
         total += shape.mlp_bias * (2 * c + hidden)
         total += shape.head_norm * 2 * shape.head_dim * (k > 0)
     return total
+
+
+def dense_parameters(shape: ModelShape) -> int:
+    """Returns every parameter of the unpruned model."""
+    layers = range(shape.num_hidden_layers)
+    heads, channels = [shape.num_key_value_heads for _ in layers], [shape.intermediate_size for _ in layers]
+    return total_parameters(shape.hidden_size, heads, channels, shape)

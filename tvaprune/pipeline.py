@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -32,161 +31,197 @@ from tvaprune.data import token_blocks
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.evaluation.speed import speed_up
-from tvaprune.families import family_of, shape_of
-from tvaprune.masks import MASK_NAME, Masks, load_masks, save_masks
-from tvaprune.param_count import total_parameters
+from tvaprune.families import ModelShape, family_of, shape_of
+from tvaprune.masks import Masks, best_mask, keep_best, load_masks
+from tvaprune.param_count import SPARSITY_DEFINITION, dense_parameters
 from tvaprune.plan import TOLERANCE, KeepPlan, calibrate, default_dim_multiple, describe_widths, plan_from_masks
 from tvaprune.runtime import RunArguments
-from tvaprune.trainer import GateTrainer, best_mask
+from tvaprune.trainer import GateTrainer
 from tvaprune.update import fold
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, PruneArguments, DistillArguments, EvalArguments, RunArguments)
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
+DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
+CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
 
 @dataclass
-class Run:
-    """One command's arguments, the loaded model and what follows from them."""
+class Arguments:
+    """One command's flags, by the stage they belong to."""
 
-    model_args: ModelArguments
+    source: ModelArguments
     data: DataArguments
     prune: PruneArguments
     distill: DistillArguments
     evaluation: EvalArguments
     training: RunArguments
-    model: PreTrainedModel
-    tokenizer: Any
 
     @classmethod
-    def load(cls, arguments: tuple[Any, ...]) -> "Run":
-        """Loads the model that the arguments name."""
-        model_args, training = arguments[0], arguments[-1]
-        set_seed(training.seed)
-        model, tokenizer = runtime.load_model(model_args.model_name_or_path, model_args.dtype, training.device)
-        return cls(*arguments, model=model, tokenizer=tokenizer)
+    def parse(cls) -> "Arguments":
+        """Parses the command line."""
+        classes = (ModelArguments, DataArguments, PruneArguments, DistillArguments, EvalArguments, RunArguments)
+        return cls(*runtime.parse(classes))
 
     @property
     def output_dir(self) -> Path:
         """Where checkpoints and masks go."""
-        return Path(self.training.output_dir)
+        return Path(str(self.training.output_dir))
 
     @property
     def save_loc(self) -> Path:
         """Where results go."""
-        return Path(self.evaluation.save_loc or self.training.output_dir)
+        return Path(self.evaluation.save_loc or str(self.training.output_dir))
+
+
+@dataclass
+class Run:
+    """One command's flags, the loaded model and what follows from both."""
+
+    args: Arguments
+    model: PreTrainedModel
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, args: Arguments) -> "Run":
+        """Loads the model that the flags name."""
+        set_seed(args.training.seed)
+        device = args.training.device
+        return cls(args, *runtime.load_model(args.source.model_name_or_path, args.source.dtype, device))
+
+    @property
+    def shape(self) -> ModelShape:
+        """The unpruned model's sizes."""
+        return shape_of(self.model.config)
 
     @property
     def dim_multiple(self) -> int:
         """The multiple of widths; 1 where the adjustment is off."""
-        given = self.prune.dim_multiple
-        return max(1, default_dim_multiple(self.model.config.hidden_size) if given is None else given)
+        given = self.args.prune.dim_multiple
+        return max(1, default_dim_multiple(self.shape.hidden_size) if given is None else given)
+
+    @property
+    def plan_options(self) -> tuple[int, int]:
+        """What widths are rounded to, and the KV heads that every layer keeps."""
+        return self.dim_multiple, int(self.args.prune.keep_one_kv_head)
 
     @property
     def window(self) -> int:
         """Tokens of an evaluation window."""
-        return self.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
+        return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
         """Returns token blocks of a split of the run's text."""
-        name, folder = self.data.dataset_name, self.data.data_dir
-        return token_blocks(self.tokenizer, name, split, size, count, self.training.data_seed or 0, folder)
+        data, seed = self.args.data, self.args.training.data_seed or self.args.training.seed
+        return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+
+    def train_blocks(self, default_count: int) -> Dataset:
+        """Returns the blocks that gates are trained or units are scored on."""
+        return self.blocks("train", self.args.data.block_size, self.args.data.max_train_samples or default_count)
+
+    def choice_blocks(self) -> Dataset:
+        """Returns the validation blocks that masks are compared on, whatever split is reported in the end."""
+        count = min(self.args.data.max_eval_samples or CHOICE_SAMPLES, CHOICE_SAMPLES)
+        return self.blocks("validation", self.args.data.block_size, count)
+
+    def record(self) -> dict[str, Any]:
+        """Returns what repeats the run."""
+        return {
+            "model": self.args.source.model_name_or_path,
+            "prune_method": self.args.prune.prune_method,
+            "dataset_name": self.args.data.dataset_name,
+            "block_size": self.args.data.block_size,
+            "target_sparsity": self.args.prune.target_sparsity,
+            "seed": self.args.training.seed,
+            "hardware": runtime.describe_device(self.args.training.device),
+            "versions": runtime.versions(),
+            "command": runtime.command_line(),
+        }
 
 
-def run_prune(arguments: tuple[Any, ...]) -> None:
+def run_prune(args: Arguments) -> None:
     """Learns a mask, writes it, applies it and measures the narrower model."""
-    training = arguments[-1]
-    checkpoint = _checkpoint(training)
-    runtime.prepare_output(training, resume=checkpoint is not None)
-    run = Run.load(arguments)
-    evaluation_blocks = run.blocks(run.evaluation.eval_split, run.window, run.data.max_eval_samples)
-    if run.prune.prune_method == "vib":
-        path = _train_gates(run, checkpoint)
-    else:
-        path = _score(run)
-    print(f"\nmask: {path}")
+    checkpoint = _checkpoint(args)
+    runtime.prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
+    run = Run.load(args)
+    blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    path = _train_gates(run, checkpoint) if args.prune.prune_method == "vib" else _score_units(run)
     plan = _plan(run, load_masks(path), str(path))
-    if abs(plan.sparsity - run.prune.target_sparsity) > TOLERANCE:
+    target = args.prune.target_sparsity
+    results = _measure(run, plan, blocks) | {"mask": str(path), "target_sparsity": target}
+    _report(results, args.save_loc)
+    if abs(plan.sparsity - target) > TOLERANCE:
         print(
-            f"note: with --dim_multiple {run.dim_multiple} the nearest to --target_sparsity "
-            f"{run.prune.target_sparsity} is {plan.sparsity:.4f}; a smaller multiple comes nearer"
+            f"note: with --dim_multiple {run.dim_multiple} the nearest to --target_sparsity {target} is "
+            f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
         )
-    _measure(run, plan, evaluation_blocks, {"mask": str(path), "target_sparsity": run.prune.target_sparsity})
 
 
-def run_evaluate(arguments: tuple[Any, ...]) -> None:
+def run_evaluate(args: Arguments) -> None:
     """Applies a mask file and measures the narrower model."""
-    evaluation, training = arguments[-2], arguments[-1]
-    results = Path(evaluation.save_loc or training.output_dir) / "results.json"
-    if results.exists() and not training.overwrite_output_dir:
-        raise InputError(f"--save_loc {results.parent}: holds results.json; --overwrite_output_dir replaces it")
-    run = Run.load(arguments)
-    plan = _plan(run, load_masks(run.prune.mask_loc), f"--mask_loc {run.prune.mask_loc}")
-    blocks = run.blocks(evaluation.eval_split, run.window, run.data.max_eval_samples)
-    _measure(run, plan, blocks, {"mask": run.prune.mask_loc})
+    assert args.prune.mask_loc is not None
+    masks = load_masks(args.prune.mask_loc)
+    results_path = args.save_loc / "results.json"
+    if results_path.exists() and not args.training.overwrite_output_dir:
+        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+    runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    run = Run.load(args)
+    plan = _plan(run, masks, f"--mask_loc {args.prune.mask_loc}")
+    blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    _report(_measure(run, plan, blocks) | {"mask": args.prune.mask_loc, "target_sparsity": None}, args.save_loc)
 
 
-def _checkpoint(training: RunArguments) -> str | None:
+def _checkpoint(args: Arguments) -> str | None:
     """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last of the output folder."""
-    asked = training.resume_from_checkpoint
+    asked = args.training.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
-    folder = Path(training.output_dir)
-    path = (get_last_checkpoint(str(folder)) if folder.is_dir() else None) if asked.lower() == "true" else asked
-    if path is None or not Path(path).is_dir():
-        raise InputError(f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave "
-                         "the flag out")  # fmt: skip
-    return path
+    found: str | None = asked
+    if asked.lower() == "true":
+        found = get_last_checkpoint(str(args.output_dir)) if args.output_dir.is_dir() else None
+    if found is None or not Path(found).is_dir():
+        raise InputError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
+        )
+    return found
 
 
 def _train_gates(run: Run, checkpoint: str | None) -> Path:
     """Trains the gates and returns the best mask's file."""
-    count = run.data.max_train_samples or DEFAULT_TRAIN_SAMPLES
-    train_blocks = run.blocks("train", run.data.block_size, count)
-    # The mask is chosen on validation text whatever split is reported; a subset of it is enough to compare masks.
-    choice_blocks = run.blocks("validation", run.data.block_size, min(run.data.max_eval_samples or 128, 128))
-    training = run.training
-    batch = training.train_batch_size * training.gradient_accumulation_steps * max(1, training.world_size)
-    steps_per_epoch = max(1, math.ceil(len(train_blocks) / batch))
+    args, training = run.args, run.args.training
+    train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES)
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps_per_epoch = math.ceil(len(train_blocks) / batch)
     num_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
     beta = family_of(run.model.config).beta
-    settings = gate_settings(run.prune, run.distill, num_steps, steps_per_epoch, beta, run.dim_multiple)
+    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, beta, run.dim_multiple)
     if checkpoint is None:
-        _clear(run.output_dir)
+        _clear(args.output_dir)
     gated = GatedModel(run.model, settings.initial_log_variance)
-    record = _record(run) | {"block_size": run.data.block_size, "train_blocks": len(train_blocks)}
-    trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
+    record = run.record() | {"train_blocks": len(train_blocks)}
+    trainer = GateTrainer(gated, settings, training, train_blocks, run.choice_blocks(), record)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.score_mask()
     gated.detach_gates()
-    report.plot_training(trainer.state.log_history, run.save_loc / "training.png")
-    report.write_json({"log": trainer.state.log_history}, run.save_loc / "training_log.json")
+    report.plot_training(trainer.state.log_history, args.save_loc / "training.png")
+    report.write_json({"log": trainer.state.log_history}, args.save_loc / "training_log.json")
     best = best_mask(trainer.best_folder)
     if best is None:
         raise InputError("no mask has a finite perplexity; lower --vib_learning_rate or use --dtype float32")
     return best
 
 
-def _score(run: Run) -> Path:
+def _score_units(run: Run) -> Path:
     """Scores the units in one shot and returns the mask's file."""
-    count = run.data.max_train_samples or 128
-    blocks = run.blocks("train", run.data.block_size, count)
-    masks = score_masks(run.model, run.prune.prune_method, blocks)
-    shape = shape_of(run.model.config)
-    sizes = (run.dim_multiple, int(run.prune.keep_one_kv_head))
-    masks = calibrate(masks, shape, run.prune.target_sparsity, *sizes)
-    plan = plan_from_masks(masks, shape, *sizes)
+    blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
+    scores = score_masks(run.model, run.args.prune.prune_method, blocks)
+    masks = calibrate(scores, run.shape, run.args.prune.target_sparsity, *run.plan_options)
+    plan = plan_from_masks(masks, run.shape, *run.plan_options)
     gated = GatedModel(run.model)
-    choice_blocks = run.blocks("validation", run.data.block_size, min(run.data.max_eval_samples or 128, 128))
     with gated.using(plan.full_scale()):
-        value = perplexity(gated, choice_blocks)
+        value = perplexity(gated, run.choice_blocks(), run.args.training.per_device_eval_batch_size)
     gated.detach_gates()
-    _clear(run.output_dir)
-    path = run.output_dir / "best" / MASK_NAME.format(perplexity=value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_masks(masks, path)
-    record = _record(run) | {"block_size": run.data.block_size, "train_blocks": len(blocks)}
-    report.write_json(record | describe_widths(plan) | {"perplexity": value}, path.with_suffix(".json"))
-    return path
+    _clear(run.args.output_dir)
+    record = run.record() | {"train_blocks": len(blocks)} | describe_widths(plan)
+    return keep_best(run.args.output_dir / "best", masks, value, record)
 
 
 def _clear(folder: Path) -> None:
@@ -195,59 +230,45 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _record(run: Run) -> dict[str, Any]:
-    """Returns what repeats a run."""
-    return {
-        "model": run.model_args.model_name_or_path,
-        "prune_method": run.prune.prune_method,
-        "dataset_name": run.data.dataset_name,
-        "target_sparsity": run.prune.target_sparsity,
-        "seed": run.training.seed,
-        "hardware": runtime.describe_device(run.training.device),
-        "versions": runtime.versions(),
-        "command": runtime.command_line(),
-    }
-
-
 def _plan(run: Run, masks: Masks, origin: str) -> KeepPlan:
     """Turns a mask into the plan for the run's model, and writes it down."""
-    shape = shape_of(run.model.config)
-    masks.check_fits(shape, origin)
-    plan = plan_from_masks(masks, shape, run.dim_multiple, int(run.prune.keep_one_kv_head))
-    run.save_loc.mkdir(parents=True, exist_ok=True)
-    plan.save(run.save_loc / "plan.json")
-    report.plot_widths(plan, run.save_loc / "widths.png")
+    masks.check_fits(run.shape, origin)
+    plan = plan_from_masks(masks, run.shape, *run.plan_options)
+    folder = run.args.save_loc
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / "plan.json")
+    report.plot_widths(plan, folder / "widths.png")
     return plan
 
 
-def _measure(run: Run, plan: KeepPlan, blocks: Dataset, origin: dict[str, Any]) -> None:
-    """Measures the dense and the pruned model, and writes and prints the results."""
-    dense, batch_size, shape = run.model, run.training.per_device_eval_batch_size, plan.shape
-    layers = shape.num_hidden_layers
-    full = shape.hidden_size, [shape.num_key_value_heads] * layers, [shape.intermediate_size] * layers
+def _measure(run: Run, plan: KeepPlan, blocks: Dataset) -> dict[str, Any]:
+    """Measures the dense and the pruned model side by side."""
+    dense, evaluation = run.model, run.args.evaluation
+    batch_size = run.args.training.per_device_eval_batch_size
     results: dict[str, Any] = {
-        **_record(run),
-        **origin,
-        "split": run.evaluation.eval_split,
+        **run.record(),
+        "split": evaluation.eval_split,
         "window": run.window,
         "num_windows": len(blocks),
-        "weight_update": run.prune.weight_update,
-        "shape": asdict(shape),
+        "weight_update": run.args.prune.weight_update,
+        "shape": asdict(plan.shape),
         "widths": describe_widths(plan),
-        "sparsity_definition": "decoder layers' projections and norms; embeddings, lm_head, final norm not counted",
-        "parameters": {"dense": total_parameters(*full, shape), "pruned": plan.num_parameters},
-        "perplexity": {"dense": perplexity(dense, blocks, batch_size, "dense perplexity")},
+        "sparsity_definition": SPARSITY_DEFINITION,
+        "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},
     }
-    timed = run.evaluation.speed_batches > 0
-    # In place where nothing is timed: then the peak is the dense model's.
-    pruned = apply_plan(copy.deepcopy(dense) if timed else dense, plan)
-    if run.prune.weight_update == "fold":
+    dense_perplexity = perplexity(dense, blocks, batch_size, "dense perplexity")
+    # In place where nothing is timed: then the peak of memory is the dense model's.
+    pruned = apply_plan(copy.deepcopy(dense) if evaluation.speed_batches else dense, plan)
+    if run.args.prune.weight_update == "fold":
         fold(pruned, plan)
-    results["perplexity"]["pruned"] = perplexity(pruned, blocks, batch_size, "pruned perplexity")
-    if timed:
-        torch.manual_seed(run.training.seed)
-        measured = speed_up(dense, pruned, blocks, batch_size, run.evaluation.speed_batches)
-        results["speed_up"] = asdict(measured)
-    path = run.save_loc / "results.json"
-    report.write_json(results, path)
-    print(report.table([*report.summary_rows(results), ("results, plan and plots", str(run.save_loc))]))
+    pruned_perplexity = perplexity(pruned, blocks, batch_size, "pruned perplexity")
+    results["perplexity"] = {"dense": dense_perplexity, "pruned": pruned_perplexity}
+    if evaluation.speed_batches:
+        results["speed_up"] = asdict(speed_up(dense, pruned, blocks, batch_size, evaluation.speed_batches))
+    return results
+
+
+def _report(results: dict[str, Any], folder: Path) -> None:
+    """Writes results.json and prints the closing table."""
+    report.write_json(results, folder / "results.json")
+    print("\n" + report.table([*report.summary_rows(results), ("mask", results["mask"]), ("results", f"{folder}/")]))

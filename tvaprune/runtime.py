@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from tvaprune import __version__
 from tvaprune.errors import InputError
 from tvaprune.families import family_of
 
@@ -100,26 +102,30 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
             "weights and a tokenizer, or a hub id that is in the cache or reachable"
         ) from error
     family_of(model.config)
-    return model.to(device).eval(), tokenizer
+    module: torch.nn.Module = model
+    module.to(device).eval()
+    return model, tokenizer
 
 
-def prepare_output(args: RunArguments, resume: bool) -> None:
-    """Makes the output folder, and refuses one that is in use.
+def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
+    """Makes an output folder, and refuses one that is in use.
+
+    Args:
+        flag: The flag that named it, for the message.
+        may_hold_files: Whether the user said so: overwriting, or going on with an earlier run.
 
     Raises:
-        InputError: If it holds files and neither ``--overwrite_output_dir`` nor a resumed run says to use it.
+        InputError: If the folder cannot be written, or holds files that nothing says to touch.
     """
-    folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror}); give another folder") from error
-    if any(folder.iterdir()) and not (args.overwrite_output_dir or resume):
+        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror}); give another folder") from error
+    if any(folder.iterdir()) and not may_hold_files:
         raise InputError(
-            f"--output_dir {folder}: is not empty; go on with --resume_from_checkpoint True, replace it with "
+            f"--{flag} {folder}: is not empty; go on with --resume_from_checkpoint True, replace it with "
             "--overwrite_output_dir, or give another folder"
         )
 
@@ -144,11 +150,7 @@ def versions() -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    if name == "tvaprune":  # also where it is run from a checkout that is not installed
-        from tvaprune import __version__
-
-        return __version__
-    return version(name)
+    return __version__ if name == "tvaprune" else version(name)  # ours may be run from a checkout
 
 
 def command_line() -> str:

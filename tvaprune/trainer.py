@@ -1,11 +1,8 @@
 """Gate training on `transformers.Trainer`: the objective of the method's section 3, and the best mask on disk.
 
-Checkpoints hold gates, multipliers, optimizer, schedule, random states and the place in the data; `Trainer` resumes all.
+Checkpoints hold gates, multipliers, optimizer, schedule, random states and the place in the data: `Trainer` resumes.
 """
 
-import json
-import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from tvaprune.distill import distillation_loss
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.lagrangian import Lagrangian, beta_at, expected_sparsity, target_at
-from tvaprune.masks import MASK_NAME, Masks, save_masks
+from tvaprune.masks import Masks, keep_best
 from tvaprune.plan import calibrate, describe_widths, plan_from_masks
 
 # A mask is scored once the expected sparsity is this near to the target. Wider than the released [-0.008, +0.001]: the
@@ -103,7 +100,7 @@ class GateTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.gated, self.settings, self.record = gated, settings, record
-        self.best_folder = Path(args.output_dir) / "best"
+        self.best_folder = Path(str(args.output_dir)) / "best"
         with torch.no_grad():
             self.start = float(expected_sparsity(gated.masks().log_alpha, settings.beta_start, gated.shape))
         if not args.disable_tqdm:
@@ -134,13 +131,13 @@ class GateTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [gates_only, lambda step: 1.0])
         return self.lr_scheduler
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **unused: Any) -> torch.Tensor:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
         """Returns the objective of a batch at the schedule of this step."""
         parts = model(**inputs, **self._schedule())
         if not torch.isfinite(parts["loss"]):
             raise InputError(
-                f"the loss is {float(parts['loss'])} at step {self.state.global_step}; use --dtype float32 or bfloat16, "
-                "or lower --vib_learning_rate; the last checkpoint is in --output_dir"
+                f"the loss is {float(parts['loss'])} at step {self.state.global_step}; use --dtype float32 or "
+                "bfloat16, or lower --vib_learning_rate; the last checkpoint is in --output_dir"
             )
         self._parts = {name: value.detach() for name, value in parts.items()}
         return parts["loss"]
@@ -185,24 +182,11 @@ class GateTrainer(Trainer):
         with self.gated.using(plan.full_scale()):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
         metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
-        if self.args.should_save and value < best_perplexity(self.best_folder):
-            self._keep(masks, value, {**self.record, **describe_widths(plan), "perplexity": value})
+        if self.args.should_save:
+            context = {"step": self.state.global_step, "settings": asdict(settings)}
+            keep_best(self.best_folder, masks, value, self.record | describe_widths(plan) | context)
         self.log(dict(metrics))
         return metrics
-
-    def _keep(self, masks: Masks, value: float, record: dict[str, Any]) -> None:
-        """Writes the best mask and its JSON; the one before goes last."""
-        self.best_folder.mkdir(parents=True, exist_ok=True)
-        before = list(self.best_folder.glob(MASK_NAME.format(perplexity="*")))
-        path = self.best_folder / MASK_NAME.format(perplexity=value)
-        save_masks(masks, path)
-        record |= {"step": self.state.global_step, "settings": asdict(self.settings)}
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        os.replace(temporary, path.with_suffix(".json"))
-        for old in before:
-            old.unlink()
-            old.with_suffix(".json").unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads gates and multipliers; the frozen model is not in the checkpoint."""
@@ -219,25 +203,6 @@ class GateTrainer(Trainer):
         objective.load_state_dict(state, strict=False)
 
 
-def best_mask(folder: Path) -> Path | None:
-    """Returns the mask with the lowest perplexity in a folder, by its name."""
-    paths = list(folder.glob(MASK_NAME.format(perplexity="*")))
-    return min(paths, key=_perplexity_of, default=None)
-
-
-def best_perplexity(folder: Path) -> float:
-    """Returns the perplexity of the folder's best mask; infinity where there is none."""
-    path = best_mask(folder)
-    return math.inf if path is None else _perplexity_of(path)
-
-
-def _perplexity_of(path: Path) -> float:
-    try:
-        return float(path.stem.removeprefix(MASK_NAME.split("{")[0]))
-    except ValueError:
-        return math.inf
-
-
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
 
@@ -250,8 +215,8 @@ class _GateProgress(ProgressCallback):
             return
         if "expected_sparsity" in logs:
             self.training_bar.set_postfix_str(
-                f"loss {logs['task_loss']:.3f}, sparsity {logs['expected_sparsity']:.3f} -> {logs['target_sparsity']:.3f}, "
-                f"lambda {logs['lambda_1']:.2f} {logs['lambda_2']:.2f}"
+                f"loss {logs['task_loss']:.3f}, sparsity {logs['expected_sparsity']:.3f}"
+                f" -> {logs['target_sparsity']:.3f}, lambda {logs['lambda_1']:.2f} {logs['lambda_2']:.2f}"
             )
         if "eval_perplexity" in logs:
             self.training_bar.write(

@@ -4,8 +4,9 @@ Source: method, section 5.1. Each factor enters once: the hidden means where a b
 means of heads and channels where ``o_proj`` and ``down_proj`` read them.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.families import family_of
@@ -37,7 +38,7 @@ def fold(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     return model
 
 
-def _fold_linear(linear: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> None:
+def _fold_linear(linear: Any, rows: torch.Tensor, columns: torch.Tensor) -> None:
     linear.weight.copy_(linear.weight.float() * rows.unsqueeze(1) * columns)  # one rounding, in the weights' own dtype
     if linear.bias is not None:
         _multiply(linear.bias, rows)

@@ -49,7 +49,8 @@ def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, m
     for index in range(WARM_UP_BATCHES):
         _seconds(reference, batches[index % len(batches)])
         _seconds(model, batches[index % len(batches)])
-    slow, fast = [], []
+    slow: list[float] = []
+    fast: list[float] = []
     for index in range(max_batches):
         ids = batches[index % len(batches)]
         pairs = [(reference, slow), (model, fast)]

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains the two miniature models anew, from nothing but the text of this machine: about an hour each on one CPU core.
+# An interrupted run goes on from its last checkpoint.
+#   bash script/pretrain_mini.sh [OUTPUT]     default: out/pretrain
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+cd "$ROOT"
+
+OUTPUT=${1:-out/pretrain}
+for family in mistral llama; do
+    "$PYTHON" script/pretrain_mini.py --family "$family" --output_dir "$OUTPUT/$family" --work_dir "$OUTPUT/$family-checkpoints"
+done

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# All checks: lint, format, types, tests. Arguments go to pytest, as in: bash script/test.sh -k plan
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+cd "$ROOT"
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "$@"

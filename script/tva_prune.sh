@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Learns a mask and measures the narrower model. Without arguments: the shipped miniature Mistral at 50%, on the
+# documentation text of this machine, in some minutes on two CPU cores.
+#   bash script/tva_prune.sh MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+cd "$ROOT"
+
+if [ $# -eq 0 ]; then
+    exec "$PYTHON" tva_prune.py \
+        --model_name_or_path mistral_saves_tva/mini_mistral \
+        --output_dir out/mini_mistral --overwrite_output_dir \
+        --dataset_name python_docs --block_size 256 --ctx_length 256 \
+        --target_sparsity 0.5 \
+        --max_train_samples 1200 --per_device_train_batch_size 4 --max_eval_samples 256
+fi
+if [ $# -ne 7 ]; then
+    echo "tva_prune.sh: got $# arguments, needs none or 7: MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET" >&2
+    exit 2
+fi
+
+MODEL=$1             # checkpoint folder or hub id
+MASK_SAVE=$2         # output folder; the mask is MASK_SAVE/best/mask_info_<perplexity>.pkl
+VIB_LR=$3            # learning rate of the gates: 0.05, above 50% sparsity 0.1
+TARGET_SPARSITY=$4   # share of the decoder layers' parameters that goes
+LAGRANGIAN_WARMUP=$5 # epochs over which the target rises: 0.1, above 60% sparsity 0.2
+ATT_MUL=$6           # weight of the attention gates in the information loss: 256, above 60% sparsity 512
+DATASET=$7           # c4, wikitext2, ptb, python_docs, or a path
+
+exec "$PYTHON" tva_prune.py \
+    --model_name_or_path "$MODEL" \
+    --output_dir "$MASK_SAVE" \
+    --vib_learning_rate "$VIB_LR" \
+    --target_sparsity "$TARGET_SPARSITY" \
+    --lagrangian_warmup_epochs "$LAGRANGIAN_WARMUP" \
+    --att_mul "$ATT_MUL" \
+    --dataset_name "$DATASET"

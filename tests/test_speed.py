@@ -1,0 +1,52 @@
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from tvaprune.evaluation.speed import WARM_UP_BATCHES, speed_up
+
+BLOCKS = Dataset.from_dict({"input_ids": [[i, 1, 2] for i in range(5)]}).with_format("torch")
+
+
+class Sleeper(nn.Module):
+    def __init__(self, seconds, log, name):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.seconds, self.log, self.name = seconds, log, name
+
+    def forward(self, input_ids, use_cache):
+        assert not self.training and not use_cache and not torch.is_grad_enabled()
+        self.log.append((self.name, input_ids[:, 0].tolist()))
+        time.sleep(self.seconds)
+        return SimpleNamespace(logits=None)
+
+
+@pytest.mark.parametrize(("slow", "fast", "ratio"), [(0.02, 0.01, 2.0), (0.01, 0.03, 1 / 3), (0.01, 0.01, 1.0)])
+def test_speed_up_is_the_ratio_of_the_times(slow, fast, ratio):
+    measured = speed_up(Sleeper(slow, [], "dense"), Sleeper(fast, [], "pruned"), BLOCKS, max_batches=8)
+    assert measured.per_batch == pytest.approx(ratio, rel=0.3)
+    assert measured.whole_set == pytest.approx(ratio, rel=0.5)
+    assert measured.whole_set == pytest.approx(measured.reference_seconds / measured.seconds)
+    assert measured.reference_seconds >= 8 * slow and measured.seconds >= 8 * fast
+
+
+def test_both_models_see_the_same_batches_and_take_turns_to_go_first():
+    log = []
+    dense, pruned = Sleeper(0.0, log, "dense").train(), Sleeper(0.0, log, "pruned")
+    measured = speed_up(dense, pruned, BLOCKS, batch_size=2, max_batches=4)
+    assert asdict(measured) | {"num_batches": 4, "batch_size": 2, "window": 3} == asdict(measured)
+    timed = log[2 * WARM_UP_BATCHES :]
+    assert [name for name, _ in timed] == ["dense", "pruned", "pruned", "dense"] * 2
+    # Whole batches only, repeated where there are fewer: (0, 1), (2, 3), (0, 1), (2, 3)
+    assert [first for name, first in timed if name == "dense"] == [[0, 1], [2, 3]] * 2
+    assert [first for name, first in timed if name == "pruned"] == [[0, 1], [2, 3]] * 2
+    assert dense.training and pruned.training
+
+
+def test_fewer_blocks_than_a_batch_make_one_smaller_batch():
+    measured = speed_up(Sleeper(0.0, [], ""), Sleeper(0.0, [], ""), BLOCKS, batch_size=8, max_batches=2)
+    assert (measured.batch_size, measured.num_batches) == (5, 2)
