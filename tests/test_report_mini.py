@@ -12,7 +12,7 @@ from report_mini import ngram_perplexities  # noqa: E402
 def test_ngram_perplexities_by_hand():
     """Training tokens 0 1 0 1 over a vocabulary of 2; held out 0 1.
 
-    Unigram: (2 - .75) / 4 + (.75 * 2 / 4) * 1/2 = .5. Bigram: 0 is followed by 1 twice, so (2 - .75) / 2 + (.75 * 1 / 2)
+    Unigram: (2 - .75) / 4 + (.75 * 2 / 4) * 1/2 = .5. Bigram: 0 is followed by 1 twice, (2 - .75) / 2 + (.75 * 1 / 2)
     * .5 = .8125. Trigram: the place has one token before it, so the bigram's.
     """
     train, held_out = np.array([[0, 1, 0, 1]]), np.array([[0, 1]])
