@@ -14,9 +14,7 @@ def main(folder: Path) -> None:
     cells: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for run in runs:
         cells[Path(run["model"]).name, run["prune_method"]].append(run)
-    print(
-        "| model | method | seeds | dense | pruned, median | gap, median | gap, each seed | decoder sparsity | speed-up |"
-    )
+    print("| model | method | seeds | dense | pruned, median | gap, median | gap, each | decoder sparsity | speed-up |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (model, method), found in sorted(cells.items()):
         perplexities = [run["perplexity"] for run in found]

@@ -16,7 +16,7 @@ for model in mistral_saves_tva/mini_mistral llama3_saves_tva/mini_llama3; do
             [ $method = vib ] && samples=1200
             "$PYTHON" tva_prune.py --model_name_or_path $model --prune_method $method --target_sparsity 0.5 --seed $seed \
                 --dataset_name python_docs --block_size 256 --ctx_length 256 --max_train_samples $samples \
-                --per_device_train_batch_size 4 --max_eval_samples 256 --data_seed 0 --output_dir "$folder" \
+                --per_device_train_batch_size 4 --max_eval_samples 256 --output_dir "$folder" \
                 --overwrite_output_dir
         done
     done

@@ -109,8 +109,8 @@ class Run:
         return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
-        """Returns token blocks of a split of the run's text."""
-        data, seed = self.args.data, self.args.training.data_seed or self.args.training.seed
+        """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
+        data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
 
     def train_blocks(self, default_count: int) -> Dataset:
