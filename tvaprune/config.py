@@ -49,6 +49,8 @@ class DataArguments:
         """Checks the sizes."""
         sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
         _check_positive(self, *sizes)
+        if min(self.block_size, self.ctx_length or 2) < 2:
+            raise InputError("--block_size and --ctx_length need at least 2 tokens: one is predicted from the other")
 
 
 @dataclass
