@@ -6,6 +6,7 @@ The baselines are interpolated n-gram models with absolute discounting (Ney et a
 import argparse
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,12 +63,13 @@ def _keys(blocks: np.ndarray, n: int, vocabulary: int) -> np.ndarray:
 def report(path: str, block_size: int) -> None:
     """Prints the figures of one model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any
     model, tokenizer = load_model(path, "float32", device)
     train, validation, test = (
         token_blocks(tokenizer, "python_docs", split, block_size) for split in ("train", "validation", "test")
     )
-    arrays = (np.array(blocks.with_format("numpy")["input_ids"]) for blocks in (train, validation))
-    unigram, bigram, trigram = ngram_perplexities(*arrays, vocabulary=len(tokenizer))
+    counted, held_out = (np.array(blocks.with_format("numpy")["input_ids"]) for blocks in (train, validation))
+    unigram, bigram, trigram = ngram_perplexities(counted, held_out, len(tokenizer))
     rows = [
         ("tokens of training text", f"{len(train) * block_size:,}"),
         ("windows of validation and test text", f"{len(validation)} and {len(test)} of {block_size} tokens"),
