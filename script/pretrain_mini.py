@@ -136,6 +136,7 @@ def pretrain(family: str, output_dir: Path, work_dir: Path, args: argparse.Names
     trainer = Trainer(model=model, args=arguments, train_dataset=blocks, eval_dataset=validation, data_collator=collate)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
     torch.nn.Module.to(model, torch.bfloat16)
+    model.config.use_cache = True  # training switched it off
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
