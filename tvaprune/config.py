@@ -74,7 +74,7 @@ class PruneArguments:
     inter_mul: float = _flag(1.0, "Weight of the MLP gates within it.")
     emb_mult: float = _flag(30.0, "Weight of the hidden gates at the embedding within it.")
     lagrangian_warmup_epochs: float | None = _flag(
-        None, "Epochs over which the target sparsity rises; default 0.1, above 60%% sparsity 0.2, in a short run 0.5."
+        None, "Epochs over which the target sparsity rises; default 0.1, above 60%% sparsity 0.2, in a short run 0.3."
     )
     beta: float | None = _flag(
         None, "Sharpness of the keep probability at the end; default by family: Llama 10, Mistral 5."
@@ -82,7 +82,7 @@ class PruneArguments:
     beta_start: float | None = _flag(
         None, "Sharpness at the start, rising geometrically; default 0.5 in a short run, else the final value."
     )
-    beta_warmup_share: float = _flag(0.7, "Share of the steps over which the sharpness rises.")
+    beta_warmup_share: float = _flag(1.0, "Share of the steps over which the sharpness rises.")
     initial_log_variance: float | None = _flag(
         None, "Start of the gates' log-variances; default -5 in a short run, else the released -9."
     )
@@ -189,7 +189,7 @@ def gate_settings(
         return default if value is None else value
 
     beta = given(prune.beta, family_beta)
-    warmup_epochs = given(prune.lagrangian_warmup_epochs, 0.5 if short else 0.2 if sparsity > 0.6 else 0.1)
+    warmup_epochs = given(prune.lagrangian_warmup_epochs, 0.3 if short else 0.2 if sparsity > 0.6 else 0.1)
     return GateSettings(
         target_sparsity=sparsity,
         vib_learning_rate=given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
