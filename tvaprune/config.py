@@ -90,6 +90,7 @@ class PruneArguments:
     )
     keep_one_kv_head: bool = _flag(False, "Keep at least one KV head in every layer, as the released tool does.")
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
+    save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold"] = _flag(
         "fold", "Instant weight update: fold the gates' means into the weights, or none: cut only."
     )
