@@ -19,6 +19,7 @@ TIERS = {
     "units": 1,
     "gates": 1,
     "param_count": 1,
+    "widths": 1,
     "data": 1,
     "distill": 1,
     "masks": 2,

@@ -100,9 +100,10 @@ class Run:
         return max(1, default_dim_multiple(self.shape.hidden_size) if given is None else given)
 
     @property
-    def plan_options(self) -> tuple[int, int]:
-        """What widths are rounded to, and the KV heads that every layer keeps."""
-        return self.dim_multiple, int(self.args.prune.keep_one_kv_head)
+    def plan_options(self) -> tuple[int, int, bool, int]:
+        """What the widths must satisfy: the arguments of `plan_from_masks` and `calibrate`."""
+        prune = self.args.prune
+        return self.dim_multiple, int(prune.keep_one_kv_head), prune.uniform, prune.tensor_parallel
 
     @property
     def window(self) -> int:
