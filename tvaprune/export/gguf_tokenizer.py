@@ -87,10 +87,20 @@ def _tokens(content: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
-    """Returns scores that merge in the order of the merges: llama.cpp joins the pair whose token scores highest."""
+    """Returns scores that merge in the order of the merges: llama.cpp joins the pair whose token scores highest.
+
+    It joins any two pieces whose union is a token, so every such pair must be a merge.
+    """
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(model["merges"]):
-        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), rank)
+    pairs = {(token[:cut], token[cut:]) for token in ranks for cut in range(1, len(token))} - set(merges)
+    if any(left in model["vocab"] and right in model["vocab"] for left, right in pairs):
+        raise InputError(
+            "--format gguf: the tokenizer joins other pieces than SentencePiece does, by whose rule llama.cpp would "
+            "read it; supported are byte-level BPE and tokenizers that were converted from SentencePiece"
+        )
     return [-float(ranks[token]) if token in ranks else LOWEST_SCORE for token in tokens]
 
 
