@@ -28,7 +28,17 @@ from tvaprune.data import load_documents, token_blocks
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 256  # longer than the Mistral's sliding window, so that the window is exercised
 # The split of Llama-3's tokenizer (its tokenizer.json): contractions, words, numbers of up to three digits, the rest.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
 SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -126,6 +136,7 @@ def pretrain(family: str, output_dir: Path, work_dir: Path, args: argparse.Names
     trainer = Trainer(model=model, args=arguments, train_dataset=blocks, eval_dataset=validation, data_collator=collate)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
     torch.nn.Module.to(model, torch.bfloat16)
+    model.config.use_cache = True  # training switched it off
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 

@@ -13,7 +13,7 @@ TIERS = {
     "": -1,  # tvaprune/__init__.py
     "errors": -1,
     "config": 0,
-    "runtime": 0,
+    "runtime": 1,
     "families": 0,
     "python_docs": 0,
     "units": 1,

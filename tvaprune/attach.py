@@ -27,7 +27,7 @@ class GatedModel(nn.Module):
     """A frozen stock model with a VIB gate on every prunable unit.
 
     Calls go to the stock model, with gates sampled per token unless `off` or `using` says otherwise. The state dict
-    holds the gates alone. `detach` gives the stock model back as it was.
+    holds the gates alone. `detach_gates` gives the stock model back as it was.
 
     Args:
         model: A ``...ForCausalLM`` of a supported family; its parameters stop requiring gradients.
@@ -36,6 +36,7 @@ class GatedModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, initial_log_variance: float = -9.0) -> None:
         super().__init__()
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False)
         self.family = family_of(model.config)
         self.shape = shape_of(model.config)
@@ -84,10 +85,12 @@ class GatedModel(nn.Module):
             self._fixed = before
 
     def detach_gates(self) -> PreTrainedModel:
-        """Removes every hook and returns the stock model."""
+        """Removes every hook and returns the stock model, as trainable as it came."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
         return self.model
 
     def activation_checkpointing_enable(self, **options: Any) -> None:

@@ -49,6 +49,8 @@ class DataArguments:
         """Checks the sizes."""
         sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
         _check_positive(self, *sizes)
+        if min(self.block_size, self.ctx_length or 2) < 2:
+            raise InputError("--block_size and --ctx_length need at least 2 tokens: one is predicted from the other")
 
 
 @dataclass
@@ -103,8 +105,8 @@ class PruneArguments:
         """Checks the ranges."""
         if not 0 < self.target_sparsity < 1:
             raise InputError(
-                f"--target_sparsity is {self.target_sparsity}: it is a share of the decoder's parameters, give a number "
-                "between 0 and 1, such as 0.5"
+                f"--target_sparsity is {self.target_sparsity}: it is a share of the decoder's parameters, give a "
+                "number between 0 and 1, such as 0.5"
             )
         if self.dim_multiple is not None and self.dim_multiple < 0:
             raise InputError(f"--dim_multiple is {self.dim_multiple}: give a width such as 128, or 0 for no adjustment")

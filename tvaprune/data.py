@@ -133,6 +133,9 @@ def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
         try:
             build(temporary / "data")
             os.rename(temporary / "data", folder)
+        except OSError:
+            if not folder.exists():  # else another process was quicker, with the same data
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
@@ -169,15 +172,7 @@ def _path_documents(path: Path, split: str) -> list[str]:
             f"--dataset_name {path}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
             "give a .txt, .jsonl, .parquet or save_to_disk folder"
         )
-    if path.is_dir():
-        loaded = load_from_disk(str(path))
-    elif path.suffix == ".txt":
-        loaded = Dataset.from_dict({"text": path.read_text(encoding="utf-8").split("\n\n")})
-    elif path.suffix in (".jsonl", ".parquet"):
-        builder = "json" if path.suffix == ".jsonl" else "parquet"
-        loaded = load_dataset(builder, data_files=str(path), split="train")
-    else:
-        raise InputError(f"--dataset_name {path}: cannot read '{path.suffix}'; give .txt, .jsonl or .parquet")
+    loaded = _read_path(path)
     own_splits = isinstance(loaded, DatasetDict)
     if own_splits and split not in loaded:
         raise InputError(
@@ -191,6 +186,24 @@ def _path_documents(path: Path, split: str) -> list[str]:
         first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
         texts = texts[first:last]
     return ["\n\n".join(texts)] if path.suffix == ".txt" else texts
+
+
+def _read_path(path: Path) -> Any:
+    """Reads a file or folder by its kind: a ``Dataset`` or a ``DatasetDict``."""
+    if path.is_file() and path.suffix not in (".txt", ".jsonl", ".parquet"):
+        raise InputError(f"--dataset_name {path}: cannot read '{path.suffix}'; give .txt, .jsonl or .parquet")
+    try:
+        if path.is_dir():
+            return load_from_disk(str(path))
+        if path.suffix == ".txt":
+            return Dataset.from_dict({"text": path.read_text(encoding="utf-8").split("\n\n")})
+        builder = "json" if path.suffix == ".jsonl" else "parquet"
+        return load_dataset(builder, data_files=str(path), split="train")
+    except Exception as error:  # each reader raises kinds of its own
+        kind = "folder of save_to_disk" if path.is_dir() else f"{path.suffix} file in UTF-8"
+        raise InputError(
+            f"--dataset_name {path}: not a readable {kind} ({type(error).__name__}); mend or replace it"
+        ) from error
 
 
 def token_blocks(
@@ -214,19 +227,21 @@ def token_blocks(
         InputError: If the text cannot be had or is shorter than one block.
     """
     documents = load_documents(dataset_name, split, data_dir)
-    digest = hashlib.sha256(json.dumps([block_size, tokenizer.get_vocab()], sort_keys=True).encode())
+    identity = [block_size, tokenizer.eos_token_id, tokenizer.backend_tokenizer.to_str()]
+    digest = hashlib.sha256(json.dumps(identity).encode())
     for document in documents:
         digest.update(document.encode() + b"\0")
 
     def build(target: Path) -> None:
-        Dataset.from_dict({"input_ids": _cut(tokenizer, documents, block_size)}).save_to_disk(target)
+        cut = _cut(tokenizer, documents, block_size)
+        if not cut:
+            raise InputError(
+                f"--dataset_name {dataset_name}: its {split} split is shorter than one block of {block_size} tokens; "
+                "give a longer text or a smaller --block_size"
+            )
+        Dataset.from_dict({"input_ids": cut}).save_to_disk(target)
 
     blocks = _cached(cache_folder() / f"blocks-{digest.hexdigest()[:16]}", build)
-    if len(blocks) == 0:
-        raise InputError(
-            f"--dataset_name {dataset_name}: its {split} split is shorter than one block of {block_size} tokens; "
-            "give a longer text or a smaller --block_size"
-        )
     if max_blocks is not None and max_blocks < len(blocks):
         chosen = np.random.default_rng(seed).permutation(len(blocks))[:max_blocks]
         blocks = blocks.select(np.sort(chosen))

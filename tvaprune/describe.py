@@ -5,15 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig
-
-from tvaprune.errors import InputError
-from tvaprune.families import ModelShape, shape_of
+from tvaprune.families import shape_of
 from tvaprune.masks import load_masks
 from tvaprune.param_count import dense_parameters
 from tvaprune.plan import default_dim_multiple, describe_widths, plan_from_masks
 from tvaprune.report import table
-from tvaprune.runtime import run_command
+from tvaprune.runtime import load_config, run_command
 
 
 def describe(
@@ -24,7 +21,7 @@ def describe(
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
-    shape = _shape(model)
+    shape = shape_of(load_config(model))
     masks = load_masks(mask)
     masks.check_fits(shape, str(mask))
     multiple = default_dim_multiple(shape.hidden_size) if dim_multiple is None else max(1, dim_multiple)
@@ -35,16 +32,6 @@ def describe(
         "learned": describe_widths(plan_from_masks(masks, shape, 1, min_key_value_heads)),
         "adjusted": describe_widths(plan_from_masks(masks, shape, multiple, min_key_value_heads)),
     }
-
-
-def _shape(model: str) -> ModelShape:
-    try:
-        return shape_of(AutoConfig.from_pretrained(model))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--model_name_or_path {model}: no config.json to read ({reason}); give its folder") from error
 
 
 def _print(content: dict[str, object]) -> None:

@@ -23,7 +23,7 @@ from tvaprune.families import ModelShape
 from tvaprune.units import PerUnit
 
 MASK_NAME = "mask_info_{perplexity}.pkl"
-_LAYER_KEY = re.compile(r"(attn|inter)_layer(\d+)_z_(mu|logD)")
+_KEY = re.compile(r"(?:(hidden)_mask|(attn|inter)_layer(\d{1,4}))_z_(mu|logD)")
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def _from_dict(loaded: Any, path: Path) -> Masks:
     """Sorts the tensors of a mask file by kind and layer."""
     found: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     for key, tensor in loaded.items() if isinstance(loaded, dict) else ():
-        match = _LAYER_KEY.fullmatch(key) if isinstance(key, str) else None
-        kind, layer, name = match.groups() if match else ("hidden", 0, str(key).removeprefix("hidden_mask_z_"))
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 1 or name not in ("mu", "logD"):
+        match = _KEY.fullmatch(key) if isinstance(key, str) else None
+        if match is None or not isinstance(tensor, torch.Tensor) or tensor.dim() != 1:
             raise InputError(f"--mask_loc {path}: '{key}' is no gate of a mask file; give a mask_info_*.pkl")
         if not torch.isfinite(tensor).all():
             raise InputError(f"--mask_loc {path}: '{key}' holds NaN or infinity; give the mask of a run that converged")
-        found.setdefault((kind, name), {})[int(layer)] = tensor.float()
+        hidden_kind, layer_kind, layer, name = match.groups()
+        found.setdefault((hidden_kind or layer_kind, name), {})[int(layer or 0)] = tensor.float()
     num_layers = max((max(layers) + 1 for layers in found.values()), default=0)
     values = {}
     for name in ("mu", "logD"):

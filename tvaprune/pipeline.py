@@ -111,8 +111,8 @@ class Run:
         return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
-        """Returns token blocks of a split of the run's text."""
-        data, seed = self.args.data, self.args.training.data_seed or self.args.training.seed
+        """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
+        data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
 
     def train_blocks(self, default_count: int) -> Dataset:
@@ -147,7 +147,7 @@ def run_prune(args: Arguments) -> None:
     run = Run.load(args)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
     path = _train_gates(run, checkpoint) if args.prune.prune_method == "vib" else _score_units(run)
-    plan = _plan(run, load_masks(path), str(path))
+    plan = _plan(run, load_masks(path))
     target = args.prune.target_sparsity
     results = _measure(run, plan, blocks) | {"mask": str(path), "target_sparsity": target}
     _report(results, args.save_loc)
@@ -162,13 +162,14 @@ def run_evaluate(args: Arguments) -> None:
     """Applies a mask file and measures the narrower model."""
     assert args.prune.mask_loc is not None
     masks = load_masks(args.prune.mask_loc)
+    masks.check_fits(shape_of(runtime.load_config(args.source.model_name_or_path)), f"--mask_loc {args.prune.mask_loc}")
     results_path = args.save_loc / "results.json"
     if results_path.exists() and not args.training.overwrite_output_dir:
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
     _check_save(args)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
-    plan = _plan(run, masks, f"--mask_loc {args.prune.mask_loc}")
+    plan = _plan(run, masks)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
     _report(_measure(run, plan, blocks) | {"mask": args.prune.mask_loc, "target_sparsity": None}, args.save_loc)
 
@@ -262,9 +263,8 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _plan(run: Run, masks: Masks, origin: str) -> KeepPlan:
+def _plan(run: Run, masks: Masks) -> KeepPlan:
     """Turns a mask into the plan for the run's model, and writes it down."""
-    masks.check_fits(run.shape, origin)
     plan = plan_from_masks(masks, run.shape, *run.plan_options)
     folder = run.args.save_loc
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,17 @@ class KeepPlan:
         temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, path)
 
+    def _check(self) -> None:
+        """Raises `ValueError` unless every layer is there, with ascending indices and a factor for each."""
+        full = PerUnit.full(self.shape, 0.0)
+        layers = (len(self.kept.attn), len(self.scale.attn), len(self.kept.inter), len(self.scale.inter))
+        if set(layers) != {self.shape.num_hidden_layers}:
+            raise ValueError("layers are missing")
+        for kept, scale, units in zip(self.kept, self.scale, full, strict=True):
+            inside = not len(kept) or (kept[0] >= 0 and kept[-1] < len(units))
+            if len(kept) != len(scale) or not inside or not bool((kept.diff() > 0).all()):
+                raise ValueError("indices are not those of the model's units")
+
     @classmethod
     def load(cls, path: Path) -> "KeepPlan":
         """Reads a plan.
@@ -105,7 +116,9 @@ class KeepPlan:
                 return PerUnit(torch.tensor(content["hidden"][name], dtype=dtype), tuple(attn), tuple(inter))
 
             shape = ModelShape(**content["shape"])
-            return cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
+            plan = cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
+            plan._check()
+            return plan
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run"

@@ -137,7 +137,7 @@ class GateTrainer(Trainer):
         parts = model(**inputs, **self._schedule())
         if not torch.isfinite(parts["loss"]):
             raise InputError(
-                f"the loss is {float(parts['loss'])} at step {self.state.global_step}; use --dtype float32 or "
+                f"the loss is {parts['loss'].item()} at step {self.state.global_step}; use --dtype float32 or "
                 "bfloat16, or lower --vib_learning_rate; the last checkpoint is in --output_dir"
             )
         self._parts = {name: value.detach() for name, value in parts.items()}

@@ -20,6 +20,7 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: st
         blocks: Windows, as `tvaprune.data.token_blocks` gives them.
         description: Label of a progress bar; ``None`` shows none.
     """
+    assert len(blocks) > 0 and len(blocks[0]["input_ids"]) > 1, "a perplexity needs a prediction"
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -1,0 +1,103 @@
+"""What the README says is so: its commands parse and run, its tree is the tree."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tvaprune.pipeline import Arguments
+
+README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.strip().splitlines()
+    if not line.startswith("git clone")
+]
+SHIPPED_TEXT = {"TVAPRUNE_CACHE": os.path.expanduser("~/.cache/tvaprune")}  # extracting it takes over a minute
+
+
+def commands(words):
+    return [line for line in COMMANDS if words in line]
+
+
+@pytest.mark.parametrize("line", commands("bash script/"))
+def test_a_script_that_the_readme_names_is_there_and_is_valid(line):
+    script = tiny.ROOT / shlex.split(line)[1]
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("line", commands("python tva_prune.py") + commands("python lora_ft_vib.py"))
+def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+    args = Arguments.parse()
+    assert Path(args.source.model_name_or_path, "config.json").is_file()
+
+
+def test_the_readmes_tree_names_every_module():
+    tree = README.split("```\ntva_prune.py")[1].split("```")[0]
+    modules = [path.name for path in (tiny.ROOT / "tvaprune").glob("*.py") if path.name != "__init__.py"]
+    folders = [path.name for path in (tiny.ROOT / "tvaprune").iterdir() if (path / "__init__.py").is_file()]
+    assert [name for name in modules + folders if f"  {name}" not in tree] == []
+    named = re.findall(r"^  (\w+\.py)", tree, flags=re.MULTILINE)
+    assert sorted(named) == sorted(modules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands("python -m tvaprune.describe"))
+def test_the_describe_command_runs(line):
+    result = tiny.run(" ".join(shlex.split(line)[1:]))
+    assert result.returncode == 0, result.stderr
+    assert "decoder_sparsity" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands("python lora_ft_vib.py"))
+def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path):
+    folders = ("--save_loc", tmp_path, "--output_dir", tmp_path)
+    short = ("--max_eval_samples", 64, "--speed_batches", 2)
+    result = tiny.run(" ".join(shlex.split(line)[1:]), *folders, *short, **SHIPPED_TEXT)
+    assert result.returncode == 0, result.stderr
+    results = tiny.read_json(tmp_path / "results.json")
+    assert results["widths"]["decoder_sparsity"] == pytest.approx(0.5, abs=0.005)
+    assert results["perplexity"]["pruned"] < 2 * results["perplexity"]["dense"]
+
+
+@pytest.mark.slow
+def test_the_main_job_runs_as_a_new_user_runs_it(tmp_path):
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=tiny.ROOT, capture_output=True, text=True
+    )
+    for name in files.stdout.splitlines():
+        if (tiny.ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tiny.ROOT / name, tmp_path / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    result = subprocess.run(
+        ["bash", "script/tva_prune.sh"], cwd=tmp_path, env=env | SHIPPED_TEXT | {"PATH": path}, capture_output=True,
+        text=True, timeout=1200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = tiny.read_json(tmp_path / "out" / "mini_mistral" / "results.json")
+    assert results["widths"]["decoder_sparsity"] == pytest.approx(0.5, abs=0.005)
+    assert results["perplexity"]["dense"] < results["perplexity"]["pruned"] < 1.5 * results["perplexity"]["dense"]
+    assert results["speed_up"]["whole_set"] > 1.0
+    for words in ("dense ->", "(target 0.5)", "speed-up", "mask_info_"):
+        assert words in result.stdout
+
+
+def test_the_driver_says_what_its_arguments_are():
+    result = subprocess.run(
+        ["bash", "script/tva_prune.sh", "one"], cwd=tiny.ROOT, capture_output=True, text=True,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("tva_prune.sh: got 1 arguments, needs none or 7: MODEL MASK_SAVE VIB_LR")
