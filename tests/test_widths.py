@@ -72,7 +72,7 @@ def test_devices_can_share_every_layer(masks, devices, uniform):
     plan = plan_from_masks(calibrate(masks, SHAPE, 0.5, **options), SHAPE, **options)
     assert all(width % devices == 0 for width in (*plan.num_key_value_heads, *plan.intermediate_size))
     assert all(width % 5 == 0 for width in plan.intermediate_size) and min(plan.num_key_value_heads) >= devices
-    assert equal(plan.num_key_value_heads) == uniform
+    assert not uniform or equal(plan.num_key_value_heads)
     free = plan_from_masks(calibrate(masks, SHAPE, 0.5), SHAPE)
     assert any(width % devices for width in free.num_key_value_heads)
 
@@ -117,7 +117,7 @@ def test_the_penalty_draws_layers_to_one_width():
         attn=tuple(torch.randn(8, generator=generator) + i - 2 for i in range(5)),
         inter=tuple(torch.randn(160, generator=generator) + i - 2 for i in range(5)),
     ).map(lambda v: v.requires_grad_())
-    start = float(expected_spread(scores, 1.0, SHAPE))
+    start = float(expected_spread(scores, 1.0, SHAPE).detach())
     lagrangian = Lagrangian()
     lagrangian.lambda_2.data += 100.0
     optimizer = torch.optim.Adam([*scores.attn, *scores.inter], lr=0.1)
@@ -126,16 +126,17 @@ def test_the_penalty_draws_layers_to_one_width():
         sparsity, spread = expected_sparsity(scores, 1.0, SHAPE), expected_spread(scores, 1.0, SHAPE)
         lagrangian(sparsity, 0.4, spread).backward()
         optimizer.step()
-    assert float(expected_spread(scores, 1.0, SHAPE)) < start / 100
-    assert float(expected_sparsity(scores, 1.0, SHAPE)) == pytest.approx(0.4, abs=0.01)
+    assert float(expected_spread(scores, 1.0, SHAPE).detach()) < start / 100
+    assert float(expected_sparsity(scores, 1.0, SHAPE).detach()) == pytest.approx(0.4, abs=0.01)
 
 
 def test_the_penalty_without_a_spread_is_the_one_it_was():
     lagrangian = Lagrangian()
     lagrangian.lambda_1.data += 2.0
     lagrangian.lambda_2.data += 3.0
-    assert float(lagrangian(torch.tensor(0.3), 0.5)) == pytest.approx(2 * -0.2 + 3 * 0.04)
-    assert float(lagrangian(torch.tensor(0.3), 0.5, 0.01)) == pytest.approx(2 * -0.2 + 3 * 0.05)
+    with torch.no_grad():
+        assert float(lagrangian(torch.tensor(0.3), 0.5)) == pytest.approx(2 * -0.2 + 3 * 0.04)
+        assert float(lagrangian(torch.tensor(0.3), 0.5, 0.01)) == pytest.approx(2 * -0.2 + 3 * 0.05)
 
 
 def test_the_flags_reach_the_training():
