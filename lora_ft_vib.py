@@ -1,9 +1,9 @@
-"""Evaluates a mask (`--do_eval --mask_loc K`) or trains one (`--do_train --prune_method vib`)."""
+"""Evaluates a mask (`--mask_loc K --do_eval`), writes the pruned model (`--save_pruned DIR`), or trains a mask."""
 
 import sys
 
 from tvaprune.errors import InputError
-from tvaprune.pipeline import Arguments, run_evaluate, run_prune
+from tvaprune.pipeline import Arguments, run_evaluate, run_prune, run_save
 from tvaprune.runtime import run_command
 
 
@@ -14,8 +14,10 @@ def main() -> None:
         run_prune(args)
     elif args.training.do_eval and args.prune.mask_loc is not None:
         run_evaluate(args)
+    elif args.prune.save_pruned is not None and args.prune.mask_loc is not None:
+        run_save(args)
     else:
-        raise InputError("nothing to do: give --do_eval with --mask_loc, or --do_train without it")
+        raise InputError("nothing to do: give --do_eval or --save_pruned with --mask_loc, or --do_train without it")
 
 
 if __name__ == "__main__":

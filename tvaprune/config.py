@@ -91,7 +91,12 @@ class PruneArguments:
         "Multiple that hidden and MLP widths are adjusted to; 0: off; default 128, in a model under 1,024 wide 8.",
     )
     keep_one_kv_head: bool = _flag(False, "Keep at least one KV head in every layer, as the released tool does.")
+    uniform: bool = _flag(
+        False, "Keep as many KV heads and MLP channels in every layer: a stock model, which any engine serves."
+    )
+    tensor_parallel: int = _flag(1, "Keep KV heads and MLP channels in multiples of this, to serve on as many devices.")
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
+    save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold"] = _flag(
         "fold", "Instant weight update: fold the gates' means into the weights, or none: cut only."
     )
@@ -108,6 +113,7 @@ class PruneArguments:
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
         _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "beta_warmup_share")
+        _check_positive(self, "tensor_parallel")
 
 
 @dataclass
@@ -167,6 +173,8 @@ class GateSettings:
     initial_log_variance: float
     dim_multiple: int
     min_key_value_heads: int
+    uniform: bool
+    tensor_parallel: int
     distill: bool
     distill_temp: float
 
@@ -205,6 +213,8 @@ def gate_settings(
         initial_log_variance=given(prune.initial_log_variance, -5.0 if short else -9.0),
         dim_multiple=dim_multiple,
         min_key_value_heads=int(prune.keep_one_kv_head),
+        uniform=prune.uniform,
+        tensor_parallel=prune.tensor_parallel,
         distill=distill.distill,
         distill_temp=distill.distill_temp,
     )

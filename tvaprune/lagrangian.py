@@ -10,7 +10,7 @@ from torch import nn
 
 from tvaprune import gates
 from tvaprune.families import ModelShape
-from tvaprune.param_count import decoder_sparsity
+from tvaprune.param_count import decoder_sparsity, layer_parameters
 from tvaprune.units import PerUnit
 
 
@@ -22,10 +22,14 @@ class Lagrangian(nn.Module):
         self.lambda_1 = nn.Parameter(torch.zeros(()))
         self.lambda_2 = nn.Parameter(torch.zeros(()))
 
-    def forward(self, sparsity: torch.Tensor, target: float) -> torch.Tensor:
-        """Returns the penalty for an expected sparsity (a scalar) away from the target."""
+    def forward(self, sparsity: torch.Tensor, target: float, spread: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Returns the penalty for an expected sparsity (a scalar) away from the target.
+
+        Args:
+            spread: What `expected_spread` says of layers that must be equally wide: it vanishes as the gap must.
+        """
         gap = sparsity - target
-        return self.lambda_1 * gap + self.lambda_2 * gap.square()
+        return self.lambda_1 * gap + self.lambda_2 * (gap.square() + spread)
 
 
 def target_at(step: int, num_warmup_steps: int, start: float, target: float) -> float:
@@ -54,3 +58,20 @@ def expected_sparsity(log_alpha: PerUnit, beta: float, shape: ModelShape) -> tor
     (hidden,) = expected([log_alpha.hidden])
     sparsity: torch.Tensor = decoder_sparsity(hidden, expected(log_alpha.attn), expected(log_alpha.inter), shape)
     return sparsity
+
+
+def expected_spread(log_alpha: PerUnit, beta: float, shape: ModelShape) -> torch.Tensor:
+    """Returns how far the layers are from being equally wide, a scalar with gradient; 0 where they are.
+
+    The variance over the layers of the expected parameters of the attention, and of the MLP, as shares of a full layer:
+    the square of a sparsity, as the gap to the target is.
+    """
+    full = layer_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
+
+    def share(kv_heads: torch.Tensor | float, channels: torch.Tensor | float) -> torch.Tensor:
+        share: torch.Tensor = layer_parameters(shape.hidden_size, kv_heads, channels, shape) / full
+        return share
+
+    heads = torch.stack([gates.keep_probability(value, beta).sum() for value in log_alpha.attn])
+    channels = torch.stack([gates.keep_probability(value, beta).sum() for value in log_alpha.inter])
+    return share(heads, 0.0).var(correction=0) + share(0.0, channels).var(correction=0)

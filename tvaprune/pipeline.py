@@ -1,6 +1,6 @@
 """The order of the stages. Page one for a reader.
 
-flags -> stock model -> gates trained, or units scored -> mask file -> keep plan -> narrower model -> results
+flags -> stock model -> gates trained, or units scored -> mask file -> keep plan -> narrower model -> results and folder
 """
 
 import copy
@@ -18,6 +18,7 @@ from tvaprune import report, runtime
 from tvaprune.apply import apply_plan
 from tvaprune.attach import GatedModel
 from tvaprune.baselines import score_masks
+from tvaprune.checkpoint import check_output, save_pruned
 from tvaprune.config import (
     RELEASED_MAX_WINDOW,
     DataArguments,
@@ -99,9 +100,10 @@ class Run:
         return max(1, default_dim_multiple(self.shape.hidden_size) if given is None else given)
 
     @property
-    def plan_options(self) -> tuple[int, int]:
-        """What widths are rounded to, and the KV heads that every layer keeps."""
-        return self.dim_multiple, int(self.args.prune.keep_one_kv_head)
+    def plan_options(self) -> tuple[int, int, bool, int]:
+        """What the widths must satisfy: the arguments of `plan_from_masks` and `calibrate`."""
+        prune = self.args.prune
+        return self.dim_multiple, int(prune.keep_one_kv_head), prune.uniform, prune.tensor_parallel
 
     @property
     def window(self) -> int:
@@ -140,6 +142,7 @@ class Run:
 def run_prune(args: Arguments) -> None:
     """Learns a mask, writes it, applies it and measures the narrower model."""
     checkpoint = _checkpoint(args)
+    _check_save(args)
     runtime.prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
     run = Run.load(args)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
@@ -163,11 +166,40 @@ def run_evaluate(args: Arguments) -> None:
     results_path = args.save_loc / "results.json"
     if results_path.exists() and not args.training.overwrite_output_dir:
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+    _check_save(args)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
     plan = _plan(run, masks)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
     _report(_measure(run, plan, blocks) | {"mask": args.prune.mask_loc, "target_sparsity": None}, args.save_loc)
+
+
+def run_save(args: Arguments) -> None:
+    """Applies a mask file and writes the narrower model, unmeasured."""
+    assert args.prune.mask_loc is not None and args.prune.save_pruned is not None
+    masks = load_masks(args.prune.mask_loc)
+    _check_save(args)
+    run = Run.load(args)
+    masks.check_fits(run.shape, f"--mask_loc {args.prune.mask_loc}")
+    plan = plan_from_masks(masks, run.shape, *run.plan_options)
+    _save(run, _narrow(run, run.model, plan), plan, run.record())
+
+
+def _check_save(args: Arguments) -> None:
+    """Refuses a checkpoint folder that is in use, before the work begins."""
+    if args.prune.save_pruned is not None:
+        check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
+
+
+def _save(run: Run, pruned: PreTrainedModel, plan: KeepPlan, record: dict[str, Any]) -> None:
+    """Writes the narrower model where ``--save_pruned`` says so."""
+    folder = run.args.prune.save_pruned
+    if folder is None:
+        return
+    mask = run.args.prune.mask_loc or best_mask(run.args.output_dir / "best")
+    record = record | {"mask": str(mask), "weight_update": run.args.prune.weight_update}
+    save_pruned(pruned, plan, run.tokenizer, folder, run.args.training.overwrite_output_dir, record)
+    print(f"checkpoint: {folder}")
 
 
 def _checkpoint(args: Arguments) -> str | None:
@@ -258,14 +290,19 @@ def _measure(run: Run, plan: KeepPlan, blocks: Dataset) -> dict[str, Any]:
     }
     dense_perplexity = perplexity(dense, blocks, batch_size, "dense perplexity")
     # In place where nothing is timed: then the peak of memory is the dense model's.
-    pruned = apply_plan(copy.deepcopy(dense) if evaluation.speed_batches else dense, plan)
-    if run.args.prune.weight_update == "fold":
-        fold(pruned, plan)
+    pruned = _narrow(run, copy.deepcopy(dense) if evaluation.speed_batches else dense, plan)
     pruned_perplexity = perplexity(pruned, blocks, batch_size, "pruned perplexity")
     results["perplexity"] = {"dense": dense_perplexity, "pruned": pruned_perplexity}
     if evaluation.speed_batches:
         results["speed_up"] = asdict(speed_up(dense, pruned, blocks, batch_size, evaluation.speed_batches))
+    _save(run, pruned, plan, results)
     return results
+
+
+def _narrow(run: Run, model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
+    """Slices a model in place and updates its weights."""
+    apply_plan(model, plan)
+    return fold(model, plan) if run.args.prune.weight_update == "fold" else model
 
 
 def _report(results: dict[str, Any], folder: Path) -> None:

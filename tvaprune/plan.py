@@ -5,6 +5,7 @@ The threshold for an exact sparsity, the dimension adjustment (TVA-Prune, eq. 4-
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tvaprune.families import ModelShape
 from tvaprune.masks import Masks
 from tvaprune.param_count import decoder_sparsity, total_parameters
 from tvaprune.units import PerUnit
+from tvaprune.widths import Widths, adjust_width
 
 TOLERANCE = 0.005  # how far the saved mask's sparsity may be from the target
 NEARBY_WIDTHS = 3  # multiples of T above and below the natural hidden width that the search for an exact target tries
@@ -123,36 +125,50 @@ class KeepPlan:
             ) from error
 
 
-def adjust_width(width: int, full: int, multiple: int) -> int:
-    """Returns the width rounded to the nearest multiple (eq. 4), at least one multiple, at most the full width."""
-    rounded = (2 * width + multiple) // (2 * multiple) * multiple
-    return min(max(rounded, multiple), full)
-
-
-def plan_from_masks(masks: Masks, shape: ModelShape, dim_multiple: int = 1, min_key_value_heads: int = 0) -> KeepPlan:
+def plan_from_masks(
+    masks: Masks,
+    shape: ModelShape,
+    dim_multiple: int = 1,
+    min_key_value_heads: int = 0,
+    uniform: bool = False,
+    tensor_parallel: int = 1,
+) -> KeepPlan:
     """Cuts at ``log_alpha = 0``, then adjusts the widths: the units of smallest ``log_alpha`` fill or leave (eq. 5).
 
     Args:
         min_key_value_heads: KV heads that every layer keeps at least; 0 lets a layer lose its attention.
+        uniform: Every layer keeps as many KV heads, and as many channels: its own best.
+        tensor_parallel: KV heads and channels are multiples of this in every layer.
+
+    Raises:
+        InputError: If ``tensor_parallel`` does not divide the unpruned widths.
     """
+
+    def counts(scores: Sequence[torch.Tensor]) -> list[int]:
+        return [int((log_alpha < 0).sum()) for log_alpha in scores]
 
     def indices(log_alpha: torch.Tensor, width: int) -> torch.Tensor:
         return torch.argsort(log_alpha, stable=True)[:width].sort().values
 
-    def heads(log_alpha: torch.Tensor) -> torch.Tensor:
-        return indices(log_alpha, max(int((log_alpha < 0).sum()), min_key_value_heads))
-
-    def adjusted(log_alpha: torch.Tensor) -> torch.Tensor:
-        return indices(log_alpha, adjust_width(int((log_alpha < 0).sum()), len(log_alpha), dim_multiple))
-
     detached = Masks(*(values.map(lambda v: v.detach().float().cpu()) for values in (masks.mu, masks.log_variance)))
     scores = detached.log_alpha
-    kept = PerUnit(adjusted(scores.hidden), tuple(map(heads, scores.attn)), tuple(map(adjusted, scores.inter)))
+    widths = Widths(shape, dim_multiple, min_key_value_heads, uniform, tensor_parallel)
+    kept = PerUnit(
+        hidden=indices(scores.hidden, widths.hidden(*counts([scores.hidden]))),
+        attn=tuple(map(indices, scores.attn, widths.heads(counts(scores.attn)))),
+        inter=tuple(map(indices, scores.inter, widths.channels(counts(scores.inter)))),
+    )
     return KeepPlan(kept, detached.mu.map(torch.Tensor.__getitem__, kept), shape, dim_multiple)
 
 
 def calibrate(
-    masks: Masks, shape: ModelShape, target: float, dim_multiple: int = 1, min_key_value_heads: int = 0
+    masks: Masks,
+    shape: ModelShape,
+    target: float,
+    dim_multiple: int = 1,
+    min_key_value_heads: int = 0,
+    uniform: bool = False,
+    tensor_parallel: int = 1,
 ) -> Masks:
     """Shifts the log-variances so that the cut at 0, adjusted, comes as near to the target sparsity as can be.
 
@@ -160,11 +176,11 @@ def calibrate(
     tolerance, the hidden dims get a threshold of their own, the nearest that makes the target possible.
 
     Returns:
-        New masks of the same means; `plan_from_masks` of them is the plan.
+        New masks of the same means; `plan_from_masks` of them, with the same arguments, is the plan.
     """
-    scores = _Scores(masks, shape, dim_multiple, min_key_value_heads)
+    scores = _Scores(masks, Widths(shape, dim_multiple, min_key_value_heads, uniform, tensor_parallel))
     common = scores.threshold(target)
-    natural = adjust_width(scores.num_hidden_below(common), shape.hidden_size, dim_multiple)
+    natural = scores.hidden_width(common)
     best, best_rank = (common, common), scores.rank(common, common, target)
     for steps in range(-NEARBY_WIDTHS, NEARBY_WIDTHS + 1):
         width = adjust_width(natural + steps * dim_multiple, shape.hidden_size, dim_multiple)
@@ -179,27 +195,24 @@ def calibrate(
 class _Scores:
     """The sorted log_alpha of a model, to count quickly what a threshold keeps."""
 
-    def __init__(self, masks: Masks, shape: ModelShape, dim_multiple: int, min_key_value_heads: int) -> None:
+    def __init__(self, masks: Masks, widths: Widths) -> None:
         self.masks = Masks(*(v.map(lambda t: t.detach().float().cpu()) for v in (masks.mu, masks.log_variance)))
         # Float64, so that a threshold between two float32 scores stands strictly between them.
         self.sorted = self.masks.log_alpha.map(lambda score: score.double().sort().values)
-        self.shape, self.dim_multiple, self.min_key_value_heads = shape, dim_multiple, min_key_value_heads
+        self.widths = widths
         self.cuts = _between(torch.cat(tuple(self.sorted)).sort().values)
-
-    def num_hidden_below(self, threshold: float) -> int:
-        return _count(self.sorted.hidden, threshold)
 
     def sparsity(self, width: int, threshold: float) -> float:
         """Returns the sparsity at a hidden width and a threshold for KV heads and MLP channels."""
-        heads = [max(_count(score, threshold), self.min_key_value_heads) for score in self.sorted.attn]
-        channels = [adjust_width(_count(s, threshold), len(s), self.dim_multiple) for s in self.sorted.inter]
-        return float(decoder_sparsity(width, heads, channels, self.shape))
+        heads = self.widths.heads([_count(scores, threshold) for scores in self.sorted.attn])
+        channels = self.widths.channels([_count(scores, threshold) for scores in self.sorted.inter])
+        return float(decoder_sparsity(width, heads, channels, self.widths.shape))
 
     def threshold(self, target: float, width: int | None = None) -> float:
         """Returns the cut whose sparsity is nearest to the target; ``width`` None: it cuts the hidden dims too."""
 
         def sparsity(cut: float) -> float:
-            return self.sparsity(self._width(cut) if width is None else width, cut)
+            return self.sparsity(self.hidden_width(cut) if width is None else width, cut)
 
         low, high = 0, len(self.cuts) - 1  # sparsity falls as the cut rises
         while low < high:
@@ -209,15 +222,15 @@ class _Scores:
 
     def hidden_threshold(self, width: int, near: float) -> float:
         """Returns the cut nearest to ``near`` that keeps ``width`` hidden dims after adjustment."""
-        if self._width(near) == width:
+        if self.hidden_width(near) == width:
             return near
         cuts = [float(cut) for cut in _between(self.sorted.hidden)]
-        fitting = [cut for cut in cuts if self._width(cut) == width]
+        fitting = [cut for cut in cuts if self.hidden_width(cut) == width]
         return min(fitting or [near], key=lambda cut: abs(cut - near))
 
     def rank(self, hidden: float, rest: float, target: float) -> tuple[float, float]:
         """Orders pairs of cuts: first by what they miss the target by beyond the tolerance, then by their distance."""
-        miss = abs(self.sparsity(self._width(hidden), rest) - target)
+        miss = abs(self.sparsity(self.hidden_width(hidden), rest) - target)
         return (max(0.0, miss - TOLERANCE), abs(hidden - rest) + miss)
 
     def shifted(self, hidden: float, rest: float) -> Masks:
@@ -232,8 +245,9 @@ class _Scores:
             ),
         )
 
-    def _width(self, cut: float) -> int:
-        return adjust_width(self.num_hidden_below(cut), self.shape.hidden_size, self.dim_multiple)
+    def hidden_width(self, cut: float) -> int:
+        """Returns the hidden width that a cut leaves."""
+        return self.widths.hidden(_count(self.sorted.hidden, cut))
 
 
 def _count(sorted_scores: torch.Tensor, threshold: float) -> int:

@@ -21,7 +21,7 @@ from tvaprune.config import GateSettings
 from tvaprune.distill import distillation_loss
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
-from tvaprune.lagrangian import Lagrangian, beta_at, expected_sparsity, target_at
+from tvaprune.lagrangian import Lagrangian, beta_at, expected_sparsity, expected_spread, target_at
 from tvaprune.masks import Masks, keep_best
 from tvaprune.plan import calibrate, describe_widths, plan_from_masks
 
@@ -50,7 +50,8 @@ class PruningObjective(nn.Module):
         task = self._task_loss(input_ids)
         masks = self.gated.masks()
         sparsity = expected_sparsity(masks.log_alpha, beta, self.gated.shape)
-        penalty = self.lagrangian(sparsity, target)
+        spread = expected_spread(masks.log_alpha, beta, self.gated.shape) if self.settings.uniform else 0.0
+        penalty = self.lagrangian(sparsity, target, spread)
         information = self.settings.kl_factor * self._information(masks)
         return {"loss": task + information + penalty, "task_loss": task, "expected_sparsity": sparsity}
 
@@ -176,7 +177,7 @@ class GateTrainer(Trainer):
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
         settings = self.settings
-        sizes = (settings.dim_multiple, settings.min_key_value_heads)
+        sizes = (settings.dim_multiple, settings.min_key_value_heads, settings.uniform, settings.tensor_parallel)
         masks = calibrate(self.gated.masks(), self.gated.shape, settings.target_sparsity, *sizes)
         plan = plan_from_masks(masks, self.gated.shape, *sizes)
         with self.gated.using(plan.full_scale()):

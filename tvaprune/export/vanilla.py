@@ -1,0 +1,40 @@
+"""A stock checkpoint for engines that know no per-layer widths: every layer zero-padded to the widest one.
+
+Exact, and as large and as slow as the widest layer makes it; ``--uniform`` gives a stock model without padding.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tvaprune.auto_classes import PREFIX
+from tvaprune.checkpoint import config_of_widths, layer_widths, new_folder, write_checkpoint
+from tvaprune.errors import InputError
+from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference
+
+
+def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwrite: bool, verify: bool) -> None:
+    """Writes the checkpoint.
+
+    Raises:
+        InputError: If no stock config can hold the sizes, or the folder cannot be written.
+    """
+    heads, channels = layer_widths(model.config)
+    group_size = model.config.per_layer_config[0].num_attention_heads // heads[0]
+    widest = [max(heads)] * len(heads), [max(channels)] * len(channels)
+    config = config_of_widths(model.config, *widest, group_size)
+    if config.model_type.startswith(PREFIX):
+        raise InputError(
+            f"--format vanilla: a stock Llama config needs a hidden width ({config.hidden_size}) that is a multiple of "
+            f"its query heads ({config.num_attention_heads}), and its biases fit no other; prune with another "
+            "--dim_multiple"
+        )
+    with new_folder("format vanilla", out, overwrite) as temporary:
+        write_checkpoint(model, config, tokenizer, temporary)
+        if verify:
+            input_ids = fixed_prompt(config.vocab_size)
+            with torch.device("cpu"):
+                loaded = AutoModelForCausalLM.from_pretrained(temporary).eval()
+            found, expected = reference_logits(loaded, input_ids), reference_logits(model, input_ids)
+            report_difference(f"{type(loaded).__name__} in transformers", found, expected)
