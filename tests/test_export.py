@@ -312,6 +312,7 @@ def test_a_wrong_export_is_never_left_as_a_result(make_folder, tmp_path, monkeyp
     export("vanilla", folder, tmp_path / "vanilla", verify=False)  # as asked
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of its own parts
 @pytest.mark.parametrize("row", ["llama GQA", MISTRAL])
 def test_onnx_runtime_gives_the_same_logits(row, make_folder, input_ids, tmp_path, capsys):
     ort = pytest.importorskip("onnxruntime")

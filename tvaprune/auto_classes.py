@@ -4,12 +4,14 @@ A model of these classes also takes the modeling file along wherever it is saved
 `transformers.Trainer`, by `push_to_hub`.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tvaprune import modeling_pruned
 
 PREFIX = "pruned_"
-MODELS = {
+MODELS: dict[str, tuple[Any, Any, Any]] = {  # by family: config, decoder, language model
     "llama": (
         modeling_pruned.PrunedLlamaConfig,
         modeling_pruned.PrunedLlamaModel,

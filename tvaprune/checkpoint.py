@@ -149,7 +149,7 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
     source = {name.replace("self_attn.bias", "self_attn.o_proj.bias"): t for name, t in model.state_dict().items()}
-    empty = model.get_input_embeddings().weight.new_zeros(0)
+    empty = next(model.parameters()).new_zeros(0)
     state = {name: _padded(source.get(name), tensor.shape, empty) for name, tensor in target.state_dict().items()}
     target.load_state_dict(state, assign=True)
     target.tie_weights()

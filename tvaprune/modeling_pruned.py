@@ -7,7 +7,6 @@ own key from 5.14 on, read here as plain JSON before that. All the arithmetic is
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -51,7 +50,7 @@ def _without_layers(config: Any) -> Iterator[None]:
 
 def _rebuilt(config_class: Any) -> Any:
     """Collects the validators of a config class anew where transformers has any (from 5 on)."""
-    return strict(config_class) if is_dataclass(config_class) else config_class
+    return strict(config_class) if hasattr(config_class, "__dataclass_fields__") else config_class
 
 
 class _PrunedConfig:
@@ -70,6 +69,8 @@ class _PrunedConfig:
 class _PrunedLayer(nn.Module):
     """A stock decoder layer at the widths of its place."""
 
+    self_attn: Any
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(layer_config(config, layer_idx), layer_idx)
         self.self_attn.config = config  # the copy would miss a later set_attn_implementation
@@ -79,6 +80,7 @@ class _PrunedModel(nn.Module):
     """A stock decoder whose layers are of ``layer_class``."""
 
     layer_class: Any
+    post_init: Any
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
@@ -91,6 +93,7 @@ class _PrunedForCausalLM(nn.Module):
     """A stock language model whose decoder is of ``model_class``."""
 
     model_class: Any
+    post_init: Any
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):

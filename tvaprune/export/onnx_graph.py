@@ -63,7 +63,7 @@ def cache_names(prefix: str, num_layers: int) -> list[str]:
 def _export_text(model: PreTrainedModel, path: Path) -> None:
     batch, length = Dim("batch"), Dim("length")
     torch.onnx.export(
-        _Text(model),
+        _Text(model).eval(),
         (fixed_prompt(model.config.vocab_size).repeat(2, 1),),
         str(path),
         dynamo=True,
@@ -79,7 +79,7 @@ def _export_step(model: PreTrainedModel, path: Path) -> None:
     layers = model.config.num_hidden_layers
     sizes: dict[int, Any] = {0: batch, 2: past}
     torch.onnx.export(
-        _Step(model),
+        _Step(model).eval(),
         (fixed_prompt(model.config.vocab_size).repeat(2, 1), _empty_past(model, 2, NUM_CACHED)),
         str(path),
         dynamo=True,
