@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from tvaprune import report, runtime
+from tvaprune import report, runtime, zero_report
 from tvaprune.apply import apply_plan
 from tvaprune.attach import GatedModel
 from tvaprune.baselines import score_masks
@@ -32,6 +32,7 @@ from tvaprune.data import token_blocks
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.evaluation.speed import speed_up
+from tvaprune.evaluation.zeroshot import RELEASED_TASKS, ZeroShot
 from tvaprune.families import family_of, shape_of
 from tvaprune.masks import MASK_NAME, Masks, load_masks, save_masks
 from tvaprune.param_count import total_parameters
@@ -39,6 +40,7 @@ from tvaprune.plan import TOLERANCE, KeepPlan, calibrate, default_dim_multiple, 
 from tvaprune.runtime import RunArguments
 from tvaprune.trainer import GateTrainer, best_mask
 from tvaprune.update import fold
+from tvaprune.zero_report import DENSE, PRUNED
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, PruneArguments, DistillArguments, EvalArguments, RunArguments)
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
@@ -95,6 +97,7 @@ class Run:
 def run_prune(arguments: tuple[Any, ...]) -> None:
     """Learns a mask, writes it, applies it and measures the narrower model."""
     training = arguments[-1]
+    tasks = _zero_shot_tasks(arguments)
     checkpoint = _checkpoint(training)
     runtime.prepare_output(training, resume=checkpoint is not None)
     run = Run.load(arguments)
@@ -104,25 +107,73 @@ def run_prune(arguments: tuple[Any, ...]) -> None:
     else:
         path = _score(run)
     print(f"\nmask: {path}")
-    plan = _plan(run, load_masks(path), str(path))
+    plan = _save_plan(run, _plan(run, load_masks(path), str(path)))
     if abs(plan.sparsity - run.prune.target_sparsity) > TOLERANCE:
         print(
             f"note: with --dim_multiple {run.dim_multiple} the nearest to --target_sparsity "
             f"{run.prune.target_sparsity} is {plan.sparsity:.4f}; a smaller multiple comes nearer"
         )
-    _measure(run, plan, evaluation_blocks, {"mask": str(path), "target_sparsity": run.prune.target_sparsity})
+    origin = {"mask": str(path), "target_sparsity": run.prune.target_sparsity}
+    models = _measure(run, plan, evaluation_blocks, origin)
+    _zero_shot(run, tasks, models, _identity(run, plan, str(path)))
 
 
 def run_evaluate(arguments: tuple[Any, ...]) -> None:
-    """Applies a mask file and measures the narrower model."""
+    """Applies a mask file and measures the narrower model; zero-shot results join those that are there."""
     evaluation, training = arguments[-2], arguments[-1]
     results = Path(evaluation.save_loc or training.output_dir) / "results.json"
-    if results.exists() and not training.overwrite_output_dir:
+    if results.exists() and not (training.overwrite_output_dir or evaluation.do_zero_eval):
         raise InputError(f"--save_loc {results.parent}: holds results.json; --overwrite_output_dir replaces it")
+    tasks = _zero_shot_tasks(arguments)
     run = Run.load(arguments)
-    plan = _plan(run, load_masks(run.prune.mask_loc), f"--mask_loc {run.prune.mask_loc}")
-    blocks = run.blocks(evaluation.eval_split, run.window, run.data.max_eval_samples)
-    _measure(run, plan, blocks, {"mask": run.prune.mask_loc})
+    plan = None
+    if run.prune.mask_loc is not None:
+        plan = _plan(run, load_masks(run.prune.mask_loc), f"--mask_loc {run.prune.mask_loc}")
+    identity = _identity(run, plan, run.prune.mask_loc)
+    if not training.overwrite_output_dir:
+        zero_report.check_same(results, identity)
+    if plan is None:
+        models = {"model": run.model}
+    elif training.do_eval:
+        blocks = run.blocks(evaluation.eval_split, run.window, run.data.max_eval_samples)
+        models = _measure(run, _save_plan(run, plan), blocks, {"mask": run.prune.mask_loc})
+    else:
+        models = _dense_and_pruned(run, _save_plan(run, plan), evaluation.compare_dense)
+    _zero_shot(run, tasks, models, identity)
+
+
+def _identity(run: Run, plan: KeepPlan | None, mask: str | None) -> dict[str, Any]:
+    """Returns what the results of a model are recorded with, so that no other model's are mixed with them."""
+    pruning = {} if plan is None else {"weight_update": run.prune.weight_update, "widths": describe_widths(plan)}
+    return _record(run) | {"mask": mask} | pruning
+
+
+def _zero_shot_tasks(arguments: tuple[Any, ...]) -> ZeroShot | None:
+    """Finds the tasks that the flags name, before any work: a wrong name fails at once."""
+    data, evaluation = arguments[1], arguments[-2]
+    if not evaluation.do_zero_eval:
+        return None
+    names = evaluation.zero_eval_tasks or RELEASED_TASKS
+    return ZeroShot(names, data.data_dir, evaluation.num_fewshot, evaluation.zero_eval_limit)
+
+
+def _zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], identity: dict[str, Any]) -> None:
+    """Scores the models at hand on the tasks, each result written as it comes, and prints the table."""
+    if tasks is None:
+        return
+    wanted = {name: model for name, model in models.items() if name != DENSE or run.evaluation.compare_dense}
+    record = zero_report.ZeroShotRecord(run.save_loc, identity, run.evaluation.write_out)
+    missing = tasks.run(wanted, run.tokenizer, record.add, run.data.ctx_length)
+    print(record.finish(missing))
+    print(f"results: {run.save_loc}")
+
+
+def _dense_and_pruned(run: Run, plan: KeepPlan, keep_dense: bool) -> dict[str, PreTrainedModel]:
+    """Prunes the run's model: a copy of it where the dense one is asked for too, else in place."""
+    pruned = apply_plan(copy.deepcopy(run.model) if keep_dense else run.model, plan)
+    if run.prune.weight_update == "fold":
+        fold(pruned, plan)
+    return {DENSE: run.model, PRUNED: pruned} if keep_dense else {PRUNED: pruned}
 
 
 def _checkpoint(training: RunArguments) -> str | None:
@@ -210,18 +261,22 @@ def _record(run: Run) -> dict[str, Any]:
 
 
 def _plan(run: Run, masks: Masks, origin: str) -> KeepPlan:
-    """Turns a mask into the plan for the run's model, and writes it down."""
+    """Turns a mask into the plan for the run's model."""
     shape = shape_of(run.model.config)
     masks.check_fits(shape, origin)
-    plan = plan_from_masks(masks, shape, run.dim_multiple, int(run.prune.keep_one_kv_head))
+    return plan_from_masks(masks, shape, run.dim_multiple, int(run.prune.keep_one_kv_head))
+
+
+def _save_plan(run: Run, plan: KeepPlan) -> KeepPlan:
+    """Writes the plan down and returns it."""
     run.save_loc.mkdir(parents=True, exist_ok=True)
     plan.save(run.save_loc / "plan.json")
     report.plot_widths(plan, run.save_loc / "widths.png")
     return plan
 
 
-def _measure(run: Run, plan: KeepPlan, blocks: Dataset, origin: dict[str, Any]) -> None:
-    """Measures the dense and the pruned model, and writes and prints the results."""
+def _measure(run: Run, plan: KeepPlan, blocks: Dataset, origin: dict[str, Any]) -> dict[str, PreTrainedModel]:
+    """Measures the dense and the pruned model, writes and prints the results, and returns the models that are left."""
     dense, batch_size, shape = run.model, run.training.per_device_eval_batch_size, plan.shape
     layers = shape.num_hidden_layers
     full = shape.hidden_size, [shape.num_key_value_heads] * layers, [shape.intermediate_size] * layers
@@ -239,15 +294,14 @@ def _measure(run: Run, plan: KeepPlan, blocks: Dataset, origin: dict[str, Any]) 
         "perplexity": {"dense": perplexity(dense, blocks, batch_size, "dense perplexity")},
     }
     timed = run.evaluation.speed_batches > 0
-    # In place where nothing is timed: then the peak is the dense model's.
-    pruned = apply_plan(copy.deepcopy(dense) if timed else dense, plan)
-    if run.prune.weight_update == "fold":
-        fold(pruned, plan)
+    # In place where nothing needs the dense model any more: then the peak is the dense model's.
+    models = _dense_and_pruned(run, plan, timed or run.evaluation.compare_dense)
+    pruned = models[PRUNED]
     results["perplexity"]["pruned"] = perplexity(pruned, blocks, batch_size, "pruned perplexity")
     if timed:
         torch.manual_seed(run.training.seed)
         measured = speed_up(dense, pruned, blocks, batch_size, run.evaluation.speed_batches)
         results["speed_up"] = asdict(measured)
-    path = run.save_loc / "results.json"
-    report.write_json(results, path)
+    zero_report.merge(run.save_loc / "results.json", results)
     print(report.table([*report.summary_rows(results), ("results, plan and plots", str(run.save_loc))]))
+    return models

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from tvaprune.errors import InputError
 from tvaprune.families import family_of
 
-RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate")
+RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate", "lm_eval")
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 
