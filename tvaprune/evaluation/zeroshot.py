@@ -156,14 +156,23 @@ def _manager(names: Sequence[str]) -> Any:
     if set(names) <= set(manager.all_tasks):
         return manager
     manager = lm_eval.tasks.TaskManager(include_path=task_folder())
+    check_known(names, manager.all_tasks)
+    return manager
+
+
+def check_known(names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses a name that is not known.
+
+    Raises:
+        InputError: With the nearest names.
+    """
     for name in names:
-        if name not in manager.all_tasks:
-            nearest = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4)
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             hint = f"; nearest are {', '.join(nearest)}" if nearest else ""
             raise InputError(
                 f"--zero_eval_tasks {name}: no such task, group or tag{hint}; `lm_eval ls tasks` lists all"
             )
-    return manager
 
 
 def _leaves(index: Mapping[str, Any], name: str) -> list[str]:
