@@ -54,17 +54,16 @@ def parse(document: str) -> Docstring | None:
 
 
 def continuation_examples(docstrings: list[Docstring], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yields beginnings with the true continuation among those of others, each `CONTINUATION_WORDS` long."""
+    """Yields continuations of `CONTINUATION_WORDS` words, with the beginning that each continues among others."""
     end = CONTEXT_WORDS + CONTINUATION_WORDS
     long_enough = [docstring for docstring in docstrings if len(docstring.words) >= end]
     for docstring, others in _with_others(long_enough, rng):
-        choices = [" ".join(each.words[CONTEXT_WORDS:end]) for each in (docstring, *others)]
-        query = f"{docstring.header}\n\n{' '.join(docstring.words[:CONTEXT_WORDS])}"
-        yield _shuffled({"query": query}, choices, rng)
+        choices = [f"{each.header}\n\n{' '.join(each.words[:CONTEXT_WORDS])}" for each in (docstring, *others)]
+        yield _shuffled({"continuation": " ".join(docstring.words[CONTEXT_WORDS:end])}, choices, rng)
 
 
 def name_examples(docstrings: list[Docstring], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yields descriptions, with the name that they describe among those of others."""
+    """Yields descriptions, with the name that each describes among others."""
     for docstring, others in _with_others(docstrings, rng):
         description = " ".join(docstring.words[:DESCRIPTION_WORDS])
         yield _shuffled({"description": description}, [each.name for each in (docstring, *others)], rng)
@@ -116,7 +115,7 @@ def _build(examples: Callable[[list[Docstring], random.Random], Iterator[dict[st
 
 
 def continuation(**metadata: Any) -> DatasetDict:
-    """Returns the task `tva_continuation`: ``query``, four ``choices``, ``label``."""
+    """Returns the task `tva_continuation`: ``continuation``, four beginnings as ``choices``, ``label``."""
     return _build(continuation_examples)
 
 
