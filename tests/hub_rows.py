@@ -1,7 +1,6 @@
 """A handful of made-up rows for each released zero-shot task, in the layout of its repository on the hub."""
 
-import json
-
+import yaml
 from datasets import Dataset
 
 LETTERS = ["A", "B", "C", "D"]
@@ -80,8 +79,8 @@ def write_hub_copy(data_dir, task, rows=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(content).to_parquet(path)
     readme = folder / "README.md"
-    known = json.loads(readme.read_text().split("\n")[2]) if readme.exists() else []
-    files = [{"split": split, "path": f"{inner}/{split}-*"} for split in splits]
-    known.append({"config_name": config, "data_files": files})
-    # YAML takes JSON as it is.
-    readme.write_text(f"---\nconfigs:\n{json.dumps(known)}\n---\n")
+    known = yaml.safe_load(readme.read_text().split("---")[1])["configs"] if readme.exists() else []
+    known.append(
+        {"config_name": config, "data_files": [{"split": name, "path": f"{inner}/{name}-*"} for name in splits]}
+    )
+    readme.write_text(f"---\n{yaml.safe_dump({'configs': known})}---\n")

@@ -13,9 +13,7 @@ from tva_tasks.builders import CONTEXT_WORDS, CONTINUATION_WORDS, parse  # noqa:
 
 def document(package, index):
     words = " ".join(f"{package}{index}word{place}" for place in range(40))
-    return (
-        f"{package}.part.function_{index}(value, other=None)\n\nReturns {words} of the value.\n\nArgs:\n    value: x.\n"
-    )
+    return f"{package}.part.function_{index}(value, other=None)\n\nReturns {words} with some of the value.\n\nArgs:\n    value: x.\n"
 
 
 @pytest.fixture
@@ -54,6 +52,25 @@ def test_names_are_those_of_the_description_and_of_its_package(documents):
     for row in rows:
         assert row["choices"][row["label"]] == truth[row["description"]]
         assert len({name.split(".")[0] for name in row["choices"]}) == 1 and len(set(row["choices"])) == 4
+
+
+def test_only_the_true_order_of_the_words_is_in_the_text(documents):
+    texts = [" ".join(parse(each).words) for each in documents]
+    rows = builders.word_order()["test"]
+    assert len(rows) == 12
+    for row in rows:
+        beginning = row["query"].split("\n\n")[1]
+        fits = [any(f"{beginning} {choice}" in text for text in texts) for choice in row["choices"]]
+        assert [place for place, fit in enumerate(fits) if fit] == [row["label"]]
+        assert len({tuple(sorted(choice.split())) for choice in row["choices"]}) == 1 and len(set(row["choices"])) == 4
+
+
+def test_the_last_word_and_the_others_stand_earlier_in_the_passage(documents):
+    rows = builders.last_word()["test"]
+    assert len(rows) == 12
+    for row in rows:
+        assert row["choices"][row["label"]] == "value" and len(set(row["choices"])) == 4
+        assert all(choice in row["query"] for choice in row["choices"])
 
 
 def test_the_same_text_gives_the_same_examples_and_no_more_than_the_most(documents, monkeypatch):

@@ -15,14 +15,15 @@ from datasets import Dataset, DatasetDict
 MAX_EXAMPLES = 300
 NUM_CHOICES = 4
 CONTEXT_WORDS = 16  # read before the continuation
+BEFORE_ORDER_WORDS = 8  # read before the words whose order is asked for
 CONTINUATION_WORDS = 12
 DESCRIPTION_WORDS = 24
 PASSAGE_WORDS = 60  # a last word lies within these: well inside a window of 256 tokens of the miniature tokenizers
 MAX_HEADER = 160  # characters; a longer signature leaves no room for text
 _HEADER = re.compile(r"(?P<name>[A-Za-z_]\w*(\.\w+)*)(\(.*\))?")
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
-_NOT_PROSE = re.compile(r"::|>>>|---|===|~~~|^\s*[-*@:]|\w :\s", re.MULTILINE)
-_LAST_WORD = re.compile(r"[a-z]{4,}\.")
+_NOT_PROSE = re.compile(r"::|>>>|---|===|~~~|^\s*[-*@:]|\w :\s|^\w[\w ]*:$", re.MULTILINE)
+_WORD = re.compile(r"\b[a-z]{4,}\b")
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,32 @@ def name_examples(docstrings: list[Docstring], rng: random.Random) -> Iterator[d
         yield _shuffled({"description": description}, [each.name for each in (docstring, *others)], rng)
 
 
-def last_word_examples(docstrings: list[Docstring], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yields passages up to a sentence's last word that stands earlier in the passage too."""
+def word_order_examples(docstrings: list[Docstring], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Yields beginnings with their continuation among the same words with one neighbouring pair exchanged."""
+    end = BEFORE_ORDER_WORDS + CONTINUATION_WORDS
     for docstring in docstrings:
-        for index, word in enumerate(docstring.words[:PASSAGE_WORDS]):
-            before = f"{docstring.header}\n\n{' '.join(docstring.words[:index])}"
-            if index >= CONTEXT_WORDS and _LAST_WORD.fullmatch(word) and _has_word(before, word[:-1]):
-                yield {"query": before, "word": word[:-1]}
+        words = docstring.words[BEFORE_ORDER_WORDS:end]
+        pairs = [place for place in range(len(words) - 1) if words[place] != words[place + 1]]
+        if len(words) == CONTINUATION_WORDS and len(pairs) >= NUM_CHOICES - 1:
+            wrong = [_exchanged(words, place) for place in rng.sample(pairs, NUM_CHOICES - 1)]
+            query = f"{docstring.header}\n\n{' '.join(docstring.words[:BEFORE_ORDER_WORDS])}"
+            yield _shuffled({"query": query}, [" ".join(words), *wrong], rng)
+
+
+def _exchanged(words: tuple[str, ...], place: int) -> str:
+    return " ".join([*words[:place], words[place + 1], words[place], *words[place + 2 :]])
+
+
+def last_word_examples(docstrings: list[Docstring], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Yields passages up to a sentence's last word, with that word among others; all stand earlier in the passage."""
+    for docstring in docstrings:
+        for index in range(CONTEXT_WORDS, min(PASSAGE_WORDS, len(docstring.words))):
+            query, word = f"{docstring.header}\n\n{' '.join(docstring.words[:index])}", docstring.words[index]
+            seen = sorted(set(_WORD.findall(query)))
+            others = [each for each in seen if each != word[:-1]]
+            if word.endswith(".") and word[:-1] in seen and len(others) >= NUM_CHOICES - 1:
+                yield _shuffled({"query": query}, [word[:-1], *rng.sample(others, NUM_CHOICES - 1)], rng)
                 break
-
-
-def _has_word(text: str, word: str) -> bool:
-    return re.search(rf"\b{word}\b", text) is not None
 
 
 def _with_others(docstrings: list[Docstring], rng: random.Random) -> Iterator[tuple[Docstring, list[Docstring]]]:
@@ -124,6 +139,11 @@ def name(**metadata: Any) -> DatasetDict:
     return _build(name_examples)
 
 
+def word_order(**metadata: Any) -> DatasetDict:
+    """Returns the task `tva_word_order`: ``query``, four ``choices``, ``label``."""
+    return _build(word_order_examples)
+
+
 def last_word(**metadata: Any) -> DatasetDict:
-    """Returns the task `tva_last_word`: ``query``, ``word``."""
+    """Returns the task `tva_last_word`: ``query``, four ``choices``, ``label``."""
     return _build(last_word_examples)

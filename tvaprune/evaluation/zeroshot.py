@@ -112,7 +112,10 @@ class ZeroShot:
         local = self.data_dir / self._data_set(name)
         if not local.is_dir():
             return dict(self.manager.load([name]))
-        override = {"task": name, "dataset_path": str(local)}
+        # `datasets` knows a local folder by its last name alone: what it kept of another copy is not this one.
+        fresh = {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"}
+        own = (self.manager.task_index[name].cfg or {}).get("dataset_kwargs") or {}
+        override = {"task": name, "dataset_path": str(local), "dataset_kwargs": own | fresh}
         return {"tasks": self.manager.load([{"group": f"local_{name}", "task": [override]}])["tasks"]}
 
     def _data_set(self, name: str) -> str:
