@@ -13,7 +13,8 @@ from tva_tasks.builders import CONTEXT_WORDS, CONTINUATION_WORDS, parse  # noqa:
 
 def document(package, index):
     words = " ".join(f"{package}{index}word{place}" for place in range(40))
-    return f"{package}.part.function_{index}(value, other=None)\n\nReturns {words} with some of the value.\n\nArgs:\n    value: x.\n"
+    header = f"{package}.part.function_{index}(value, other=None)"
+    return f"{header}\n\nReturns {words} with some of the value.\n\nArgs:\n    value: x.\n"
 
 
 @pytest.fixture
