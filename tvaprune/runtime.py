@@ -45,6 +45,12 @@ class RunArguments(TrainingArguments):
     )
     report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
 
+    def __post_init__(self) -> None:
+        """Keeps `--do_eval` as it was given: transformers sets it wherever `eval_strategy` is not no."""
+        given = self.do_eval
+        super().__post_init__()
+        self.do_eval = given
+
 
 class _Parser(HfArgumentParser):
     """Says what is wrong with the flags in one line."""
