@@ -2,7 +2,8 @@
 
 import sys
 
-from tvaprune.pipeline import Arguments, run_prune
+from tvaprune.pipeline import run_prune
+from tvaprune.run import Arguments
 from tvaprune.runtime import run_command
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tvaprune.pipeline import Arguments
+from tvaprune.run import Arguments
 
 RELEASED = (
     "model_name_or_path", "ctx_length", "dataset_name", "max_train_samples", "max_eval_samples", "block_size",

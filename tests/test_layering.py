@@ -46,7 +46,10 @@ TIERS = {
     "export.verify": 5,
     "report": 5,
     "describe": 6,
-    "pipeline": 6,
+    "run": 5,
+    "shipped": 5,
+    "zero_report": 6,
+    "pipeline": 7,
 }
 
 

@@ -11,9 +11,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_ft_vib
-from tvaprune import pipeline
+from tvaprune.config import gate_settings
 from tvaprune.masks import load_masks, save_masks
 from tvaprune.plan import KeepPlan
+from tvaprune.run import Arguments
 from tvaprune.runtime import run_command
 from tvaprune.units import PerUnit
 
@@ -235,7 +236,7 @@ def test_models_that_cannot_be_pruned_are_refused(checkpoint, text, tmp_path, co
 
 def test_nothing_to_do_is_said(checkpoint, command):
     code, _, error = command("--model_name_or_path", checkpoint)
-    assert code == 2 and "nothing to do: give --do_eval with --mask_loc" in error
+    assert code == 2 and "nothing to do: give --do_eval, --do_zero_eval" in error
 
 
 def test_no_flag_of_the_user_is_overwritten(monkeypatch, checkpoint, tmp_path):
@@ -243,8 +244,8 @@ def test_no_flag_of_the_user_is_overwritten(monkeypatch, checkpoint, tmp_path):
              "--gradient_accumulation_steps", 2, "--beta", 4, "--initial_log_variance", -7,
              "--output_dir", tmp_path)  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["tva_prune.py", *map(str, flags)])
-    args = pipeline.Arguments.parse()
+    args = Arguments.parse()
     assert (args.training.num_train_epochs, args.training.save_steps) == (3, 7)
-    settings = pipeline.gate_settings(args.prune, args.distill, 100, 50, 10.0, 8)
+    settings = gate_settings(args.prune, args.distill, 100, 50, 10.0, 8)
     assert (settings.vib_learning_rate, settings.beta, settings.initial_log_variance) == (0.02, 4, -7)
     assert settings.num_warmup_steps == 15

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from tvaprune.pipeline import Arguments
+from tvaprune.run import Arguments
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -139,9 +139,26 @@ class EvalArguments:
         "validation", "Split that the perplexity is reported on; choose nothing on the test split."
     )
     speed_batches: int = _flag(20, "Batches timed, dense and pruned turn about; 0: no timing.")
+    do_zero_eval: bool = _flag(
+        False, "Score zero-shot tasks by the lm-evaluation-harness; alone: the shipped model, offline."
+    )
+    zero_eval_tasks: list[str] | None = _flag(
+        None,
+        "Tasks, groups or tags of the harness; tva_offline needs no download; default: hellaswag winogrande openbookqa "
+        "arc_easy arc_challenge piqa boolq rte.",
+    )
+    num_fewshot: int | None = _flag(None, "Examples shown before a zero-shot task's question; default: the task's own.")
+    zero_eval_limit: int | None = _flag(None, "Examples of a zero-shot task that are scored; default: all.")
+    compare_dense: bool = _flag(False, "Score the unpruned model on the zero-shot tasks too, side by side.")
+    write_out: bool = _flag(False, "Write every zero-shot example with its log-likelihoods as JSONL.")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        _check_positive(self, "zero_eval_limit")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise InputError(f"--num_fewshot is {self.num_fewshot}: give the number of examples to show, 0 or more")
+        if self.zero_eval_tasks is not None:  # spaces or commas, as the harness's own command takes them
+            self.zero_eval_tasks = [name for names in self.zero_eval_tasks for name in names.split(",") if name]
         if self.speed_batches < 0:
             raise InputError(
                 f"--speed_batches is {self.speed_batches}: give the number of batches to time, or 0 for none"

@@ -6,151 +6,49 @@ flags -> stock model -> gates trained, or units scored -> mask file -> keep plan
 import copy
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from tvaprune import report, runtime
+from tvaprune import report, runtime, zero_report
 from tvaprune.apply import apply_plan
 from tvaprune.attach import GatedModel
 from tvaprune.baselines import score_masks
 from tvaprune.checkpoint import check_output, save_pruned
-from tvaprune.config import (
-    RELEASED_MAX_WINDOW,
-    DataArguments,
-    DistillArguments,
-    EvalArguments,
-    ModelArguments,
-    PruneArguments,
-    gate_settings,
-)
-from tvaprune.data import token_blocks
+from tvaprune.config import gate_settings
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.evaluation.speed import speed_up
-from tvaprune.families import ModelShape, family_of, shape_of
+from tvaprune.evaluation.zeroshot import RELEASED_TASKS, ZeroShot
+from tvaprune.families import family_of, shape_of
 from tvaprune.masks import Masks, best_mask, keep_best, load_masks
 from tvaprune.param_count import SPARSITY_DEFINITION, dense_parameters
-from tvaprune.plan import TOLERANCE, KeepPlan, calibrate, default_dim_multiple, describe_widths, plan_from_masks
-from tvaprune.runtime import RunArguments
+from tvaprune.plan import TOLERANCE, KeepPlan, calibrate, describe_widths, plan_from_masks
+from tvaprune.run import Arguments, Run
 from tvaprune.trainer import GateTrainer
 from tvaprune.update import fold
+from tvaprune.zero_report import DENSE, PRUNED
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
 DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
-CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
-
-
-@dataclass
-class Arguments:
-    """One command's flags, by the stage they belong to."""
-
-    source: ModelArguments
-    data: DataArguments
-    prune: PruneArguments
-    distill: DistillArguments
-    evaluation: EvalArguments
-    training: RunArguments
-
-    @classmethod
-    def parse(cls) -> "Arguments":
-        """Parses the command line."""
-        classes = (ModelArguments, DataArguments, PruneArguments, DistillArguments, EvalArguments, RunArguments)
-        return cls(*runtime.parse(classes))
-
-    @property
-    def output_dir(self) -> Path:
-        """Where checkpoints and masks go."""
-        return Path(str(self.training.output_dir))
-
-    @property
-    def save_loc(self) -> Path:
-        """Where results go."""
-        return Path(self.evaluation.save_loc or str(self.training.output_dir))
-
-
-@dataclass
-class Run:
-    """One command's flags, the loaded model and what follows from both."""
-
-    args: Arguments
-    model: PreTrainedModel
-    tokenizer: Any
-
-    @classmethod
-    def load(cls, args: Arguments) -> "Run":
-        """Loads the model that the flags name."""
-        set_seed(args.training.seed)
-        device = args.training.device
-        return cls(args, *runtime.load_model(args.source.model_name_or_path, args.source.dtype, device))
-
-    @property
-    def shape(self) -> ModelShape:
-        """The unpruned model's sizes."""
-        return shape_of(self.model.config)
-
-    @property
-    def dim_multiple(self) -> int:
-        """The multiple of widths; 1 where the adjustment is off."""
-        given = self.args.prune.dim_multiple
-        return max(1, default_dim_multiple(self.shape.hidden_size) if given is None else given)
-
-    @property
-    def plan_options(self) -> tuple[int, int, bool, int]:
-        """What the widths must satisfy: the arguments of `plan_from_masks` and `calibrate`."""
-        prune = self.args.prune
-        return self.dim_multiple, int(prune.keep_one_kv_head), prune.uniform, prune.tensor_parallel
-
-    @property
-    def window(self) -> int:
-        """Tokens of an evaluation window."""
-        return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
-
-    def blocks(self, split: str, size: int, count: int | None) -> Dataset:
-        """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
-        data, seed = self.args.data, self.args.training.seed if split == "train" else 0
-        return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
-
-    def train_blocks(self, default_count: int) -> Dataset:
-        """Returns the blocks that gates are trained or units are scored on."""
-        return self.blocks("train", self.args.data.block_size, self.args.data.max_train_samples or default_count)
-
-    def choice_blocks(self) -> Dataset:
-        """Returns the validation blocks that masks are compared on, whatever split is reported in the end."""
-        count = min(self.args.data.max_eval_samples or CHOICE_SAMPLES, CHOICE_SAMPLES)
-        return self.blocks("validation", self.args.data.block_size, count)
-
-    def record(self) -> dict[str, Any]:
-        """Returns what repeats the run."""
-        return {
-            "model": self.args.source.model_name_or_path,
-            "prune_method": self.args.prune.prune_method,
-            "dataset_name": self.args.data.dataset_name,
-            "block_size": self.args.data.block_size,
-            "target_sparsity": self.args.prune.target_sparsity,
-            "seed": self.args.training.seed,
-            "hardware": runtime.describe_device(self.args.training.device),
-            "versions": runtime.versions(),
-            "command": runtime.command_line(),
-        }
 
 
 def run_prune(args: Arguments) -> None:
     """Learns a mask, writes it, applies it and measures the narrower model."""
-    checkpoint = _checkpoint(args)
+    tasks, checkpoint = _zero_shot_tasks(args), _checkpoint(args)
     _check_save(args)
     runtime.prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
+    runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
     path = _train_gates(run, checkpoint) if args.prune.prune_method == "vib" else _score_units(run)
-    plan = _plan(run, load_masks(path))
+    plan = plan_from_masks(load_masks(path), run.shape, *run.plan_options)
     target = args.prune.target_sparsity
-    results = _measure(run, plan, blocks) | {"mask": str(path), "target_sparsity": target}
-    _report(results, args.save_loc)
+    _evaluate(run, plan, {"mask": str(path), "target_sparsity": target}, blocks, tasks)
     if abs(plan.sparsity - target) > TOLERANCE:
         print(
             f"note: with --dim_multiple {run.dim_multiple} the nearest to --target_sparsity {target} is "
@@ -159,47 +57,45 @@ def run_prune(args: Arguments) -> None:
 
 
 def run_evaluate(args: Arguments) -> None:
-    """Applies a mask file and measures the narrower model."""
-    assert args.prune.mask_loc is not None
-    masks = load_masks(args.prune.mask_loc)
-    masks.check_fits(shape_of(runtime.load_config(args.source.model_name_or_path)), f"--mask_loc {args.prune.mask_loc}")
+    """Applies a mask file and measures the narrower model; zero-shot results join those that are there."""
+    masks, evaluation = _masks(args), args.evaluation
     results_path = args.save_loc / "results.json"
-    if results_path.exists() and not args.training.overwrite_output_dir:
+    if results_path.exists() and not (args.training.overwrite_output_dir or evaluation.do_zero_eval):
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+    tasks = _zero_shot_tasks(args)
     _check_save(args)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
-    plan = _plan(run, masks)
-    blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
-    _report(_measure(run, plan, blocks) | {"mask": args.prune.mask_loc, "target_sparsity": None}, args.save_loc)
+    plan = None if masks is None else plan_from_masks(masks, run.shape, *run.plan_options)
+    origin = {"mask": args.prune.mask_loc, "target_sparsity": None}
+    if not args.training.overwrite_output_dir:
+        zero_report.check_same(results_path, _identity(run, plan) | origin)
+    if plan is None:
+        _zero_shot(run, tasks, {"model": run.model}, _identity(run, plan) | origin)
+        return
+    measured = args.training.do_eval
+    blocks = run.blocks(evaluation.eval_split, run.window, args.data.max_eval_samples) if measured else None
+    _evaluate(run, plan, origin, blocks, tasks)
 
 
 def run_save(args: Arguments) -> None:
     """Applies a mask file and writes the narrower model, unmeasured."""
-    assert args.prune.mask_loc is not None and args.prune.save_pruned is not None
-    masks = load_masks(args.prune.mask_loc)
+    masks = _masks(args)
+    assert masks is not None
     _check_save(args)
     run = Run.load(args)
-    masks.check_fits(run.shape, f"--mask_loc {args.prune.mask_loc}")
     plan = plan_from_masks(masks, run.shape, *run.plan_options)
-    _save(run, _narrow(run, run.model, plan), plan, run.record())
+    _save(run, _narrow(run, plan, keep_dense=False), plan, run.record() | {"mask": args.prune.mask_loc})
 
 
-def _check_save(args: Arguments) -> None:
-    """Refuses a checkpoint folder that is in use, before the work begins."""
-    if args.prune.save_pruned is not None:
-        check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
-
-
-def _save(run: Run, pruned: PreTrainedModel, plan: KeepPlan, record: dict[str, Any]) -> None:
-    """Writes the narrower model where ``--save_pruned`` says so."""
-    folder = run.args.prune.save_pruned
-    if folder is None:
-        return
-    mask = run.args.prune.mask_loc or best_mask(run.args.output_dir / "best")
-    record = record | {"mask": str(mask), "weight_update": run.args.prune.weight_update}
-    save_pruned(pruned, plan, run.tokenizer, folder, run.args.training.overwrite_output_dir, record)
-    print(f"checkpoint: {folder}")
+def _masks(args: Arguments) -> Masks | None:
+    """Reads ``--mask_loc``, and compares it with the model's config before the weights are read."""
+    path = args.prune.mask_loc
+    if path is None:
+        return None
+    masks = load_masks(path)
+    masks.check_fits(shape_of(runtime.load_config(args.source.model_name_or_path)), f"--mask_loc {path}")
+    return masks
 
 
 def _checkpoint(args: Arguments) -> str | None:
@@ -263,49 +159,91 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _plan(run: Run, masks: Masks) -> KeepPlan:
-    """Turns a mask into the plan for the run's model, and writes it down."""
-    plan = plan_from_masks(masks, run.shape, *run.plan_options)
-    folder = run.args.save_loc
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.save(folder / "plan.json")
-    report.plot_widths(plan, folder / "widths.png")
-    return plan
+def _check_save(args: Arguments) -> None:
+    """Refuses a checkpoint folder that is in use, before the work begins."""
+    if args.prune.save_pruned is not None:
+        check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
 
 
-def _measure(run: Run, plan: KeepPlan, blocks: Dataset) -> dict[str, Any]:
-    """Measures the dense and the pruned model side by side."""
-    dense, evaluation = run.model, run.args.evaluation
-    batch_size = run.args.training.per_device_eval_batch_size
-    results: dict[str, Any] = {
-        **run.record(),
-        "split": evaluation.eval_split,
-        "window": run.window,
-        "num_windows": len(blocks),
-        "weight_update": run.args.prune.weight_update,
-        "shape": asdict(plan.shape),
-        "widths": describe_widths(plan),
-        "sparsity_definition": SPARSITY_DEFINITION,
-        "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},
-    }
-    dense_perplexity = perplexity(dense, blocks, batch_size, "dense perplexity")
-    # In place where nothing is timed: then the peak of memory is the dense model's.
-    pruned = _narrow(run, copy.deepcopy(dense) if evaluation.speed_batches else dense, plan)
-    pruned_perplexity = perplexity(pruned, blocks, batch_size, "pruned perplexity")
-    results["perplexity"] = {"dense": dense_perplexity, "pruned": pruned_perplexity}
-    if evaluation.speed_batches:
-        results["speed_up"] = asdict(speed_up(dense, pruned, blocks, batch_size, evaluation.speed_batches))
+def _zero_shot_tasks(args: Arguments) -> ZeroShot | None:
+    """Finds the tasks that the flags name, before any work: a wrong name fails at once."""
+    evaluation = args.evaluation
+    if not evaluation.do_zero_eval:
+        return None
+    names = evaluation.zero_eval_tasks or RELEASED_TASKS
+    return ZeroShot(names, args.data.data_dir, evaluation.num_fewshot, evaluation.zero_eval_limit)
+
+
+def _evaluate(run: Run, plan: KeepPlan, origin: dict[str, Any], blocks: Dataset | None, tasks: ZeroShot | None) -> None:
+    """Narrows the model by the plan, measures what is asked for, and writes everything down.
+
+    Args:
+        origin: Where the plan comes from, for the results.
+        blocks: Windows for perplexity and speed; ``None``: neither is measured.
+        tasks: Zero-shot tasks; ``None``: none is scored.
+    """
+    args, batch_size = run.args, run.args.training.per_device_eval_batch_size
+    plan.save(args.save_loc / "plan.json")
+    report.plot_widths(plan, args.save_loc / "widths.png")
+    results = _identity(run, plan) | origin
+    dense_perplexity = None if blocks is None else perplexity(run.model, blocks, batch_size, "dense perplexity")
+    timed = blocks is not None and args.evaluation.speed_batches > 0
+    pruned = _narrow(run, plan, keep_dense=timed or args.evaluation.compare_dense)
+    if blocks is not None:
+        results |= _measure(run, plan, pruned, blocks)
+        results["perplexity"] = {"dense": dense_perplexity, **results["perplexity"]}
+        zero_report.merge(args.save_loc / "results.json", results)
+        rows = [*report.summary_rows(results), ("mask", results["mask"]), ("results", f"{args.save_loc}/")]
+        print("\n" + report.table(rows))
     _save(run, pruned, plan, results)
-    return results
+    _zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
 
 
-def _narrow(run: Run, model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
-    """Slices a model in place and updates its weights."""
-    apply_plan(model, plan)
+def _identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
+    """Returns what repeats the run, and what tells its results from another model's."""
+    pruning = {} if plan is None else {"weight_update": run.args.prune.weight_update, "widths": describe_widths(plan)}
+    return run.record() | pruning
+
+
+def _narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> PreTrainedModel:
+    """Slices a copy of the model, or, where the dense one is not needed again, the model itself: half the memory."""
+    model = apply_plan(copy.deepcopy(run.model) if keep_dense else run.model, plan)
     return fold(model, plan) if run.args.prune.weight_update == "fold" else model
 
 
-def _report(results: dict[str, Any], folder: Path) -> None:
-    """Writes results.json and prints the closing table."""
-    report.write_json(results, folder / "results.json")
-    print("\n" + report.table([*report.summary_rows(results), ("mask", results["mask"]), ("results", f"{folder}/")]))
+def _measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset) -> dict[str, Any]:
+    """Measures the pruned model, and its speed beside the dense one's."""
+    evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
+    results: dict[str, Any] = {
+        "split": evaluation.eval_split,
+        "window": run.window,
+        "num_windows": len(blocks),
+        "shape": asdict(plan.shape),
+        "sparsity_definition": SPARSITY_DEFINITION,
+        "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},
+        "perplexity": {"pruned": perplexity(pruned, blocks, batch_size, "pruned perplexity")},
+    }
+    if evaluation.speed_batches:
+        results["speed_up"] = asdict(speed_up(run.model, pruned, blocks, batch_size, evaluation.speed_batches))
+    return results
+
+
+def _save(run: Run, pruned: PreTrainedModel, plan: KeepPlan, record: dict[str, Any]) -> None:
+    """Writes the narrower model where ``--save_pruned`` says so."""
+    folder = run.args.prune.save_pruned
+    if folder is None:
+        return
+    record = record | {"weight_update": run.args.prune.weight_update}
+    save_pruned(pruned, plan, run.tokenizer, folder, run.args.training.overwrite_output_dir, record)
+    print(f"checkpoint: {folder}")
+
+
+def _zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], identity: dict[str, Any]) -> None:
+    """Scores the models at hand on the tasks, each result written as it comes, and prints the table."""
+    if tasks is None:
+        return
+    wanted = {name: model for name, model in models.items() if name != DENSE or run.args.evaluation.compare_dense}
+    record = zero_report.ZeroShotRecord(run.args.save_loc, identity, run.args.evaluation.write_out)
+    missing = tasks.run(wanted, run.tokenizer, record.add, run.args.data.ctx_length)
+    print("\n" + record.finish(missing))
+    print(f"results: {run.args.save_loc}/")

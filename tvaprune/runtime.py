@@ -25,7 +25,7 @@ from tvaprune import __version__
 from tvaprune.errors import InputError
 from tvaprune.families import family_of
 
-RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate")
+RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate", "lm_eval")
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -53,6 +53,12 @@ class RunArguments(TrainingArguments):
         metadata={"help": "Pin the memory of batches; default: where there is a GPU."},
     )
     report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
+
+    def __post_init__(self) -> None:
+        """Keeps `--do_eval` as it was given: transformers sets it wherever `eval_strategy` is not no."""
+        given = self.do_eval
+        super().__post_init__()
+        self.do_eval = given
 
 
 class _Parser(HfArgumentParser):

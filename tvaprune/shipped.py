@@ -1,0 +1,68 @@
+"""What `lora_ft_vib.py --do_zero_eval` alone means: the shipped miniature Mistral, its mask, the offline tasks."""
+
+import shlex
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from tvaprune.errors import InputError
+from tvaprune.evaluation.zeroshot import OFFLINE_GROUP
+from tvaprune.families import shape_of
+from tvaprune.masks import load_masks
+
+MODEL = Path("mistral_saves_tva") / "mini_mistral"
+_ASKS_FOR_MORE = ("--model_name_or_path", "--mask_loc", "--do_train", "--do_eval", "--help", "-h")
+
+
+def complete(arguments: list[str], root: Path) -> list[str]:
+    """Returns the command line, completed by the shipped model where it names none; what the user gave stays.
+
+    Args:
+        root: Folder of the checkout.
+
+    Raises:
+        InputError: If the shipped model or a mask that fits it is not there.
+    """
+    flags = {argument.split("=", 1)[0] for argument in arguments}
+    if "--do_zero_eval" not in flags or flags.intersection(_ASKS_FOR_MORE) or _is_off(arguments):
+        return arguments
+    model = root / MODEL
+    # Before the user's own: of a flag given twice the last one counts.
+    completed = [
+        *("--model_name_or_path", str(model), "--mask_loc", str(_mask(model)), "--zero_eval_tasks", OFFLINE_GROUP),
+        *("--compare_dense", "True", "--ctx_length", "256", "--dim_multiple", "8"),
+        *("--output_dir", "out/zero_eval_mini_mistral", *arguments),
+    ]
+    print(f"python lora_ft_vib.py {shlex.join(completed)}")
+    return completed
+
+
+def _is_off(arguments: list[str]) -> bool:
+    text = " ".join(arguments).replace("=", " ").lower()
+    return "--do_zero_eval false" in text
+
+
+def _mask(model: Path) -> Path:
+    """Returns the mask beside the model's folder that fits it, the one of least perplexity if there are more."""
+    if not (model / "config.json").is_file():
+        raise InputError(
+            f"--do_zero_eval: the shipped model is not at {model}; give --model_name_or_path and --mask_loc"
+        )
+    shape = shape_of(AutoConfig.from_pretrained(model))
+    fitting = []
+    for path in sorted(model.parent.glob("mask_info_*.pkl")):
+        try:
+            load_masks(path).check_fits(shape, str(path))
+        except InputError:
+            continue
+        fitting.append(path)
+    if not fitting:
+        raise InputError(f"--do_zero_eval: no mask_info_*.pkl in {model.parent} fits {model}; give --mask_loc")
+    return min(fitting, key=_perplexity_in_name)
+
+
+def _perplexity_in_name(path: Path) -> float:
+    try:
+        return float(path.stem.removeprefix("mask_info_"))
+    except ValueError:
+        return float("inf")
