@@ -9,9 +9,10 @@ satisfied() {
     "$1" - "$ROOT/requirement.txt" <<'PY' 2>/dev/null
 import sys
 from importlib.metadata import version
+version("tva-tasks")  # the line "-e ./lm-evaluation-harness"
 for line in open(sys.argv[1]):
     name, _, wanted = line.split("#")[0].strip().partition("==")
-    if name and version(name).split("+")[0] != wanted:  # torch's version carries its build, as in 2.13.0+cpu
+    if wanted and version(name).split("+")[0] != wanted:  # torch's version carries its build, as in 2.13.0+cpu
         sys.exit(1)
 PY
 }
@@ -21,7 +22,7 @@ if ! satisfied "$PYTHON"; then
     if ! satisfied "$ROOT/.venv/bin/python"; then
         echo "installing requirement.txt into $ROOT/.venv (once, some minutes)"
         [ -x "$ROOT/.venv/bin/python" ] || "$PYTHON" -m venv "$ROOT/.venv"
-        "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirement.txt"
+        (cd "$ROOT" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirement.txt)
     fi
     PYTHON="$ROOT/.venv/bin/python"
 fi
