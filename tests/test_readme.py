@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from tvaprune import shipped
 from tvaprune.run import Arguments
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,8 +37,7 @@ def test_a_script_that_the_readme_names_is_there_and_is_valid(line):
 @pytest.mark.parametrize("line", commands("python tva_prune.py") + commands("python lora_ft_vib.py"))
 def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
-    args = Arguments.parse()
+    args = Arguments.parse(shipped.complete(shlex.split(line)[2:], tiny.ROOT))
     assert Path(args.source.model_name_or_path, "config.json").is_file()
 
 
@@ -59,7 +59,7 @@ def test_the_describe_command_runs(line):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", commands("python lora_ft_vib.py"))
+@pytest.mark.parametrize("line", commands("--do_eval"))
 def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path):
     folders = ("--save_loc", tmp_path, "--output_dir", tmp_path)
     short = ("--max_eval_samples", 64, "--speed_batches", 2)
@@ -68,6 +68,23 @@ def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path)
     results = tiny.read_json(tmp_path / "results.json")
     assert results["widths"]["decoder_sparsity"] == pytest.approx(0.5, abs=0.005)
     assert results["perplexity"]["pruned"] < 2 * results["perplexity"]["dense"]
+
+
+@pytest.mark.slow
+def test_a_saved_model_generates_by_transformers_alone_and_is_exported(tmp_path):
+    (save,) = commands("--save_pruned")
+    for line in [save, *commands("tvaprune.export")]:
+        result = tiny.run(" ".join(shlex.split(line)[1:]).replace(" out/", f" {tmp_path}/"))
+        assert result.returncode == 0, result.stderr
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    alone = subprocess.run(
+        [sys.executable, "-c", code.replace('"out/', f'"{tmp_path}/')], cwd=tmp_path, capture_output=True, text=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert "Return the number of " in alone.stdout
+    exported = {path.name for path in tmp_path.iterdir()}
+    assert {"pruned_mistral.gguf", "pruned_mistral_onnx", "pruned_mistral_vanilla"} <= exported
 
 
 @pytest.mark.slow
