@@ -83,7 +83,8 @@ def test_pruning_writes_exactly_these_files(pruned):
 
 def test_pruning_prints_what_it_did(pruned):
     output, result = pruned
-    for words in ("perplexity", "dense ->", "(target 0.4)", "parameters", "kept KV heads", "speed-up", "mask_info_"):
+    wanted = ("perplexity", "dense ->", "(target 0.4)", "kept KV heads", "speed-up", "mask_info_", "training.png")
+    for words in wanted:
         assert words in result.stdout
     assert "sparsity 0." in result.stderr and "lambda" in result.stderr  # the progress bar
     results = tiny.read_json(output / "results.json")

@@ -145,3 +145,10 @@ def test_accumulated_batches_give_the_same_sparsity_schedule(make_model, tmp_pat
     targets = [row["target_sparsity"] for row in trainer.state.log_history if "target_sparsity" in row]
     assert targets[-1] == pytest.approx(0.3)
     assert targets == sorted(targets) or targets == sorted(targets, reverse=True)
+
+
+def test_half_precision_weights_train_full_precision_gates(make_model, tmp_path):
+    trainer = train(make_model("mistral").bfloat16(), tmp_path)
+    masks = trainer.gated.masks()
+    assert all(values.dtype == torch.float32 and bool(values.isfinite().all()) for values in masks.log_variance)
+    assert best_mask(tmp_path / "best") is not None

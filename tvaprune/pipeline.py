@@ -193,7 +193,8 @@ def _evaluate(run: Run, plan: KeepPlan, origin: dict[str, Any], blocks: Dataset 
         results |= _measure(run, plan, pruned, blocks)
         results["perplexity"] = {"dense": dense_perplexity, **results["perplexity"]}
         zero_report.merge(args.save_loc / "results.json", results)
-        rows = [*report.summary_rows(results), ("mask", results["mask"]), ("results", f"{args.save_loc}/")]
+        written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
+        rows = [*report.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]
         print("\n" + report.table(rows))
     _save(run, pruned, plan, results)
     _zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
