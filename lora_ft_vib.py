@@ -14,7 +14,9 @@ def main() -> None:
     """Parses the flags and runs what they ask for."""
     args = Arguments.parse(shipped.complete(sys.argv[1:], Path(__file__).resolve().parent))
     has_mask = args.prune.mask_loc is not None
-    if args.training.do_train and not has_mask:
+    if args.training.do_train and has_mask:
+        raise InputError("--do_train with --mask_loc is fine-tuning, which is not here yet: leave one of them out")
+    if args.training.do_train:
         run_prune(args)
     elif args.evaluation.do_zero_eval or (args.training.do_eval and has_mask):
         run_evaluate(args)

@@ -87,6 +87,8 @@ def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, A
     Returns:
         The folder's best mask, new or old.
     """
+    if not math.isfinite(perplexity):
+        raise InputError("the mask's perplexity is not a number; lower --vib_learning_rate or use --dtype float32")
     before = best_mask(folder)
     if before is not None and perplexity_of(before) <= perplexity:
         return before

@@ -51,7 +51,7 @@ def run_prune(args: Arguments) -> None:
     _evaluate(run, plan, {"mask": str(path), "target_sparsity": target}, blocks, tasks)
     if abs(plan.sparsity - target) > TOLERANCE:
         print(
-            f"note: with --dim_multiple {run.dim_multiple} the nearest to --target_sparsity {target} is "
+            f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
             f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -123,7 +124,7 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, config=config, dtype=torch_dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise _unloadable(path, error) from error
     module: torch.nn.Module = model
     module.to(device).eval()

@@ -134,7 +134,8 @@ class GateTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
         """Returns the objective of a batch at the schedule of this step."""
-        parts = model(**inputs, **self._schedule())
+        self._used = self._schedule()  # the log comes after the step counter has moved on
+        parts = model(**inputs, **self._used)
         if not torch.isfinite(parts["loss"]):
             raise InputError(
                 f"the loss is {parts['loss'].item()} at step {self.state.global_step}; use --dtype float32 or "
@@ -152,13 +153,12 @@ class GateTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the sparsity, its target and the multipliers to the training logs."""
         if "loss" in logs:
-            schedule = self._schedule()
             lagrangian = self.accelerator.unwrap_model(self.model).lagrangian
             logs |= {
                 "task_loss": float(self._parts["task_loss"]),
                 "expected_sparsity": float(self._parts["expected_sparsity"]),
-                "target_sparsity": schedule["target"],
-                "beta": schedule["beta"],
+                "target_sparsity": self._used["target"],
+                "beta": self._used["beta"],
                 "lambda_1": float(lagrangian.lambda_1.detach()),
                 "lambda_2": float(lagrangian.lambda_2.detach()),
             }
@@ -170,7 +170,7 @@ class GateTrainer(Trainer):
         with torch.no_grad():
             sparsity = expected_sparsity(self.gated.masks().log_alpha, schedule["beta"], self.gated.shape)
         rising = self.state.global_step < self.settings.num_warmup_steps
-        if rising or abs(float(sparsity) - self.settings.target_sparsity) > BAND:
+        if rising or not abs(float(sparsity) - self.settings.target_sparsity) <= BAND:  # NaN is not near
             return {}
         return self.score_mask()
 
