@@ -81,7 +81,11 @@ class ZeroShotRecord:
     def __init__(self, save_loc: Path, identity: dict[str, Any], write_out: bool) -> None:
         self.save_loc, self.write_out = save_loc, write_out
         self.scores: dict[str, dict[str, Score]] = {}
-        merge(save_loc / "results.json", identity)
+        # The run's own record stays out of what an earlier measurement of the same model says of itself.
+        merge(save_loc / "results.json", {key: identity[key] for key in IDENTITY if key in identity})
+        run = {key: value for key, value in identity.items() if key not in IDENTITY}
+        if run:
+            self._merge({"run": run})
 
     def add(self, task: str, model: str, score: Score) -> None:
         """Writes one score."""
