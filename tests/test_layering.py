@@ -22,6 +22,7 @@ TIERS = {
     "widths": 1,
     "data": 1,
     "distill": 1,
+    "ridge": 1,
     "masks": 2,
     "lagrangian": 2,
     "evaluation": 2,
@@ -33,6 +34,7 @@ TIERS = {
     "plan": 3,
     "trainer": 4,
     "update": 4,
+    "refit": 5,
     "apply": 4,
     "baselines": 4,
     "model_card": 4,
@@ -49,6 +51,7 @@ TIERS = {
     "run": 5,
     "shipped": 5,
     "zero_report": 6,
+    "choose": 6,
     "pipeline": 7,
 }
 

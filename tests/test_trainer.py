@@ -16,7 +16,7 @@ from tvaprune.trainer import GateTrainer, PruningObjective
 
 def settings(num_steps=8, distill=True, **prune):
     prune = {"lagrangian_warmup_epochs": 0.25, "dim_multiple": 4} | prune
-    arguments = PruneArguments(target_sparsity=0.3, **prune)
+    arguments = PruneArguments(target_sparsity=[0.3], **prune)
     return gate_settings(arguments, DistillArguments(distill=distill), num_steps, num_steps, 5.0, 4)
 
 
