@@ -44,6 +44,7 @@ def run_prune(args: Arguments) -> None:
     masks = choose_masks(run, checkpoint)
     for target in targets:
         one = run if len(targets) == 1 else run.at(target)
+        one.args.save_loc.mkdir(parents=True, exist_ok=True)
         plan = plan_from_masks(load_masks(masks[target]), run.shape, *run.plan_options)
         _evaluate(one, plan, {"mask": str(masks[target])}, blocks, tasks, keep_dense=target != targets[-1])
         if abs(plan.sparsity - target) > TOLERANCE:
