@@ -57,8 +57,9 @@ class DataArguments:
 class PruneArguments:
     """Mask learning, and applying a mask."""
 
-    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap"] = _flag(
-        "vib", "How units are chosen: vib trains gates; the others score in one shot (the baselines)."
+    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "bonsai", "random"] = _flag(
+        "vib",
+        "How units are chosen: vib trains gates; the others score in one shot (the baselines; taylor: LLM-Pruner).",
     )
     target_sparsity: float = _flag(0.5, "Share of the decoder layers' parameters to remove, between 0 and 1.")
     vib_learning_rate: float | None = _flag(
