@@ -6,7 +6,7 @@ from torch.nn import functional
 from tvaprune.apply import apply_plan, head_features
 from tvaprune.baselines import SCORES, score_masks
 from tvaprune.baselines.bonsai import bonsai_scores, coefficients
-from tvaprune.baselines.calibration import Calibration
+from tvaprune.baselines.calibration import Calibration, InputSums
 from tvaprune.baselines.flap import compensate_bias
 from tvaprune.baselines.taylor import group_importance, protected_layers
 from tvaprune.families import shape_of
@@ -48,8 +48,9 @@ def test_a_unit_that_writes_nothing_is_the_first_to_go(make_model, method):
 
 def test_the_scores_order_units_differently(make_model):
     model = make_model("llama")
-    orders = {tuple(score_masks(model, method, BLOCKS).log_alpha.inter[0].argsort().tolist()) for method in SCORES}
-    assert len(orders) == len(SCORES)
+    orders = {m: score_masks(model, m, BLOCKS).log_alpha.inter[0].argsort().tolist() for m in SCORES}
+    assert orders.pop("taylor_global") == orders["taylor"]  # the same within a layer
+    assert len(set(map(tuple, orders.values()))) == len(SCORES) - 1
 
 
 def same(one, other):
@@ -233,6 +234,18 @@ def test_taylor_prunes_the_first_and_last_layers_last(make_model):
     assert protected_layers(8) == [0] and float(first.max()) < float(others.min())
 
 
+def test_taylor_global_compares_layers(make_model):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+    target, shape = 0.3, shape_of(model.config)
+    plans = {
+        m: plan_from_masks(calibrate(score_masks(model, m, BLOCKS), shape, target), shape)
+        for m in ("taylor", "taylor_global")
+    }
+    assert plans["taylor_global"].intermediate_size[1] < 3 < min(plans["taylor"].intermediate_size)
+
+
 def test_bonsais_regression_finds_the_coefficients_and_survives_more_units_than_sub_models():
     draw = torch.Generator().manual_seed(0)
     present = torch.randint(0, 2, (64, 4), generator=draw).double()
@@ -250,17 +263,15 @@ def one_token(make_model, monkeypatch):
     return model, Dataset.from_dict({"input_ids": torch.full((4, 12), 5).tolist()}).with_format("torch")
 
 
-def test_bonsai_keeps_a_planted_unit_that_its_prior_would_drop(one_token):
-    """One channel speaks for the token, softly; the others write, louder, to a dim that nobody reads."""
+def test_bonsai_keeps_a_planted_unit_against_its_prior(one_token, monkeypatch):
+    """One channel speaks for the token; the prior is turned upside down, so that it looks the least of all."""
     model, blocks = one_token
-    shape, mlp = shape_of(model.config), model.model.layers[0].mlp
-    make_constant(mlp, 11)
+    shape, layer = shape_of(model.config), model.model.layers[0]
+    make_constant(layer.mlp, 11)
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(10.0)  # the noise is too small to reach the norm
-        model.lm_head.weight[:, 0] = 0.0
-        mlp.down_proj.weight[1:] = 0.0
-        mlp.down_proj.weight[0].abs_().add_(0.5)
-        mlp.down_proj.weight[:, 11] = 3e-5 * model.lm_head.weight[5]
+        layer.mlp.down_proj.weight[:, 11] = 0.01 * model.lm_head.weight[5]
+    wanda = InputSums.wanda
+    monkeypatch.setattr(InputSums, "wanda", lambda entry: wanda(entry).max() - wanda(entry))
     plans = {m: plan_from_masks(calibrate(score_masks(model, m, blocks), shape, 0.5), shape) for m in SCORES}
     assert 11 in plans["bonsai"].kept.inter[0]
     assert 11 not in plans["wanda_sp"].kept.inter[0]  # negative control: the prior alone drops it

@@ -15,7 +15,7 @@ from tvaprune.baselines.bonsai import bonsai_scores
 from tvaprune.baselines.calibration import Calibration
 from tvaprune.baselines.flap import flap_scores
 from tvaprune.baselines.ranking import random_scores
-from tvaprune.baselines.taylor import taylor_scores
+from tvaprune.baselines.taylor import taylor_global_scores, taylor_scores
 from tvaprune.families import shape_of
 from tvaprune.masks import Masks
 from tvaprune.units import PerUnit
@@ -25,6 +25,7 @@ SCORES: dict[str, Callable[[Calibration], PerUnit]] = {
     "wanda_sp": wanda_sp_scores,
     "flap": flap_scores,
     "taylor": taylor_scores,
+    "taylor_global": taylor_global_scores,
     "bonsai": bonsai_scores,
     "random": random_scores,
 }

@@ -17,8 +17,8 @@ from tvaprune.families import ModelShape
 from tvaprune.units import PerUnit
 
 PRUNED_PER_ROUND = 0.05  # share of the decoder's parameters, as released
-SUB_MODELS_PER_ROUND = 64  # 200 as released
-TOKENS_PER_SUB_MODEL = 2048  # 32 windows of the model's longest as released
+SUB_MODELS_PER_ROUND = 200  # as released
+TOKENS_PER_SUB_MODEL = 512  # 32 windows of the model's longest as released
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)  # relative to the mean of the sub-models' squared distances
 
 
@@ -46,8 +46,8 @@ def bonsai_scores(calibration: Calibration) -> PerUnit:
     coefficients go, over all layers and modules, until the round has removed its share of parameters. Rounds go on
     until the target is passed. A KV head with all its query heads is one unit (the original knows no GQA).
 
-    What differs from the released code: fewer sub-models and tokens a round (the constants above); the utility is the
-    negative loss, not the negative perplexity, which few bad sub-models rule; ridge in closed form, its strength chosen
+    What differs from the released code: fewer tokens per sub-model (the constant above); the utility is the negative
+    loss, not the negative perplexity, which few bad sub-models rule; ridge in closed form, its strength chosen
     by leave-one-out error, in place of gradient descent with a grid chosen by cross-validated Kendall tau.
     """
     gated = GatedModel(calibration.model)

@@ -9,6 +9,7 @@ from tvaprune.families import ModelShape
 from tvaprune.units import PerUnit
 
 ALWAYS_KEPT = 1e3  # a score no threshold reaches
+HAIR = 2e-5  # less than the step between two ranks, more than float32 loses, for all layers together
 
 
 def per_unit(shape: ModelShape, attn: Sequence[torch.Tensor], inter: Sequence[torch.Tensor]) -> PerUnit:
@@ -28,10 +29,10 @@ def by_head(features: torch.Tensor, shape: ModelShape) -> torch.Tensor:
 def ranked(score: torch.Tensor, layer: int = 0, num_layers: int = 1) -> torch.Tensor:
     """Returns the rank within the layer as a share of its units, so that one threshold cuts all layers alike.
 
-    Layers take turns, the last first, so that the threshold can fall between them: widths differ by one unit at most.
+    Equal ranks differ by a hair, the last layer's the lowest, so that the threshold can fall between layers.
     """
     ranks = score.argsort(stable=True).argsort().double()
-    return (ranks + (num_layers - layer - 0.5) / num_layers) / len(score)
+    return (ranks + 0.5) / len(score) + HAIR * (num_layers - layer) / num_layers
 
 
 def layerwise(shape: ModelShape, attn: Sequence[torch.Tensor], inter: Sequence[torch.Tensor]) -> PerUnit:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tvaprune.baselines.calibration import Calibration
-from tvaprune.baselines.ranking import layerwise
+from tvaprune.baselines.ranking import layerwise, per_unit
 from tvaprune.families import family_of
 from tvaprune.units import PerUnit
 
@@ -20,17 +20,10 @@ PROTECTED_FIRST, PROTECTED_LAST = 4 / 32, 2 / 32
 
 
 def taylor_scores(calibration: Calibration) -> PerUnit:
-    """Scores a unit by ``sum |w * dL/dw|`` over all weights that go with it.
+    """Scores by `group_importance`, ranked within each layer, as LLM-Pruner's released command lines do.
 
-    Element-wise and first-order (the paper's "Element^1", its eq. 5 without the second-order term: what its command
-    line runs), ``dL/dw`` being the gradient of the mean loss over all calibration windows. Groups: an MLP channel is
-    its rows of ``gate_proj`` and ``up_proj`` and its column of ``down_proj``; a KV head is its rows of ``k_proj`` and
-    ``v_proj``, the rows of ``q_proj`` of all query heads that share it and their columns of ``o_proj``. Within a group
-    importances are added: the default of the released code, and of the paper's four the one that counts every weight.
-
-    Ranked within each layer, not globally, as the released code does. It also leaves the first 4 and the last 2 of 32
-    layers unpruned, since the loss is most sensitive there; here that share of the layers goes after all others, so
-    that a target which the others cannot meet is met.
+    They also leave the first 4 and the last 2 of 32 layers unpruned, since the loss is most sensitive there; here that
+    share of the layers goes after all others, so that a target which the others cannot meet is met.
     """
     scores = layerwise(calibration.shape, *group_importance(calibration))
     for index in protected_layers(calibration.shape.num_hidden_layers):
@@ -39,8 +32,35 @@ def taylor_scores(calibration: Calibration) -> PerUnit:
     return scores
 
 
+def taylor_global_scores(calibration: Calibration) -> PerUnit:
+    """Scores by the log of `group_importance`, ranked over all layers and both kinds of unit at once.
+
+    The released code's ``--global_pruning``, without layers left alone. Not the form that LLM-Pruner reports, but a
+    baseline should be given its best one.
+    """
+    attn, inter = group_importance(calibration)
+
+    def logs(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [importance.clamp(min=torch.finfo(torch.float64).tiny).log() for importance in layers]
+
+    return per_unit(calibration.shape, logs(attn), logs(inter))
+
+
+def protected_layers(num_layers: int) -> list[int]:
+    """Returns the layers that `taylor_scores` prunes after all others: of 32, the first 4 and the last 2."""
+    first, last = round(PROTECTED_FIRST * num_layers), round(PROTECTED_LAST * num_layers)
+    return [*range(first), *range(num_layers - last, num_layers)]
+
+
 def group_importance(calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns ``sum |w * dL/dw|`` of each layer's KV heads and MLP channels (float64)."""
+    """Returns ``sum |w * dL/dw|`` over all weights that go with each layer's KV heads and MLP channels (float64).
+
+    Element-wise and first-order (the paper's "Element^1", its eq. 5 without the second-order term: what its command
+    line runs), ``dL/dw`` being the gradient of the mean loss over all calibration windows. Groups: an MLP channel is
+    its rows of ``gate_proj`` and ``up_proj`` and its column of ``down_proj``; a KV head is its rows of ``k_proj`` and
+    ``v_proj``, the rows of ``q_proj`` of all query heads that share it and their columns of ``o_proj``. Within a group
+    importances are added: the default of the released code, and of the paper's four the one that counts every weight.
+    """
     model, shape = calibration.model, calibration.shape
     layers = [_linears(layer, model) for layer in _layers(model)]
     with _trainable(model, [linear.weight for layer in layers for linear in layer.values()]):
@@ -50,12 +70,6 @@ def group_importance(calibration: Calibration) -> tuple[list[torch.Tensor], list
         attn = [_heads(layer, shape.num_key_value_heads) for layer in layers]
         inter = [_rows(layer["gate"]) + _rows(layer["up"]) + _columns(layer["down"]) for layer in layers]
     return attn, inter
-
-
-def protected_layers(num_layers: int) -> list[int]:
-    """Returns the layers that are pruned after all others: of 32, the first 4 and the last 2."""
-    first, last = round(PROTECTED_FIRST * num_layers), round(PROTECTED_LAST * num_layers)
-    return [*range(first), *range(num_layers - last, num_layers)]
 
 
 def _layers(model: PreTrainedModel) -> Any:
