@@ -7,6 +7,7 @@ over, and gives the group form under GQA, where a KV head is one unit with all q
 
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ SCORES: dict[str, Callable[[Calibration], PerUnit]] = {
 }
 
 
+@torch.no_grad()
 def score_masks(
     model: PreTrainedModel, method: str, blocks: Dataset, target: float = 0.5, seed: int = 0, batch_size: int = 4
 ) -> Masks:
@@ -48,4 +50,4 @@ def score_masks(
     """
     scores = SCORES[method](Calibration(model, blocks, target, seed, batch_size))
     ones = PerUnit.full(shape_of(model.config), 1.0)
-    return Masks(mu=ones, log_variance=scores.map(lambda score: -score.detach().float().cpu()))
+    return Masks(mu=ones, log_variance=scores.map(lambda score: -score.float().cpu()))
