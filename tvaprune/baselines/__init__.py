@@ -41,7 +41,8 @@ def score_masks(
     Args:
         method: One of `SCORES`.
         blocks: Calibration windows.
-        target: The sparsity that the masks are for; Wanda-sp and Bonsai prune while they score.
+        target: The sparsity that the masks are for. Wanda-sp and Bonsai prune while they score; of several targets
+            Bonsai's order for the largest serves the smaller ones too, Wanda-sp's does not.
         seed: Of the draws of ``random`` and ``bonsai``.
         batch_size: Windows per forward pass.
 
