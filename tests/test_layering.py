@@ -36,7 +36,13 @@ TIERS = {
     "update": 4,
     "refit": 5,
     "apply": 4,
-    "baselines": 4,
+    "baselines": 6,
+    "baselines.activations": 5,
+    "baselines.bonsai": 5,
+    "baselines.calibration": 3,
+    "baselines.flap": 5,
+    "baselines.ranking": 4,
+    "baselines.taylor": 5,
     "model_card": 4,
     "checkpoint": 5,
     "export": 6,
@@ -51,8 +57,8 @@ TIERS = {
     "run": 5,
     "shipped": 5,
     "zero_report": 6,
-    "choose": 6,
-    "pipeline": 7,
+    "choose": 7,
+    "pipeline": 8,
 }
 
 

@@ -22,23 +22,19 @@ DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
 
 
 def choose_masks(run: Run, checkpoint: str | None = None) -> dict[float, Path]:
-    """Returns a mask file for every ``--target_sparsity``, from one gate training or one scoring of the units.
+    """Returns a mask file for every ``--target_sparsity``.
 
-    The file of the largest target, which gates are trained to, is in ``<output_dir>/best``, the others are in
-    ``<output_dir>/sparsity_<target>/best``: the same gates, cut elsewhere.
+    Gates are trained once, to the largest target, and cut at each; units are scored anew for each. The file of the
+    largest target is in ``<output_dir>/best``, the others are in ``<output_dir>/sparsity_<target>/best``.
     """
     targets = sorted(set(run.args.prune.target_sparsity))
-    path = _train_gates(run, checkpoint) if run.args.prune.prune_method == "vib" else _score_units(run)
-    chosen = load_masks(path)
-    others = {target: _at_target(run, chosen, target) for target in targets[:-1]}
-    return others | {targets[-1]: path}
-
-
-def _at_target(run: Run, masks: Masks, target: float) -> Path:
-    """Writes the masks, cut at another sparsity."""
-    one = run.at(target)
-    _clear(one.args.output_dir)
-    return _write_mask(run, masks, one.args.output_dir, one.record())
+    others = [run.at(target) for target in targets[:-1]]
+    if run.args.prune.prune_method == "vib":
+        largest = _train_gates(run, checkpoint)
+        rest = [_write_mask(one, load_masks(largest), {}) for one in others]
+    else:
+        largest, rest = _score_units(run), [_score_units(one) for one in others]
+    return dict(zip(targets, [*rest, largest], strict=True))
 
 
 def _train_gates(run: Run, checkpoint: str | None) -> Path:
@@ -69,21 +65,22 @@ def _train_gates(run: Run, checkpoint: str | None) -> Path:
 def _score_units(run: Run) -> Path:
     """Scores the units in one shot and returns the mask's file."""
     blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
-    method, batch_size = run.args.prune.prune_method, run.args.training.per_device_eval_batch_size
-    masks = score_masks(run.model, method, blocks, batch_size)
-    _clear(run.args.output_dir)
-    return _write_mask(run, masks, run.args.output_dir, run.record() | {"train_blocks": len(blocks)})
+    target, seed = max(run.args.prune.target_sparsity), run.args.training.seed
+    masks = score_masks(run.model, run.args.prune.prune_method, blocks, target, seed)
+    return _write_mask(run, masks, {"train_blocks": len(blocks)})
 
 
-def _write_mask(run: Run, masks: Masks, folder: Path, record: dict[str, Any]) -> Path:
-    """Cuts masks at a record's target sparsity, and writes them by their perplexity under ``<folder>/best``."""
-    masks = calibrate(masks, run.shape, record["target_sparsity"], *run.plan_options)
+def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
+    """Cuts masks at a run's target, and writes them by their perplexity."""
+    target, batch_size = max(run.args.prune.target_sparsity), run.args.training.per_device_eval_batch_size
+    masks = calibrate(masks, run.shape, target, *run.plan_options)
     plan = plan_from_masks(masks, run.shape, *run.plan_options)
     gated = GatedModel(run.model)
     with gated.using(plan.full_scale()):
-        value = perplexity(gated, run.choice_blocks(), run.args.training.per_device_eval_batch_size)
+        value = perplexity(gated, run.choice_blocks(), batch_size)
     gated.detach_gates()
-    return keep_best(folder / "best", masks, value, record | describe_widths(plan))
+    _clear(run.args.output_dir)
+    return keep_best(run.args.output_dir / "best", masks, value, run.record() | record | describe_widths(plan))
 
 
 def _clear(folder: Path) -> None:

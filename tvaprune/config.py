@@ -57,8 +57,8 @@ class DataArguments:
 class PruneArguments:
     """Mask learning, and applying a mask."""
 
-    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap"] = _flag(
-        "vib", "How units are chosen: vib trains gates; the others score in one shot (the baselines)."
+    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
+        _flag("vib", "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's).")
     )
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.5],
@@ -110,8 +110,8 @@ class PruneArguments:
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold", "refit"] = _flag(
         "refit",
-        "Instant weight update: none: cut only; fold: the gates' means go into the weights; refit: the kept weights' "
-        "closed-form optimum on training blocks, the fold where that helps nothing.",
+        "Instant weight update: none: cut only; fold: the gates' means (flap: its bias terms, where there are biases) "
+        "go into the weights; refit: the kept weights' closed-form optimum on training blocks, where that helps.",
     )
     refit_samples: int = _flag(128, "Training blocks whose statistics the refit fits.")
     refit_offload: bool = _flag(

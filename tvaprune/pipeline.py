@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tvaprune import report, runtime, zero_report
 from tvaprune.apply import apply_plan
+from tvaprune.baselines.flap import compensate_bias
 from tvaprune.checkpoint import check_output, save_pruned
 from tvaprune.choose import choose_masks
 from tvaprune.errors import InputError
@@ -173,11 +174,19 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
     Returns:
         The narrower model, and what the refit did, for the results.
     """
-    level, device = run.args.prune.weight_update, next(run.model.parameters()).device
+    if run.args.prune.weight_update == "refit":
+        return _refitted(run, plan)
+    model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
+    if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
+        compensate_bias(model, plan, run.refit_blocks())
+    model = apply_plan(model, plan)
+    return (fold(model, plan) if folds else model), {}
+
+
+def _refitted(run: Run, plan: KeepPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
     stock: nn.Module = run.model
-    if level != "refit":
-        model = apply_plan(copy.deepcopy(run.model) if keep_dense else run.model, plan)
-        return (fold(model, plan) if level == "fold" else model), {}
+    device = run.model.device
     begin = time.perf_counter()
     calibration, held_out = run.refit_blocks(), run.choice_blocks()
     if run.args.prune.refit_offload:
