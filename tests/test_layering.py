@@ -16,6 +16,7 @@ TIERS = {
     "runtime": 1,
     "families": 0,
     "python_docs": 0,
+    "package_readmes": 0,
     "units": 1,
     "gates": 1,
     "param_count": 1,
