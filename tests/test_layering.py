@@ -13,6 +13,7 @@ TIERS = {
     "": -1,  # tvaprune/__init__.py
     "errors": -1,
     "config": 0,
+    "memory": 0,
     "runtime": 1,
     "families": 0,
     "python_docs": 0,

@@ -18,7 +18,7 @@ SENTENCE = "A paragraph of English prose has some words and few signs."
         (SENTENCE, SENTENCE),
         (f"# Title\r\n\r\n{SENTENCE}\n\n\n{SENTENCE}\n", f"{SENTENCE}\n\n{SENTENCE}"),  # a heading is too short
         (f"[![CI](https://a.b/c.svg)](https://a.b)\n\n{SENTENCE}", SENTENCE),
-        ("Read [the manual](https://a.b/c) of it, of many pages.", "Read the manual of it, which has many pages."),
+        ("Read [the manual](https://a.b/c) of it, of many pages.", "Read the manual of it, of many pages."),
         ("Read `the manual <https://a.b/c>`__ of it, which has some pages.",
          "Read the manual of it, which has some pages."),
         ("Read <b>all</b> of it at once, it <!-- no\n\n --> takes time.", "Read all of it at once, it  takes time."),
