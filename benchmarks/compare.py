@@ -99,7 +99,9 @@ class Measurement:
         self.grid, self.args = grid, grid.args
         self.base = Run.load(grid.arguments(grid.missing[0]))
         data = self.base.args.data
-        self.tasks = ZeroShot([OFFLINE_GROUP], data.data_dir, limit=self.args.zero_eval_limit)
+        self.tasks = None
+        if any(map(grid.is_scored, grid.missing)):  # the harness takes seconds to import
+            self.tasks = ZeroShot([OFFLINE_GROUP], data.data_dir, limit=self.args.zero_eval_limit)
         self.texts = {
             name: token_blocks(self.base.tokenizer, name, SPLIT, self.base.window, data.max_eval_samples,
                                data_dir=data.data_dir)
@@ -180,6 +182,7 @@ class Measurement:
 
     def _zero_shot(self, model: PreTrainedModel) -> dict[str, Any]:
         """Scores a model on the offline tasks."""
+        assert self.tasks is not None
         started, found = time.perf_counter(), {}
 
         def keep(task: str, name: str, score: Score) -> None:
