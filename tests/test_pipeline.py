@@ -129,8 +129,9 @@ def test_an_interrupted_run_goes_on_to_the_same_mask(pruned, checkpoint, text, t
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda_sp", "flap"])
-def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_path, command):
+@pytest.mark.parametrize("method", ["magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"])
+def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("tvaprune.baselines.bonsai.SUB_MODELS_PER_ROUND", 2)
     code, out, error = command(
         "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out",
         *RUN, "--prune_method", method, "--max_train_samples", 8,
@@ -138,6 +139,20 @@ def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_pat
     assert code == 0, error
     assert tiny.read_json(tmp_path / "out" / "results.json")["prune_method"] == method
     assert list((tmp_path / "out" / "best").glob("mask_info_*.pkl"))
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_flap_folds_its_bias_where_the_architecture_has_one(biases, make_model, text, tmp_path, command):
+    model = tiny.save_checkpoint(make_model("llama", attention_bias=biases, mlp_bias=biases), tmp_path / "model")
+    scores = []
+    for update in ("fold", "none"):
+        code, _, error = command(
+            "--do_train", "--model_name_or_path", model, "--dataset_name", text, "--output_dir", tmp_path / update,
+            *RUN, "--prune_method", "flap", "--max_train_samples", 8, "--weight_update", update,
+        )  # fmt: skip
+        assert code == 0, error
+        scores.append(tiny.read_json(tmp_path / update / "results.json")["perplexity"]["pruned"])
+    assert (scores[0] == scores[1]) == (not biases)  # with factors of 1 there is nothing else to fold
 
 
 class Evil:

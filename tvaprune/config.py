@@ -58,8 +58,8 @@ class DataArguments:
 class PruneArguments:
     """Mask learning, and applying a mask."""
 
-    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap"] = _flag(
-        "vib", "How units are chosen: vib trains gates; the others score in one shot (the baselines)."
+    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
+        _flag("vib", "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's).")
     )
     target_sparsity: float = _flag(0.5, "Share of the decoder layers' parameters to remove, between 0 and 1.")
     vib_learning_rate: float | None = _flag(
@@ -99,7 +99,9 @@ class PruneArguments:
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold"] = _flag(
-        "fold", "Instant weight update: fold the gates' means into the weights, or none: cut only."
+        "fold",
+        "Instant weight update: fold the gates' means (flap: its bias terms, where the model has biases) into the "
+        "weights, or none: cut only.",
     )
 
     def __post_init__(self) -> None:

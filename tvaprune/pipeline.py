@@ -18,6 +18,7 @@ from tvaprune import report, runtime, zero_report
 from tvaprune.apply import apply_plan
 from tvaprune.attach import GatedModel
 from tvaprune.baselines import score_masks
+from tvaprune.baselines.flap import compensate_bias
 from tvaprune.checkpoint import check_output, save_pruned
 from tvaprune.config import gate_settings
 from tvaprune.errors import InputError
@@ -141,8 +142,9 @@ def _train_gates(run: Run, checkpoint: str | None) -> Path:
 def _score_units(run: Run) -> Path:
     """Scores the units in one shot and returns the mask's file."""
     blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
-    scores = score_masks(run.model, run.args.prune.prune_method, blocks)
-    masks = calibrate(scores, run.shape, run.args.prune.target_sparsity, *run.plan_options)
+    target, seed = run.args.prune.target_sparsity, run.args.training.seed
+    scores = score_masks(run.model, run.args.prune.prune_method, blocks, target, seed)
+    masks = calibrate(scores, run.shape, target, *run.plan_options)
     plan = plan_from_masks(masks, run.shape, *run.plan_options)
     gated = GatedModel(run.model)
     with gated.using(plan.full_scale()):
@@ -208,8 +210,11 @@ def _identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
 
 def _narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> PreTrainedModel:
     """Slices a copy of the model, or, where the dense one is not needed again, the model itself: half the memory."""
-    model = apply_plan(copy.deepcopy(run.model) if keep_dense else run.model, plan)
-    return fold(model, plan) if run.args.prune.weight_update == "fold" else model
+    model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
+    if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
+        compensate_bias(model, plan, run.train_blocks(DEFAULT_CALIBRATION_SAMPLES))
+    model = apply_plan(model, plan)
+    return fold(model, plan) if folds else model
 
 
 def _measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset) -> dict[str, Any]:
