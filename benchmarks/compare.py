@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train_samples", type=int, default=1200, help="blocks that gates are trained on")
     add("--calibration_samples", type=int, default=128, help="blocks of the one-shot scores and of the update")
     add("--max_eval_samples", type=int, default=256, help="windows of each text, at most")
-    add("--eval_batch_size", type=int, default=16, help="windows of a forward pass")
+    add("--eval_batch_size", type=int, default=8, help="windows of a forward pass")
     add("--zero_eval_limit", type=int, default=50, help="examples of each zero-shot task")
     add("--zero_eval_sparsities", nargs="*", type=float, default=[0.5], help="where zero-shot tasks are scored too")
     add("--zero_eval_seeds", nargs="*", type=int, default=[0], help="the seeds of these cells")
@@ -153,9 +153,7 @@ class Measurement:
         known = self.grid.known(path.with_suffix(".json"), settings)
         if known is not None and path.is_file():
             return known
-        same = [other for other in self.grid.missing if (other.method, other.seed) == (cell.method, cell.seed)]
-        targets = [cell.target_sparsity] if cell.method == VIB else sorted({other.target_sparsity for other in same})
-        run = self._run(cell, choosing=True)
+        run, targets = self._run(cell, choosing=True), self.grid.targets(cell)
         masks, seconds, memory = self._timed(lambda: _masks_of(run, cell.method, targets))
         content = settings | {"targets": targets, "seconds": seconds, "peak_memory": memory}
         for target, mask in masks.items():
@@ -210,11 +208,15 @@ class Measurement:
 
 
 def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Masks]:
-    """Trains gates or scores units once, and cuts at every target sparsity."""
+    """Trains gates or scores units once, and cuts at every target sparsity.
+
+    Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
+    """
     if method in (VIB, VIB_ONCE):
         masks = load_masks(pipeline._train_gates(run, None))
     else:
-        masks = score_masks(run.model, method, run.train_blocks(pipeline.DEFAULT_CALIBRATION_SAMPLES))
+        blocks = run.train_blocks(pipeline.DEFAULT_CALIBRATION_SAMPLES)
+        masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
     return {target: calibrate(masks, run.shape, target, *run.plan_options) for target in targets}
 
 

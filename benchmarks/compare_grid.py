@@ -13,6 +13,7 @@ from tvaprune.run import Arguments
 SPLIT = "test"
 VIB, VIB_ONCE = "vib", "vib_once"
 ONCE_SPARSITY = 0.5  # what vib_once trains its one set of gates at
+PER_TARGET = (VIB, "wanda_sp")  # chosen anew for every target; what the others choose once is cut at all of them
 _SETTINGS = ("dataset", "second_text", "block_size", "train_samples", "calibration_samples", "max_eval_samples")
 
 
@@ -71,6 +72,10 @@ class Grid:
     def mask_path(self, cell: Cell) -> Path:
         """Returns the file of the mask that the cell applies; all updates share it."""
         return self.folder / "masks" / f"{cell.method}-{cell.target_sparsity}-{cell.seed}.pkl"
+
+    def targets(self, cell: Cell) -> list[float]:
+        """Returns the sparsities that the choice of a cell's units serves."""
+        return [cell.target_sparsity] if cell.method in PER_TARGET else sorted(self.args.sparsities)
 
     def is_scored(self, cell: Cell) -> bool:
         """Returns whether the zero-shot tasks are scored in a cell."""

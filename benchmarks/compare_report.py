@@ -10,6 +10,7 @@ from compare_grid import VIB, VIB_ONCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from tvaprune.param_count import SPARSITY_DEFINITION
 from tvaprune.report import save_figure, write_json
@@ -128,15 +129,18 @@ def worst_change(cells: Cells, text: str) -> dict[str, Any] | None:
 
 
 def orders_of(cells: Cells, model: str) -> list[dict[str, Any]]:
-    """Returns the methods from the smallest median gap to the largest, for each update, sparsity and text."""
+    """Returns the methods from the smallest median gap to the largest on each text, for each update and sparsity."""
+
+    def order(text: str, **place: Any) -> list[str]:
+        gaps = {method: cells.median_gap(text, method=method, **place) for method in cells.methods}
+        known = {method: value for method, value in gaps.items() if value is not None}
+        return sorted(known, key=lambda method: known[method])
+
     rows = []
     for update in cells.updates:
         for sparsity in cells.sparsities:
-            for text in cells.texts:
-                place = {"model": model, "weight_update": update, "target_sparsity": sparsity}
-                gaps = {method: cells.median_gap(text, method=method, **place) for method in cells.methods}
-                known = {method: value for method, value in gaps.items() if value is not None}
-                rows.append({**place, "text": text, "order": sorted(known, key=lambda method: known[method])})
+            place = {"model": model, "weight_update": update, "target_sparsity": sparsity}
+            rows.append(place | {"orders": {text: order(text, **place) for text in cells.texts}})
     return rows
 
 
@@ -228,9 +232,16 @@ def _figures(figures: list[dict[str, Any]], worst: list[dict[str, Any]], orders:
                      f"{100 * row['change']:+.2f}% ({where}); sought: at most +1%.")  # fmt: skip
     for row in orders:
         if row["target_sparsity"] == TARGET_SPARSITY:
-            lines.append(f"- Order at {TARGET_SPARSITY}, {Path(row['model']).name}, {row['weight_update']}, "
-                         f"{row['text']}: {', '.join(row['order'])}.")  # fmt: skip
+            where = f"{TARGET_SPARSITY}, {Path(row['model']).name}, {row['weight_update']}"
+            lines.append(f"- Order at {where}: {_order(row['orders'])}.")
     return lines
+
+
+def _order(orders: dict[str, list[str]]) -> str:
+    (first, expected), *others = orders.items()
+    texts = [f"{first}: {', '.join(expected)}"]
+    texts += [f"{text}: {'the same' if order == expected else ', '.join(order)}" for text, order in others]
+    return "; ".join(texts)
 
 
 def _number(value: float | None) -> str:
@@ -268,4 +279,12 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
                               color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
     axes.set(yscale="log", title=f"{Path(model).name}, {text}", xlabel="sparsity of the decoder", ylabel="perplexity")
     axes.set_xticks(cells.sparsities)
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(FuncFormatter(_tick))
     axes.grid(alpha=0.3, which="both")
+    axes.label_outer()
+
+
+def _tick(value: float, position: int | None) -> str:
+    """Returns the label of a perplexity: the first digits 1, 2 and 5 only, which do not crowd."""
+    return f"{value:,.0f}" if value >= 1 and f"{value:e}"[0] in "125" else ""
