@@ -226,4 +226,4 @@ def _narrowed(run: Run, plan: KeepPlan) -> PreTrainedModel:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run_command(main))
+    sys.exit(runtime.run_command(main, "the same command goes on where it was"))

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import compare  # noqa: E402
 from compare_report import Cells, orders_of, ratios, worst_change, write_report  # noqa: E402
 
+from tvaprune.evaluation.zeroshot import Score  # noqa: E402
 from tvaprune.runtime import run_command  # noqa: E402
 
 FIRST, SECOND = "first", "second"
@@ -169,6 +171,21 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
     assert words in refusal(command, [*flags, *change], tmp_path)
     assert files_of(tmp_path) == []
+
+
+def test_the_zero_shot_average_by_hand():
+    class Tasks:
+        def run(self, models, tokenizer, on_score, max_length):
+            assert list(models.values()) == ["model"] and (tokenizer, max_length) == ("tokenizer", 16)
+            for task, value, examples in (("one", 0.5, 20), ("two", 0.8, 10)):
+                on_score(task, *models, Score("acc", value, None, {}, 0.25, {"num_examples": examples}, [], []))
+
+    measurement = object.__new__(compare.Measurement)
+    measurement.tasks, measurement.base = Tasks(), SimpleNamespace(tokenizer="tokenizer")
+    measurement.args = SimpleNamespace(block_size=16)
+    found = measurement._zero_shot("model")
+    assert found["average"] == pytest.approx(0.65)
+    assert found["num_examples"] == 30 and found["tasks"] == {"one": 0.5, "two": 0.8}
 
 
 def cell(method, update, gaps, model="m/one", sparsity=0.5, seed=0, **values):
