@@ -24,6 +24,7 @@ TIERS = {
     "widths": 1,
     "data": 1,
     "distill": 1,
+    "ridge": 1,
     "masks": 2,
     "lagrangian": 2,
     "evaluation": 2,
@@ -35,6 +36,7 @@ TIERS = {
     "plan": 3,
     "trainer": 4,
     "update": 4,
+    "refit": 5,
     "apply": 4,
     "baselines": 6,
     "baselines.activations": 5,
@@ -57,6 +59,7 @@ TIERS = {
     "run": 5,
     "shipped": 5,
     "zero_report": 6,
+    "choose": 6,
     "pipeline": 7,
 }
 

@@ -11,7 +11,8 @@ from datasets import Dataset
 from test_family_contract import ROWS, logits, make_plan, sliced
 
 from tvaprune.distill import distillation_loss
-from tvaprune.refit import Moments, refit, ridge
+from tvaprune.refit import refit
+from tvaprune.ridge import Moments, augmented, ridge
 
 
 def windows(count, seed, length=16):
@@ -123,17 +124,17 @@ def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_m
 
     model, seen = make_model("llama", attention_bias=True, mlp_bias=True), []
     plan = make_plan(model, make_masks)
-    original = module._fit_linear
+    original = module.fit_linear
 
     def watched(linear, fit, held, strengths, *outputs):
-        before = module._augmented(linear, slice(None))
+        before = augmented(linear, slice(None))
         result = original(linear, fit, fit, (1e-3,), *outputs)
         project = outputs[0] if outputs else torch.Tensor.__getitem__
         own = Moments(fit.inputs, project(fit.cross, slice(None)))
-        seen.append((own.error(module._augmented(linear, slice(None))), own.error(before)))
+        seen.append((own.error(augmented(linear, slice(None))), own.error(before)))
         return result
 
-    monkeypatch.setattr(module, "_fit_linear", watched)
+    monkeypatch.setattr(module, "fit_linear", watched)
     refit(model, sliced(model, plan), plan, CALIBRATION, HELD_OUT)
     assert len(seen) == 3 * 7 + 1
     assert all(after < before for after, before in seen)

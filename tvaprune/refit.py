@@ -27,8 +27,8 @@ from tvaprune.apply import head_features
 from tvaprune.distill import distillation_loss
 from tvaprune.families import family_of
 from tvaprune.plan import KeepPlan
+from tvaprune.ridge import Moments, Outputs, fit_linear, ridge, with_one
 
-ROWS = 8192  # output rows solved at a time: an lm_head has 128,000
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # lam relative to the mean diagonal of H; infinite: the fold
 
 
@@ -90,53 +90,6 @@ def refit(
 
 
 @dataclass
-class Moments:
-    """Second moments of one linear layer's inputs and targets.
-
-    Attributes:
-        inputs: ``H``, shape ``(features, features)``.
-        cross: ``C``, shape ``(targets, features)``.
-    """
-
-    inputs: torch.Tensor
-    cross: torch.Tensor
-
-    @classmethod
-    def zeros(cls, features: int, targets: int, device: torch.device) -> "Moments":
-        """Returns the moments of no token (float64: a Gram matrix squares the condition number)."""
-        new = torch.zeros(features + targets, features, dtype=torch.float64, device=device)
-        return cls(new[:features], new[features:])
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Adds tokens, shapes ``(..., features)`` and ``(..., targets)``."""
-        inputs, targets = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
-        self.inputs += inputs.T @ inputs
-        self.cross += targets.T @ inputs
-
-    def error(self, weight: torch.Tensor) -> float:
-        """Returns ``sum |y - W xhat|^2`` less ``sum |y|^2`` where ``cross`` is that of the outputs ``y``."""
-        return float(((weight @ self.inputs - 2 * self.cross) * weight).sum())
-
-
-def ridge(centre: torch.Tensor, moments: Moments, strength: float) -> torch.Tensor:
-    """Returns ``(cross + lam centre) (H + lam I)^-1``, of the centre's shape ``(outputs, features)``, float64.
-
-    Args:
-        centre: The weights that the solution is drawn to.
-        moments: ``cross`` is that of the outputs: ``W C``.
-        strength: ``lam`` relative to the mean diagonal of ``H``; infinite returns the centre.
-    """
-    lam = strength * float(moments.inputs.diagonal().mean())
-    if not math.isfinite(lam) or lam <= 0:  # inputs that are all 0 say nothing
-        return centre
-    shifted = moments.inputs + lam * torch.eye(len(moments.inputs), dtype=centre.dtype, device=centre.device)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:
-        return centre
-    return torch.cholesky_solve((moments.cross + lam * centre).T, factor).T
-
-
-@dataclass
 class _Batch:
     """One batch of windows and its residual streams: shapes ``(batch, length)`` and ``(batch, length, hidden)``."""
 
@@ -186,13 +139,12 @@ class _Walk:
 
     def read(self, blocks: Dataset, batch_size: int, held_out: bool) -> None:
         """Starts the streams of these windows: the embeddings."""
+        models = (self.dense, self.pruned)
+        embeddings = [getattr(getattr(model, self.family.decoder), self.family.embedding) for model in models]
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size]["input_ids"]
-            streams = []
-            for model in (self.dense, self.pruned):
-                embedding = getattr(getattr(model, self.family.decoder), self.family.embedding)
-                streams.append(embedding(ids.to(embedding.weight.device)).to(self.store))
-            self.batches.append(_Batch(ids, *streams, held_out))
+            dense, pruned = (embed(ids.to(embed.weight.device)).to(self.store) for embed in embeddings)
+            self.batches.append(_Batch(ids, dense, pruned, held_out))
 
     def layers(self, options: list[dict[str, Any]]) -> None:
         """Walks all layers: attention, then MLP."""
@@ -201,8 +153,10 @@ class _Walk:
         pairs = list(zip(*models, strict=True))
         for index, layers in enumerate(tqdm(pairs, desc="refitting", unit="layer", leave=False)):
             with _moved(layers[0], self.device):
-                self._half(f"layer {index} ", *(self._attention(layer, options[index]) for layer in layers), index)
-                self._half(f"layer {index} ", *map(self._mlp, layers), index)
+                dense, pruned = (self._attention(layer, options[index]) for layer in layers)
+                self._half(index, dense, pruned)
+                dense, pruned = map(self._mlp, layers)
+                self._half(index, dense, pruned)
 
     def head(self) -> None:
         """Refits the lm_head and the norm before it."""
@@ -224,7 +178,7 @@ class _Walk:
                 total += len(student) * float(distillation_loss(student, teacher))
         return total / sum(len(batch.input_ids) for batch in held_out)
 
-    def _ending(self, model: PreTrainedModel) -> "_Half":
+    def _ending(self, model: PreTrainedModel) -> _Half:
         family = self.family
         head = getattr(model, family.head)
         return _Half(getattr(getattr(model, family.decoder), family.final_norm), head, {family.head: head})
@@ -256,8 +210,9 @@ class _Walk:
             family.up: channels,
         }
 
-    def _half(self, prefix: str, dense: _Half, pruned: _Half, index: int) -> None:
+    def _half(self, index: int, dense: _Half, pruned: _Half) -> None:
         """Refits half a layer and moves both streams past it."""
+        prefix = f"layer {index} "
         name, writer = pruned.writer
         if writer is not None:  # else the layer lost its attention
             self._fit_readers(prefix, dense, pruned, self._kept_rows(index))
@@ -277,10 +232,10 @@ class _Walk:
             with _captured(writer) as inputs:
                 pruned(hidden)
             target = batch.dense.to(self.device).index_select(-1, kept).float() * scale - hidden.float()
-            return _with_one(inputs[0], writer), target
+            return with_one(inputs[0], writer), target
 
         fit, held = self._moments(tokens)
-        self.chosen[name] = _fit_linear(writer, fit, held, self.strengths)
+        self.chosen[name] = fit_linear(writer, fit, held, self.strengths)
 
     def _fit_readers(self, prefix: str, dense: _Half, pruned: _Half, rows: dict[str, torch.Tensor]) -> None:
         """Rescales a norm, then refits the linears that read it to the outputs of the dense ones."""
@@ -288,7 +243,7 @@ class _Walk:
 
         def tokens(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
             inputs, targets = pruned.norm(batch.pruned.to(self.device)), dense.norm(batch.dense.to(self.device))
-            return _with_one(inputs, like), _with_one(targets, like)
+            return with_one(inputs, like), with_one(targets, like)
 
         fit, held = self._moments(tokens)
         factor = self._fit_norm(pruned.norm, fit, held)
@@ -296,8 +251,8 @@ class _Walk:
         scales[len(pruned.norm.weight) :] = 1.0  # the constant that stands for a bias
         fit, held = (Moments(m.inputs * scales.outer(scales), m.cross * scales) for m in (fit, held))
         for name, linear in pruned.readers.items():
-            outputs = _Outputs(dense.readers[name], rows.get(name))
-            self.chosen[prefix + name] = _fit_linear(linear, fit, held, self.strengths, outputs)
+            outputs = Outputs(dense.readers[name], rows.get(name))
+            self.chosen[prefix + name] = fit_linear(linear, fit, held, self.strengths, outputs)
 
     def _fit_norm(self, norm: Any, fit: Moments, held: Moments) -> float:
         """Multiplies a norm by the constant that brings it nearest to the dense one's kept dims, and returns it."""
@@ -324,62 +279,6 @@ class _Walk:
                 sums[batch.held_out] = Moments.zeros(inputs.shape[-1], targets.shape[-1], self.device)
             sums[batch.held_out].add(inputs, targets)
         return sums[False], sums[True]
-
-
-def _with_one(values: torch.Tensor, linear: Any) -> torch.Tensor:
-    """Adds a feature of 1 where the linear has a bias."""
-    return values if linear.bias is None else nn.functional.pad(values, (0, 1), value=1.0)
-
-
-def _augmented(linear: Any, rows: Any) -> torch.Tensor:
-    """Returns rows of a linear's weight, its bias as one more column, in float64."""
-    weight = linear.weight[rows].double()
-    return weight if linear.bias is None else torch.cat([weight, linear.bias[rows].double().unsqueeze(1)], 1)
-
-
-@dataclass
-class _Outputs:
-    """Turns the cross moments of a dense linear's inputs into those of its outputs: ``W C``.
-
-    Attributes:
-        kept: The dense linear's rows that the pruned one has; None: all.
-    """
-
-    dense: Any
-    kept: torch.Tensor | None
-
-    def __call__(self, cross: torch.Tensor, rows: slice) -> torch.Tensor:
-        return _augmented(self.dense, rows if self.kept is None else self.kept[rows]) @ cross
-
-
-def _fit_linear(
-    linear: Any,
-    fit: Moments,
-    held: Moments,
-    strengths: Sequence[float],
-    outputs: Callable[[torch.Tensor, slice], torch.Tensor] = torch.Tensor.__getitem__,
-) -> float:
-    """Sets a linear's weights to the refit of least held-out error, and returns its strength.
-
-    Args:
-        outputs: Turns ``cross`` into that of the linear's outputs, for some rows.
-    """
-    chunks = [slice(first, first + ROWS) for first in range(0, linear.out_features, ROWS)]
-
-    def solution(strength: float, rows: slice) -> torch.Tensor:
-        return ridge(_augmented(linear, rows), Moments(fit.inputs, outputs(fit.cross, rows)), strength)
-
-    def error(strength: float) -> float:
-        moments = (Moments(held.inputs, outputs(held.cross, rows)) for rows in chunks)
-        return sum(m.error(solution(strength, rows)) for m, rows in zip(moments, chunks, strict=True))
-
-    best = min(strengths, key=error)
-    for rows in chunks:
-        weight = solution(best, rows)
-        if linear.bias is not None:
-            linear.bias[rows] = weight[:, -1]
-        linear.weight[rows] = weight[:, : linear.in_features]
-    return best
 
 
 @contextmanager
