@@ -7,6 +7,7 @@ over, and gives the group form under GQA, where a KV head is one unit with all q
 
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ SCORES: dict[str, Callable[[Calibration], PerUnit]] = {
 }
 
 
+@torch.no_grad()
 def score_masks(
     model: PreTrainedModel, method: str, blocks: Dataset, target: float = 0.5, seed: int = 0, batch_size: int = 4
 ) -> Masks:
@@ -39,7 +41,8 @@ def score_masks(
     Args:
         method: One of `SCORES`.
         blocks: Calibration windows.
-        target: The sparsity that the masks are for; Wanda-sp and Bonsai prune while they score.
+        target: The sparsity that the masks are for. Wanda-sp and Bonsai prune while they score; of several targets
+            Bonsai's order for the largest serves the smaller ones too, Wanda-sp's does not.
         seed: Of the draws of ``random`` and ``bonsai``.
         batch_size: Windows per forward pass.
 
@@ -48,4 +51,4 @@ def score_masks(
     """
     scores = SCORES[method](Calibration(model, blocks, target, seed, batch_size))
     ones = PerUnit.full(shape_of(model.config), 1.0)
-    return Masks(mu=ones, log_variance=scores.map(lambda score: -score.detach().float().cpu()))
+    return Masks(mu=ones, log_variance=scores.map(lambda score: -score.float().cpu()))

@@ -17,8 +17,9 @@ from tvaprune.families import ModelShape
 from tvaprune.units import PerUnit
 
 PRUNED_PER_ROUND = 0.05  # share of the decoder's parameters, as released
-SUB_MODELS_PER_ROUND = 200  # as released
-TOKENS_PER_SUB_MODEL = 512  # 32 windows of the model's longest as released
+SUB_MODELS_PER_ROUND = 100  # 200 as released
+TOKENS_PER_SUB_MODEL = 1024  # 32 of the model's longest windows as released: hours on a CPU
+TOKENS_PER_PRIOR = 8192  # 32 of the model's longest windows as released
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)  # relative to the mean of the sub-models' squared distances
 
 
@@ -46,9 +47,9 @@ def bonsai_scores(calibration: Calibration) -> PerUnit:
     coefficients go, over all layers and modules, until the round has removed its share of parameters. Rounds go on
     until the target is passed. A KV head with all its query heads is one unit (the original knows no GQA).
 
-    What differs from the released code: fewer tokens per sub-model (the constant above); the utility is the negative
-    loss, not the negative perplexity, which few bad sub-models rule; ridge in closed form, its strength chosen
-    by leave-one-out error, in place of gradient descent with a grid chosen by cross-validated Kendall tau.
+    What differs from the released code: fewer sub-models and tokens (the constants above); the utility is the negative
+    loss, not the negative perplexity, which few bad sub-models rule; ridge in closed form, its strength chosen by
+    leave-one-out error, in place of gradient descent with a grid chosen by cross-validated Kendall tau.
     """
     gated = GatedModel(calibration.model)
     try:
@@ -76,19 +77,18 @@ class _Rounds:
         num_rounds = math.ceil(self.calibration.target / PRUNED_PER_ROUND) + 1
         with tqdm(total=num_rounds * SUB_MODELS_PER_ROUND, desc="Bonsai", unit="sub-model") as bar:
             while removed <= self.calibration.target * self.total and any(module.any() for module in self.present):
-                sample = self._sample()
-                draw = self._draw(sample, self._prior(sample), bar)
+                draw = self._draw(self._sample(TOKENS_PER_SUB_MODEL), self._prior(), bar)
                 removed += self._remove(draw, rounds)
                 rounds += 1
-        for score, module, prior in zip(self.scores, self.present, self._prior(self._sample()), strict=True):
+        for score, module, prior in zip(self.scores, self.present, self._prior(), strict=True):
             score.copy_(torch.where(module > 0, rounds + ranked(prior), score))
         layers = self.shape.num_hidden_layers
         return per_unit(self.shape, self.scores[:layers], self.scores[layers:])
 
-    def _sample(self) -> Calibration:
-        """Returns this round's windows: the same for all its sub-models."""
+    def _sample(self, tokens: int) -> Calibration:
+        """Draws windows: a round's own, the same for all its sub-models."""
         blocks, size = self.calibration.blocks, len(self.calibration.blocks[0]["input_ids"])
-        count = min(len(blocks), max(1, TOKENS_PER_SUB_MODEL // size))
+        count = min(len(blocks), max(1, tokens // size))
         chosen = torch.randperm(len(blocks), generator=self.generator)[:count].sort().values
         c = self.calibration
         return Calibration(c.model, blocks.select(chosen.tolist()), c.target, c.seed, c.batch_size)
@@ -98,8 +98,9 @@ class _Rounds:
         hidden = torch.ones(self.shape.hidden_size)
         return PerUnit(hidden, tuple(modules[:layers]), tuple(modules[layers:]))
 
-    def _prior(self, sample: Calibration) -> list[torch.Tensor]:
+    def _prior(self) -> list[torch.Tensor]:
         """Returns each module's prior; 0 for what is gone already."""
+        sample = self._sample(TOKENS_PER_PRIOR)
         linears = [linear for pair in output_projections(sample.model) for linear in pair]
         with self.gated.using(self._units(self.present)):
             sums = [entry.wanda().cpu() for entry in read_inputs(sample, linears, None)]

@@ -35,7 +35,7 @@ def taylor_scores(calibration: Calibration) -> PerUnit:
 def taylor_global_scores(calibration: Calibration) -> PerUnit:
     """Scores by the log of `group_importance`, ranked over all layers and both kinds of unit at once.
 
-    The released code's ``--global_pruning``, without layers left alone. Not the form that LLM-Pruner reports, but a
+    The released code's ``--global_pruning``, without layers left alone. Not what its command lines run, but a
     baseline should be given its best one.
     """
     attn, inter = group_importance(calibration)
