@@ -13,9 +13,11 @@ TIERS = {
     "": -1,  # tvaprune/__init__.py
     "errors": -1,
     "config": 0,
+    "memory": 0,
     "runtime": 1,
     "families": 0,
     "python_docs": 0,
+    "package_readmes": 0,
     "units": 1,
     "gates": 1,
     "param_count": 1,
