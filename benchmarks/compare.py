@@ -19,14 +19,16 @@ from compare_report import DENSE, PRUNED, write_report
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
-from tvaprune import pipeline, runtime
+from tvaprune import runtime
 from tvaprune.baselines import SCORES, score_masks
+from tvaprune.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks
 from tvaprune.data import token_blocks
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.evaluation.zeroshot import OFFLINE_GROUP, Score, ZeroShot
 from tvaprune.masks import Masks, load_masks, save_masks
 from tvaprune.memory import PeakMemory
+from tvaprune.pipeline import narrow
 from tvaprune.plan import KeepPlan, calibrate, describe_widths, plan_from_masks
 from tvaprune.report import write_json
 from tvaprune.run import Run
@@ -213,16 +215,17 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Ma
     Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
     """
     if method in (VIB, VIB_ONCE):
-        masks = load_masks(pipeline._train_gates(run, None))
+        (path,) = choose_masks(run).values()
+        masks = load_masks(path)
     else:
-        blocks = run.train_blocks(pipeline.DEFAULT_CALIBRATION_SAMPLES)
+        blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
         masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
     return {target: calibrate(masks, run.shape, target, *run.plan_options) for target in targets}
 
 
 def _narrowed(run: Run, plan: KeepPlan) -> PreTrainedModel:
     """Returns a narrower copy of the model, its weights updated as the run's flags say."""
-    return pipeline._narrow(run, plan, keep_dense=True)
+    return narrow(run, plan, keep_dense=True)[0]
 
 
 if __name__ == "__main__":

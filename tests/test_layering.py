@@ -59,8 +59,8 @@ TIERS = {
     "run": 5,
     "shipped": 5,
     "zero_report": 6,
-    "choose": 6,
-    "pipeline": 7,
+    "choose": 7,
+    "pipeline": 8,
 }
 
 

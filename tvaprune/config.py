@@ -111,9 +111,9 @@ class PruneArguments:
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold", "refit"] = _flag(
         "refit",
-        "Instant weight update: none: cut only; fold: the gates' means (flap: its bias terms, where the model has biases) "
-        "go into the weights; refit: the kept weights' closed-form optimum on training blocks, the fold where that "
-        "helps nothing.",
+        "Instant weight update: none: cut only; fold: the gates' means (flap: its bias terms, where the model has "
+        "biases) go into the weights; refit: the kept weights' closed-form optimum on training blocks, the fold where "
+        "that helps nothing.",
     )
     refit_samples: int = _flag(128, "Training blocks whose statistics the refit fits.")
     refit_offload: bool = _flag(
