@@ -10,7 +10,9 @@ from compare_report import FOLD, REFIT, gap
 
 def main(folder: Path) -> None:
     """Reads every comparison below the folder, the default first, and prints the table."""
-    paths = sorted(folder.glob("*/compare.json"), key=lambda path: (path.parent.name != "default", path.stat().st_mtime))
+    paths = sorted(
+        folder.glob("*/compare.json"), key=lambda path: (path.parent.name != "default", path.stat().st_mtime)
+    )
     print("| setting | gap folded, mean | each seed | gap refitted, mean | each seed | seconds of training |")
     print("|---|---|---|---|---|---|")
     for path in paths:

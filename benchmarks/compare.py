@@ -133,7 +133,7 @@ class Measurement:
         dense = self._once("dense", None, lambda: self._perplexities(self.base.model))["perplexity"]
         run = self._run(cell)
         plan = plan_from_masks(load_masks(self.grid.mask_path(cell)), run.shape, *run.plan_options)
-        pruned, seconds, memory = self._timed(lambda: _narrowed(run, plan))
+        (pruned, details), seconds, memory = self._timed(lambda: _narrowed(run, plan))
         measured, limit = self._perplexities(pruned), self.args.zero_eval_limit
         zero_shot = None
         if self.grid.is_scored(cell):
@@ -142,6 +142,7 @@ class Measurement:
         return {
             **self.grid.settings(cell),
             **dataclasses.asdict(cell),
+            **details,
             "sparsity": plan.sparsity,
             "widths": describe_widths(plan),
             "windows": {text: len(blocks) for text, blocks in self.texts.items()},
@@ -229,9 +230,9 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Ma
     return {target: calibrate(masks, run.shape, target, *run.plan_options) for target in targets}
 
 
-def _narrowed(run: Run, plan: KeepPlan) -> PreTrainedModel:
-    """Returns a narrower copy of the model, its weights updated as the run's flags say."""
-    return narrow(run, plan, keep_dense=True)[0]
+def _narrowed(run: Run, plan: KeepPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns a narrower copy of the model, its weights updated as the run's flags say, and what the update did."""
+    return narrow(run, plan, keep_dense=True)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ class Grid:
             "seed": cell.seed,
             "block_size": args.block_size,
             "ctx_length": args.block_size,
+            "refit_samples": args.calibration_samples,
             "max_train_samples": args.train_samples if trained and choosing else args.calibration_samples,
             "refit_samples": args.calibration_samples,
             "max_eval_samples": args.max_eval_samples,

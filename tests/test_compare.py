@@ -31,7 +31,7 @@ def flags(make_model, tmp_path_factory):
     second.write_text("\n\n".join(" ".join(choose.choices(tiny.WORDS[:6], k=12)) for _ in range(300)))
     return [
         "--models", checkpoint, "--dataset", first, "--second_text", second, "--methods", "vib", "magnitude",
-        "--weight_updates", "none", "fold", "--sparsities", 0.3, 0.5, "--seeds", 0, "--block_size", 16,
+        "--weight_updates", "none", "fold", "refit", "--sparsities", 0.3, 0.5, "--seeds", 0, "--block_size", 16,
         "--train_samples", 16, "--calibration_samples", 8, "--max_eval_samples", 6, "--zero_eval_sparsities",
         "--threads", 1, "--dim_multiple", 4, "--use_cpu",
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def names(methods=("magnitude", "vib")):
 def test_it_writes_exactly_these_files(compared):
     output, result = compared
     own = [name for name in files_of(output) if "/gates/" not in name]
-    cells = [f"{m}-{u}-{s}-0.json" for m in ("magnitude", "vib") for u in ("fold", "none") for s in (0.3, 0.5)]
+    cells = [f"{m}-{u}-{s}-0.json" for m in ("magnitude", "vib") for u in ("fold", "none", "refit") for s in (0.3, 0.5)]
     masks = [f"{name}.{kind}" for name in names() for kind in ("json", "pkl")]
     assert own == sorted(
         ["compare.json", "compare.md", "compare.png", "tiny/dense.json"]
@@ -74,7 +74,8 @@ def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
     for path in (output / "tiny" / "cells").iterdir():
         cell = tiny.read_json(path)
         assert abs(cell["sparsity"] - cell["target_sparsity"]) < 0.05
-        assert {text: value["dense"] for text, value in cell["perplexity"].items()} == dense
+        text = cell["second_text"]
+        assert {name: value["dense"] for name, value in cell["perplexity"].items()} == dense
         assert all(value["pruned"] != value["dense"] for value in cell["perplexity"].values())
         assert set(cell["windows"].values()) == {6}
         assert cell["block_size"] == 16 and cell["calibration_samples"] == 8 and cell["split"] == "test"
@@ -82,8 +83,9 @@ def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
         assert min(*cell["seconds"].values(), *cell["peak_memory"].values()) > 0
         assert {"hardware", "versions", "command", "widths", "method", "weight_update", "seed"} <= set(cell)
         assert cell["zero_shot"] is None
-    vib = [tiny.read_json(output / "tiny" / "cells" / f"vib-{u}-0.5-0.json")["perplexity"] for u in ("none", "fold")]
-    assert vib[0] != vib[1]  # the update is applied
+    updates = ("none", "fold", "refit")
+    vib = [tiny.read_json(output / "tiny" / "cells" / f"vib-{u}-0.5-0.json")["perplexity"][text] for u in updates]
+    assert len({value["pruned"] for value in vib}) == 3  # the update is applied
     magnitude = [tiny.read_json(output / "tiny" / "cells" / f"magnitude-{u}-0.5-0.json") for u in ("none", "fold")]
     assert magnitude[0]["perplexity"] == magnitude[1]["perplexity"]  # control: the means of a score are one
 
