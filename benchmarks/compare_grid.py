@@ -59,8 +59,13 @@ class Grid:
             self.arguments(cell)
 
     def contents(self) -> Iterator[dict[str, Any]]:
-        """Yields the content of every cell that is there."""
-        yield from (content for cell in self.cells if (content := self.content(cell)) is not None)
+        """Yields the content of every cell that is there: those asked for, then what earlier runs measured beside."""
+        asked = [self.path(cell) for cell in self.cells]
+        others = sorted(set((self.folder / "cells").glob("*.json")) - set(asked))
+        for path in (*asked, *others):
+            content = self.known(path, self.settings())
+            if content is not None:
+                yield content
 
     def content(self, cell: Cell) -> dict[str, Any] | None:
         """Returns a cell's content; ``None`` if it is not measured yet."""
@@ -128,7 +133,6 @@ class Grid:
             "ctx_length": args.block_size,
             "refit_samples": args.calibration_samples,
             "max_train_samples": args.train_samples if trained and choosing else args.calibration_samples,
-            "refit_samples": args.calibration_samples,
             "max_eval_samples": args.max_eval_samples,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": args.eval_batch_size,
