@@ -113,7 +113,7 @@ def test_it_comes_nearer_to_the_dense_model_than_the_fold(model, make_masks, emp
     assert [name for name, _ in refitted.named_parameters()] == [name for name, _ in folded.named_parameters()]
     assert sum(p.numel() for p in refitted.parameters()) == plan.num_parameters
     divergences = [divergence(narrow, model) for narrow in (folded, refitted)]
-    assert divergences[0] == pytest.approx(report.divergence["fold"], rel=1e-4)
+    assert divergences[0] == pytest.approx(report.divergence[0.0], rel=1e-4)
     assert divergences[1] == pytest.approx(min(report.divergence.values()), rel=1e-4)
     assert divergences[1] < 0.9 * divergences[0]
 
@@ -162,7 +162,7 @@ def test_tied_embeddings_stay_tied_and_exact(make_model, make_masks):
     report = refit(model, refitted, plan, CALIBRATION, HELD_OUT)
     assert refitted.lm_head.weight is refitted.model.embed_tokens.weight
     assert torch.equal(refitted.model.embed_tokens.weight, folded.model.embed_tokens.weight)
-    assert "lm_head" not in report.divergence and report.kept == "layers"
+    assert "lm_head" not in report.strengths and report.share > 0
 
 
 def test_it_is_deterministic_and_does_not_depend_on_the_batch(make_model, make_masks):
@@ -201,6 +201,6 @@ def test_a_model_pruned_beyond_repair_falls_back_to_the_fold(make_model, full_pl
     report = refit(
         model, narrow, plan, windows(1, seed=5), HELD_OUT, strengths=(1e-4,)
     )  # overfitted: no fold to choose
-    if report.kept == "fold":
+    if report.share == 0:
         assert weights_differ(folded, narrow) == 0.0
-    assert divergence(narrow, model) <= report.divergence["fold"] * (1 + 1e-4)
+    assert divergence(narrow, model) <= report.divergence[0.0] * (1 + 1e-4)
