@@ -28,7 +28,8 @@ TIERS = {
     "evaluation.perplexity": 2,
     "evaluation.speed": 2,
     "evaluation.zeroshot": 2,
-    "finetune": 2,
+    "teacher": 2,
+    "finetune": 3,
     "attach": 3,
     "plan": 3,
     "trainer": 4,
@@ -50,6 +51,7 @@ TIERS = {
     "shipped": 5,
     "zero_report": 6,
     "pipeline": 7,
+    "recover": 8,
 }
 
 

@@ -17,7 +17,8 @@ from tvaprune.report import write_json
 
 IDENTITY = ("model", "mask", "weight_update", "widths")  # what makes two results those of the same pruned model
 AVERAGED = ("acc", "acc_norm")
-DENSE, PRUNED = "dense", "pruned"
+DENSE, PRUNED, FINETUNED = "dense", "pruned", "finetuned"
+_ORDER = (DENSE, PRUNED, FINETUNED)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class ZeroShotRecord:
 
     def _models(self) -> list[str]:
         found = {model for scores in self.scores.values() for model in scores}
-        return sorted(found)
+        return sorted(found, key=lambda model: (_ORDER.index(model) if model in _ORDER else len(_ORDER), model))
 
     def _average(self, model: str) -> dict[str, Any] | None:
         """Returns the mean over the tasks that have an accuracy, with the error of independent tasks."""
