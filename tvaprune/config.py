@@ -156,7 +156,7 @@ class FinetuneArguments:
         0.01, "Weight of the KL to the unpruned model beside the cross-entropy; --distill False: none."
     )
     distill_hidden_alpha: float = _flag(
-        0.0, "Weight of the relative squared error of the hidden states, on the kept dims; 0: none."
+        0.0, "Weight of 1 minus the cosine to the unpruned model's hidden states, on the kept dims; 0: none."
     )
     early_stopping_patience: int | None = _flag(
         None,

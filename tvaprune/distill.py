@@ -76,7 +76,10 @@ def top_k_distillation_loss(
 def hidden_loss(
     student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], kept: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the squared error of the hidden states over the teacher's mean square, the mean over the layers.
+    """Returns 1 minus the cosine of student's and teacher's hidden states, the mean over layers and tokens.
+
+    The size of a hidden state means nothing, as the next norm divides by it, and folding changes it: only the direction
+    is compared.
 
     Args:
         student: A hidden state per layer, shape ``(batch, length, len(kept))``; of the embedding none is wanted.
@@ -86,7 +89,7 @@ def hidden_loss(
     terms = []
     for own, other in zip(student, teacher, strict=True):
         target = other.float().index_select(-1, kept)
-        terms.append(functional.mse_loss(own.float(), target) / target.square().mean())
+        terms.append(1 - functional.cosine_similarity(own.float(), target, dim=-1).mean())
     return torch.stack(terms).mean()
 
 

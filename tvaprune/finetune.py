@@ -1,6 +1,6 @@
 """Fine-tuning any causal LM towards a teacher: LoRA or all weights, on `transformers.Trainer`.
 
-``loss = CE + alpha * KL(teacher || student) [+ beta * error of the hidden states]`` (method: section 6), on the shifted
+``loss = CE + alpha * KL(teacher || student) [+ beta * distance of hidden states]`` (method: section 6), on the shifted
 tokens whose label counts, the mean per token. Accumulation, precision, checkpoints, their resumption and early stopping
 are `Trainer`'s own.
 """
@@ -8,6 +8,9 @@ are `Trainer`'s own.
 import json
 import math
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,8 @@ def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
         modules_to_save=["lm_head"] if settings.train_lm_head else None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with _quiet():
+        return get_peft_model(model, config)
 
 
 def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> None:
@@ -76,11 +80,20 @@ def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> Pe
     """
     check_identity("adapter", Path(folder), identity)
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]}); train it again"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops a warning at peft, which asks transformers by a deprecated name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
@@ -191,7 +204,7 @@ class FinetuneTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the column by which a cached teacher finds a block: the model's forward does not take it."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*(self._signature_columns or []), "index"]
+        self._signature_columns: Any = [*(self._signature_columns or []), "index"]
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dic
     steps = [row["step"] for row in rows]
     panels[0].plot(steps, [row["ce"] for row in rows], color="tab:blue", label="cross-entropy")
     panels[0].set(ylabel="nats per token", title="Fine-tuning")
-    for name, label in (("kl", "KL to the dense model"), ("hidden", "hidden states, relative error")):
+    for name, label in (("kl", "KL to the dense model"), ("hidden", "hidden states, 1 - cosine")):
         if name in others:
             panels[1].plot(steps, [row[name] for row in rows], label=label)
     for name, style in (("pruned", ":"), ("dense", "--")):
