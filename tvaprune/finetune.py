@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -82,7 +83,7 @@ def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> Pe
     try:
         with _quiet():
             return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]}); train it again"
         ) from error
