@@ -19,6 +19,7 @@ from tvaprune.finetune import (
     add_lora,
     last_checkpoint,
     load_adapter,
+    merge,
     save_adapter,
 )
 from tvaprune.runtime import FinetuneRunArguments
@@ -91,7 +92,7 @@ def test_an_adapter_is_saved_loaded_and_merged_to_the_same_logits(trainer, make_
     torch.testing.assert_close(logits(again, input_ids), expected, **EXACT)
     plain = PeftModel.from_pretrained(make_model(seed=1), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(plain.eval(), input_ids), expected, **EXACT)
-    torch.testing.assert_close(logits(tuned.merge_and_unload(), input_ids), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(merge(tuned), input_ids), expected, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(make_model, tmp_path):

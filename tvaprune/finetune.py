@@ -70,6 +70,12 @@ def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> No
     write_identity(folder, identity)
 
 
+def merge(model: PeftModel) -> Any:
+    """Adds LoRA's updates to the weights, in place, and returns the model without LoRA."""
+    with _quiet():
+        return model.merge_and_unload()
+
+
 def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> PeftModel:
     """Puts a saved adapter on the model that it was trained on.
 
@@ -91,8 +97,10 @@ def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> Pe
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops a warning at peft, which asks transformers by a deprecated name."""
+    """Drops peft's warnings: it asks by a deprecated name, and tells of an lm_head that leaves its tie, as was asked."""
     with warnings.catch_warnings():
+        for tied in ("Model has .tie_word_embeddings=True.", "Input and output embeddings are no longer tied"):
+            warnings.filterwarnings("ignore", tied, UserWarning)
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         yield
 

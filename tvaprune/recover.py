@@ -32,6 +32,7 @@ from tvaprune.finetune import (
     check_identity,
     last_checkpoint,
     load_adapter,
+    merge,
     save_adapter,
 )
 from tvaprune.model_card import adapter_card, model_card
@@ -289,7 +290,7 @@ def _write(job: Job, student: Any, record: dict[str, Any]) -> None:
             save_adapter(student, folder, job.identity)
             card = adapter_card(job.plan, record, "adapter", str(job.pruned_folder))
             (folder / "README.md").write_text(card, encoding="utf-8")
-        merged = student.merge_and_unload()
+        merged = merge(student)
     config = copy.deepcopy(merged.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
     with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
