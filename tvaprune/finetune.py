@@ -97,7 +97,7 @@ def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> Pe
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops peft's warnings: it asks by a deprecated name, and tells of an lm_head that leaves its tie, as was asked."""
+    """Drops warnings of peft: it asks by a deprecated name, and tells of an lm_head that leaves its tie, as asked."""
     with warnings.catch_warnings():
         for tied in ("Model has .tie_word_embeddings=True.", "Input and output embeddings are no longer tied"):
             warnings.filterwarnings("ignore", tied, UserWarning)
