@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
         print(f"| {' | '.join(columns)} |")
     told, first = runs[0]["finetune"], runs[0]
     print(
-        f"\nText: {first['dataset_name']}, {first['split']} split, {first['num_windows']} windows of {first['window']}. "
+        f"\nText: {first['dataset_name']}, {first['split']}, {first['num_windows']} windows of {first['window']}. "
         f"Trained on {told['train_blocks']} blocks of {first['block_size']}, {told['steps']} steps of "
         f"{told['blocks_per_step']}, learning rate {told['learning_rate']}; weights updated by "
         f"{first['weight_update']}. Hardware: {first['hardware']}."

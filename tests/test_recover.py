@@ -176,6 +176,16 @@ def test_a_checkpoint_of_another_mask_or_model_is_refused(tuned, make_source, tm
         assert f"is the checkpoint of {words}" in tiny.refusal(code, error)
 
 
+def test_a_checkpoint_goes_on_with_the_pruned_model_that_it_began_with_or_not_at_all(tuned, source, tmp_path, command):
+    output = shutil.copytree(tuned[0], tmp_path / "out")
+    weights = load_pruned(output / "pruned")
+    with torch.no_grad():
+        weights.model.norm.weight.add_(1.0)
+    weights.save_pretrained(output / "pruned")
+    code, _, error = command(*source, *RUN, "--output_dir", output, "--resume_from_checkpoint", "True")
+    assert "is the checkpoint of another pruned checkpoint" in tiny.refusal(code, error)
+
+
 def test_a_mask_of_another_model_is_refused(source, make_source, tmp_path, command):
     wide = dict(zip(make_source(hidden_size=40)[::2], make_source(hidden_size=40)[1::2], strict=True))
     code, _, error = command(

@@ -172,6 +172,9 @@ def _before(job: Job, windows: Dataset) -> tuple[PreTrainedModel, dict[str, Any]
         narrow = pipeline.narrow(run, plan, keep_dense=job.needs_dense)
         save_pruned(narrow, plan, run.tokenizer, job.pruned_folder, args.training.overwrite_output_dir, results)
     pruned = job.load_pruned()
+    job.identity["pruned checkpoint"] = weights_digest(pruned)
+    if job.checkpoint is not None:
+        check_identity("checkpoint", job.checkpoint, job.identity)
     if not job.needs_dense:
         run.model = pruned  # the dense one leaves the memory
     results |= pipeline.measure(run, plan, pruned, windows)
