@@ -120,6 +120,7 @@ def test_it_says_what_it_did(tuned):
     for folder in ("adapter", "merged"):
         card = (output / folder / "README.md").read_text(encoding="utf-8")
         assert "fine-tuned by: method lora" in card and "distill_ce_loss_alpha 1.0" in card
+    assert "before fine-tuning" in card
     assert "and to no\nother" in (output / "adapter" / "README.md").read_text(encoding="utf-8")
 
 

@@ -31,7 +31,6 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 _ADAPTER = """---
 library_name: peft
 pipeline_tag: text-generation
-base_model: {base}
 tags: [lora, pruned, tvaprune]
 ---
 
@@ -118,11 +117,13 @@ def _size_rows(plan: KeepPlan) -> list[str]:
 
 def _perplexity_rows(record: dict[str, Any]) -> list[str]:
     values = record.get("perplexity")
-    if not values or "pruned" not in values:
+    if not values:
         return ["", "Its perplexity was not measured when it was saved."]
     where = f"{record['dataset_name']} {record['split']}, windows of {record['window']}"
-    before = " before fine-tuning" if "finetune" in record else ""
-    return [f"| perplexity{before} ({where}) | {values['dense']:.2f} | {values['pruned']:.2f} |"]
+    pruned = f"{values['pruned']:.2f}"
+    if "finetuned" in values:
+        pruned = f"{values['finetuned']:.2f}, before fine-tuning {pruned}"
+    return [f"| perplexity ({where}) | {values['dense']:.2f} | {pruned} |"]
 
 
 def _loading(config: PretrainedConfig, name: str) -> str:

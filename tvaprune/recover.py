@@ -104,8 +104,11 @@ def run_finetune(args: Arguments) -> None:
     _clear(args.output_dir, whole=checkpoint is None)
     windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
     pruned, results = _before(job, windows)
-    results |= _train(job, pruned, results)
-    _after(job, results, windows)
+    student, told = _train(job, pruned, results)
+    results |= told
+    _write(job, student, results, windows)
+    _verify(job, results, windows)
+    report.write_json(results, args.save_loc / "results.json")
     print("\n" + report.table(_rows(job, results)))
     models = {DENSE: run.model, PRUNED: job.load_pruned(), FINETUNED: _merged(job)} if tasks else {}
     pipeline.zero_shot(run, tasks, models, results)
@@ -206,8 +209,8 @@ def _teacher(job: Job) -> Teacher | None:
     return LiveTeacher(job.run.model, args.distill.distill_temp, kept)
 
 
-def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> dict[str, Any]:
-    """Trains, writes adapter and merged model, and returns what is to be told of it."""
+def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Trains; returns the trained model, and what is to be told of it."""
     args, training = job.run.args, job.run.args.training
     blocks = _train_blocks(job)
     student = _student(job, pruned)
@@ -223,9 +226,7 @@ def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> dict[s
     history = trainer.state.log_history
     report.plot_finetuning(history, args.save_loc / "finetune.png", results["perplexity"])
     report.write_json({"log": history}, args.save_loc / "finetune_log.json")
-    told = measured | {"finetune": _told(job, trainer, len(blocks), seconds)}
-    _write(job, student, results | told)
-    return told
+    return student, measured | {"finetune": _told(job, trainer, len(blocks), seconds)}
 
 
 def _student(job: Job, model: PreTrainedModel) -> Any:
@@ -284,33 +285,31 @@ def _told(job: Job, trainer: FinetuneTrainer, num_blocks: int, seconds: float) -
     }  # fmt: skip
 
 
-def _write(job: Job, student: Any, record: dict[str, Any]) -> None:
-    """Writes the adapter, then merges it (in place) and writes the merged model."""
+def _write(job: Job, student: Any, results: dict[str, Any], windows: Dataset) -> None:
+    """Writes the adapter, merges it (in place), measures the merged model and writes that."""
     args, tokenizer = job.run.args, job.run.tokenizer
     merged = student
     if not args.finetune.full_ft:
         with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
             save_adapter(student, folder, job.identity)
-            card = adapter_card(job.plan, record, "adapter", str(job.pruned_folder))
+            card = adapter_card(job.plan, results, "adapter", str(job.pruned_folder))
             (folder / "README.md").write_text(card, encoding="utf-8")
         merged = merge(student)
+    value = perplexity(merged, windows, args.training.per_device_eval_batch_size, "fine-tuned perplexity")
+    results["perplexity"][FINETUNED] = value
     config = copy.deepcopy(merged.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
     with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
         write_checkpoint(merged, config, tokenizer, folder)
-        (folder / "README.md").write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(config, job.plan, results, "merged"), encoding="utf-8")
 
 
-def _after(job: Job, results: dict[str, Any], windows: Dataset) -> None:
-    """Measures the merged model as it stands on disk, compares it with the adapter, and writes the results."""
-    args = job.run.args
-    merged = _merged(job)
-    value = perplexity(merged, windows, args.training.per_device_eval_batch_size, "fine-tuned perplexity")
-    results["perplexity"][FINETUNED] = value
-    if not args.finetune.full_ft:
-        tuned = load_adapter(job.load_pruned(), job.output / "adapter", job.identity)
-        results["finetune"]["adapter_merged_difference"] = _difference(tuned, merged, windows)
-    report.write_json(results, args.save_loc / "results.json")
+def _verify(job: Job, results: dict[str, Any], windows: Dataset) -> None:
+    """Reads the adapter and the merged model again and compares them."""
+    if job.run.args.finetune.full_ft:
+        return
+    tuned = load_adapter(job.load_pruned(), job.output / "adapter", job.identity)
+    results["finetune"]["adapter_merged_difference"] = _difference(tuned, _merged(job), windows)
 
 
 def _merged(job: Job) -> PreTrainedModel:
