@@ -153,6 +153,14 @@ def test_gates_are_drawn_for_each_token(make_model):
     assert len(outputs.unique(dim=0)) == 1
 
 
+def test_gates_are_drawn_for_each_window_where_asked(make_model):
+    gated = GatedModel(make_model(), initial_log_variance=0.0, noise="sequence")
+    with torch.no_grad():
+        outputs = gated(input_ids=torch.full((2, 5), 7), output_hidden_states=True).hidden_states[0]
+    assert [len(window.unique(dim=0)) for window in outputs] == [1, 1]
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_every_gate_gets_a_gradient(model, input_ids):
     gated = GatedModel(model)
     gated(input_ids=input_ids, labels=input_ids).loss.backward()

@@ -129,8 +129,9 @@ def test_an_interrupted_run_goes_on_to_the_same_mask(pruned, checkpoint, text, t
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda_sp", "flap"])
-def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_path, command):
+@pytest.mark.parametrize("method", ["magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"])
+def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("tvaprune.baselines.bonsai.SUB_MODELS_PER_ROUND", 2)
     code, out, error = command(
         "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out",
         *RUN, "--prune_method", method, "--max_train_samples", 8,
@@ -138,6 +139,59 @@ def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_pat
     assert code == 0, error
     assert tiny.read_json(tmp_path / "out" / "results.json")["prune_method"] == method
     assert list((tmp_path / "out" / "best").glob("mask_info_*.pkl"))
+
+
+def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, command):
+    output = tmp_path / "out"
+    code, out, error = command(
+        "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output, *RUN,
+        "--max_train_samples", 16, "--per_device_train_batch_size", 4, "--target_sparsity", 0.4, 0.2,
+        "--save_pruned", tmp_path / "saved", "--refit_samples", 8,
+    )  # fmt: skip
+    assert code == 0, error
+    assert out.count("(target 0.2)") == out.count("(target 0.4)") == 1
+    masks = {}
+    for target in (0.2, 0.4):
+        results = tiny.read_json(output / f"sparsity_{target}" / "results.json")
+        assert results["widths"]["decoder_sparsity"] == pytest.approx(target, abs=0.03)
+        assert results["target_sparsity"] == target and results["weight_update"] == "refit"
+        assert results["refit"]["calibration_blocks"] == 8
+        masks[target] = load_masks(results["mask"])
+        assert (tmp_path / "saved" / f"sparsity_{target}" / "config.json").is_file()
+    assert len(list(output.rglob("mask_info_*.pkl"))) == 2
+    for low, high in zip(masks[0.2].log_alpha, masks[0.4].log_alpha, strict=True):
+        assert torch.equal(low.argsort(stable=True), high.argsort(stable=True))  # the same gates, cut elsewhere
+
+
+@pytest.mark.parametrize("options", [("--refit_offload", "True"), ()])
+def test_the_update_is_the_users_choice(pruned, checkpoint, text, tmp_path, command, options):
+    (mask,) = (pruned[0] / "best").glob("*.pkl")
+    base = ("--model_name_or_path", checkpoint, "--mask_loc", mask, "--dataset_name", text, "--output_dir", tmp_path)
+    values = {}
+    for level in ("none", "fold", "refit"):
+        flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level, *options)
+        code, _, error = command(*base, *RUN, *flags)
+        assert code == 0, error
+        values[level] = tiny.read_json(tmp_path / level / "results.json")
+    assert len({result["perplexity"]["pruned"] for result in values.values()}) == 3
+    assert len({result["perplexity"]["dense"] for result in values.values()}) == 1
+    report = values["refit"]["refit"]
+    assert report["divergence"][report["kept"]] <= report["divergence"]["fold"]
+    assert "refit" not in values["fold"]
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_flap_folds_its_bias_where_the_architecture_has_one(biases, make_model, text, tmp_path, command):
+    model = tiny.save_checkpoint(make_model("llama", attention_bias=biases, mlp_bias=biases), tmp_path / "model")
+    scores = []
+    for update in ("fold", "none"):
+        code, _, error = command(
+            "--do_train", "--model_name_or_path", model, "--dataset_name", text, "--output_dir", tmp_path / update,
+            *RUN, "--prune_method", "flap", "--max_train_samples", 8, "--weight_update", update,
+        )  # fmt: skip
+        assert code == 0, error
+        scores.append(tiny.read_json(tmp_path / update / "results.json")["perplexity"]["pruned"])
+    assert (scores[0] == scores[1]) == (not biases)  # with factors of 1 there is nothing else to fold
 
 
 class Evil:
@@ -188,6 +242,8 @@ def empty(folder):
         (("--prune_method", "best"), "invalid choice: 'best'"),
         (("--no_such_flag", 1), "no_such_flag"),
         (("--dim_multiple", -8), "--dim_multiple is -8"),
+        (("--settle_share", 1), "--settle_share is 1.0"),
+        (("--refit_samples", 0), "--refit_samples is 0"),
         (("--vib_learning_rate", -0.1), "--vib_learning_rate is -0.1"),
         (("--resume_from_checkpoint", "True"), "no checkpoint there"),
         (("--output_dir", "/proc/none"), "cannot be written"),

@@ -16,7 +16,7 @@ from tvaprune.trainer import GateTrainer, PruningObjective
 
 def settings(num_steps=8, distill=True, **prune):
     prune = {"lagrangian_warmup_epochs": 0.25, "dim_multiple": 4} | prune
-    arguments = PruneArguments(target_sparsity=0.3, **prune)
+    arguments = PruneArguments(target_sparsity=[0.3], **prune)
     return gate_settings(arguments, DistillArguments(distill=distill), num_steps, num_steps, 5.0, 4)
 
 
@@ -100,6 +100,60 @@ def test_a_resumed_run_continues_bit_for_bit(make_model, tmp_path):
     assert last[0]["task_loss"] == last[1]["task_loss"]
     fresh = train(make_model("mistral"), tmp_path / "fresh", seed=7).model.state_dict()  # negative control
     assert not torch.equal(states[0]["gated.mu.0"], fresh["gated.mu.0"])
+
+
+def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(make_model, input_ids):
+    objective = PruningObjective(GatedModel(make_model("llama"), -3.0), settings())
+    with torch.no_grad():
+        for log_variance in objective.gated.log_variance:
+            log_variance.add_(3 * torch.randn_like(log_variance))
+    before = objective.masks()
+    noisy = [float(objective(input_ids, 5.0, 0.3)["loss"].detach()) for _ in range(2)]
+    assert noisy[0] != noisy[1]  # control
+    objective.settle()
+    parts = [objective(input_ids, 5.0, 0.3) for _ in range(2)]
+    assert parts[0]["loss"].detach() == parts[1]["loss"].detach()
+    parts[0]["loss"].backward()
+    chosen = [values < 0 for values in objective.masks().log_alpha]
+    sizes = objective.settings.plan_options[1:]
+    kept = plan_from_masks(objective.masks(), objective.gated.shape, *sizes).full_scale()
+    assert 0 < sum(int((scale == 0).sum()) for scale in kept)
+    for mu, scale in zip(objective.gated.mu, kept, strict=True):
+        assert torch.equal(mu.grad != 0, scale != 0)
+    assert all(values.grad is None for values in objective.gated.log_variance)
+    with torch.no_grad():
+        for mu in objective.gated.mu:
+            mu.mul_(0.01)  # would have moved log_alpha by 9
+    assert all(torch.equal(a, b < 0) for a, b in zip(chosen, objective.masks().log_alpha, strict=True))
+    assert not all(
+        torch.equal(a, b < 0) for a, b in zip(chosen, before.log_alpha, strict=True)
+    )  # the exact cut is not 0
+    objective.gated.detach_gates()
+
+
+def test_gates_settle_for_the_last_share_of_the_steps(make_model, tmp_path):
+    trainer = train(make_model("llama"), tmp_path)
+    history = [row for row in trainer.state.log_history if "expected_sparsity" in row]
+    assert settings().num_settle_steps == 3  # a third of 8
+    assert len({row["expected_sparsity"] for row in history[5:]}) == 1
+    assert len({row["expected_sparsity"] for row in history[:5]}) == 5
+    assert len({row["lambda_1"] for row in history[4:]}) <= 2  # the multipliers rest as well
+    assert trainer.model.settled
+
+
+def test_cross_entropy_joins_the_distillation_by_its_weight(make_model, input_ids):
+    model = make_model("llama")
+    losses = {}
+    for weight in (0.0, 0.5):
+        objective = PruningObjective(GatedModel(model, -60.0), settings(gate_ce_weight=weight))
+        with torch.no_grad():
+            for mu in objective.gated.mu:
+                mu.fill_(1.0)
+        losses[weight] = float(objective(input_ids, 5.0, 0.0)["task_loss"].detach())
+        objective.gated.detach_gates()
+    with torch.no_grad():
+        cross_entropy = float(model(input_ids=input_ids, labels=input_ids).loss)
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * cross_entropy, rel=1e-4)
 
 
 def test_a_checkpoint_holds_the_gates_and_not_the_model(make_model, tmp_path):

@@ -32,10 +32,12 @@ class GatedModel(nn.Module):
     Args:
         model: A ``...ForCausalLM`` of a supported family; its parameters stop requiring gradients.
         initial_log_variance: Mean of the log-variances' start.
+        noise: ``token``: a gate is drawn for every token (eq. 2); ``sequence``: one draw serves all tokens of a window.
     """
 
-    def __init__(self, model: PreTrainedModel, initial_log_variance: float = -9.0) -> None:
+    def __init__(self, model: PreTrainedModel, initial_log_variance: float = -9.0, noise: str = "token") -> None:
         super().__init__()
+        self.noise = noise
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False)
         self.family = family_of(model.config)
@@ -58,9 +60,10 @@ class GatedModel(nn.Module):
 
     def masks(self) -> Masks:
         """Returns the gates as they stand: the parameters themselves, with gradients."""
-        return Masks(mu=self._per_unit(self.mu), log_variance=self._per_unit(self.log_variance))
+        return Masks(mu=self.per_unit(self.mu), log_variance=self.per_unit(self.log_variance))
 
-    def _per_unit(self, values: nn.ParameterList) -> PerUnit:
+    def per_unit(self, values: nn.ParameterList) -> PerUnit:
+        """Sorts one tensor for each of the gates' tensors, in their order, by kind of unit."""
         layers = self.shape.num_hidden_layers
         tensors = tuple(values)
         return PerUnit(hidden=tensors[0], attn=tensors[1 : 1 + layers], inter=tensors[1 + layers :])
@@ -74,11 +77,16 @@ class GatedModel(nn.Module):
         finally:
             self._off = before
 
+    def hold(self, values: PerUnit) -> None:
+        """Multiplies by fixed values from now on, full-sized, 0 where a unit is cut: the masked model."""
+        device = self.mu[0].device
+        self._fixed = values.map(lambda value: value.to(device))
+
     @contextmanager
     def using(self, values: PerUnit) -> Iterator[None]:
-        """Multiplies by fixed values, full-sized, 0 where a unit is cut: the masked model."""
-        device = self.mu[0].device
-        before, self._fixed = self._fixed, values.map(lambda value: value.to(device))
+        """Multiplies by fixed values for a while, as `hold` does."""
+        before = self._fixed
+        self.hold(values)
         try:
             yield
         finally:
@@ -119,10 +127,11 @@ class GatedModel(nn.Module):
             yield getattr(layer, norm).register_forward_hook(self._renormalise)
 
     def _multiplier(self, place: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns the values of one tensor of units: fixed, or sampled for each token of ``like``."""
+        """Returns the values of one tensor of units, to multiply ``like`` by: fixed, or sampled."""
         if self._fixed is not None:
             return list(self._fixed)[place].to(like.dtype)
-        return gates.sample(self.mu[place], self.log_variance[place], like.shape[:-1]).to(like.dtype)
+        leading = like.shape[:-1] if self.noise == "token" else torch.Size((like.shape[0], 1))
+        return gates.sample(self.mu[place], self.log_variance[place], leading).to(like.dtype)
 
     def _scale_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output if self._off else output * self._multiplier(0, output)

@@ -36,7 +36,8 @@ class DataArguments:
     """The text that gates are trained on and perplexity is measured on."""
 
     dataset_name: str = _flag(
-        "c4", "python_docs, c4, wikitext2, ptb, or a path: .txt, .jsonl, .parquet, a save_to_disk folder."
+        "c4",
+        "python_docs, package_readmes, c4, wikitext2, ptb, or a path: .txt, .jsonl, .parquet, a save_to_disk folder.",
     )
     data_dir: str = _flag("data", "Folder with local copies of hub data sets, e.g. data/Salesforce/wikitext/...")
     block_size: int = _flag(512, "Tokens of a training block.")
@@ -58,10 +59,16 @@ class DataArguments:
 class PruneArguments:
     """Mask learning, and applying a mask."""
 
-    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap"] = _flag(
-        "vib", "How units are chosen: vib trains gates; the others score in one shot (the baselines)."
+    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
+        _flag("vib", "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's).")
     )
-    target_sparsity: float = _flag(0.5, "Share of the decoder layers' parameters to remove, between 0 and 1.")
+    target_sparsity: list[float] = field(
+        default_factory=lambda: [0.5],
+        metadata={
+            "help": "Share of the decoder layers' parameters to remove, between 0 and 1. Several: one choice of units, "
+            "its gates trained to the largest, is cut at each."
+        },
+    )
     vib_learning_rate: float | None = _flag(
         None,
         f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_STEPS} steps) or above 50%% "
@@ -83,7 +90,12 @@ class PruneArguments:
     beta_start: float | None = _flag(
         None, "Sharpness at the start, rising geometrically; default 0.5 in a short run, else the final value."
     )
-    beta_warmup_share: float = _flag(1.0, "Share of the steps over which the sharpness rises.")
+    beta_warmup_share: float = _flag(1.0, "Share of the choosing steps over which the sharpness rises.")
+    settle_share: float = _flag(
+        0.33, "Last share of the steps, in which the choice stands and the kept gates' means train on without noise."
+    )
+    gate_noise: Literal["token", "sequence"] = _flag("token", "What a gate is drawn anew for.")
+    gate_ce_weight: float = _flag(0.0, "Weight of the cross-entropy beside the distillation of the gates.")
     initial_log_variance: float | None = _flag(
         None, "Start of the gates' log-variances; default -5 in a short run, else the released -9."
     )
@@ -98,23 +110,34 @@ class PruneArguments:
     tensor_parallel: int = _flag(1, "Keep KV heads and MLP channels in multiples of this, to serve on as many devices.")
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
-    weight_update: Literal["none", "fold"] = _flag(
-        "fold", "Instant weight update: fold the gates' means into the weights, or none: cut only."
+    weight_update: Literal["none", "fold", "refit"] = _flag(
+        "refit",
+        "Instant weight update: none: cut only; fold: the gates' means (flap: its bias terms, where there are biases) "
+        "go into the weights; refit: the kept weights' closed-form optimum on training blocks, where that helps.",
+    )
+    refit_samples: int = _flag(128, "Training blocks whose statistics the refit fits.")
+    refit_offload: bool = _flag(
+        False, "Keep the unpruned model and its activations on the CPU during the refit, a layer at a time on the GPU."
     )
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if not 0 < self.target_sparsity < 1:
-            raise InputError(
-                f"--target_sparsity is {self.target_sparsity}: it is a share of the decoder's parameters, give a "
-                "number between 0 and 1, such as 0.5"
-            )
+        for target in self.target_sparsity:
+            if not 0 < target < 1:
+                raise InputError(
+                    f"--target_sparsity is {target}: it is a share of the decoder's parameters, give a "
+                    "number between 0 and 1, such as 0.5"
+                )
+        if not 0 <= self.settle_share < 1:
+            raise InputError(f"--settle_share is {self.settle_share}: give a share of the steps, from 0 to below 1")
+        if self.gate_ce_weight < 0:
+            raise InputError(f"--gate_ce_weight is {self.gate_ce_weight}: give 0 or more")
         if self.dim_multiple is not None and self.dim_multiple < 0:
             raise InputError(f"--dim_multiple is {self.dim_multiple}: give a width such as 128, or 0 for no adjustment")
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
         _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "beta_warmup_share")
-        _check_positive(self, "tensor_parallel")
+        _check_positive(self, "tensor_parallel", "refit_samples")
 
 
 @dataclass
@@ -235,6 +258,7 @@ class GateSettings:
     inter_mul: float
     emb_mult: float
     num_warmup_steps: int
+    num_settle_steps: int
     beta: float
     beta_start: float
     beta_warmup_share: float
@@ -243,8 +267,16 @@ class GateSettings:
     min_key_value_heads: int
     uniform: bool
     tensor_parallel: int
+    gate_noise: str
+    gate_ce_weight: float
     distill: bool
     distill_temp: float
+
+    @property
+    def plan_options(self) -> tuple[float, int, int, bool, int]:
+        """The target and what the widths must satisfy, in the order of `tvaprune.plan.calibrate`."""
+        widths = (self.dim_multiple, self.min_key_value_heads, self.uniform, self.tensor_parallel)
+        return self.target_sparsity, *widths
 
 
 def gate_settings(
@@ -259,7 +291,7 @@ def gate_settings(
 
     The released values serve runs of some 4,000 steps; under `SHORT_RUN_STEPS` a faster start takes their place.
     """
-    short, sparsity = num_steps < SHORT_RUN_STEPS, prune.target_sparsity
+    short, sparsity = num_steps < SHORT_RUN_STEPS, max(prune.target_sparsity)
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
@@ -275,6 +307,7 @@ def gate_settings(
         inter_mul=prune.inter_mul,
         emb_mult=prune.emb_mult,
         num_warmup_steps=round(warmup_epochs * steps_per_epoch),
+        num_settle_steps=round(prune.settle_share * num_steps),
         beta=beta,
         beta_start=given(prune.beta_start, 0.5 if short else beta),
         beta_warmup_share=prune.beta_warmup_share,
@@ -283,6 +316,8 @@ def gate_settings(
         min_key_value_heads=int(prune.keep_one_kv_head),
         uniform=prune.uniform,
         tensor_parallel=prune.tensor_parallel,
+        gate_noise=prune.gate_noise,
+        gate_ce_weight=prune.gate_ce_weight,
         distill=distill.distill,
         distill_temp=distill.distill_temp,
     )

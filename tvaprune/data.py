@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from tvaprune import python_docs
+from tvaprune import package_readmes, python_docs
 from tvaprune.errors import InputError
 
 SPLITS = python_docs.SPLITS
@@ -80,7 +80,11 @@ HUB_SETS = {
         rows={"train": (0.0, 0.97), "validation": (0.97, 1.0), "test": (0.0, 1.0)},
     ),
 }
-DATASET_NAMES = ("python_docs", *HUB_SETS)
+LOCAL_SETS: dict[str, Any] = {  # modules with `read_splits()` and the `PACKAGES` whose versions settle the text
+    "python_docs": python_docs,
+    "package_readmes": package_readmes,
+}
+DATASET_NAMES = (*LOCAL_SETS, *HUB_SETS)
 
 
 def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data") -> list[str]:
@@ -94,8 +98,8 @@ def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data")
     Raises:
         InputError: If the name is unknown, the text cannot be had, or the split is empty.
     """
-    if dataset_name == "python_docs":
-        documents = _python_docs(split)
+    if dataset_name in LOCAL_SETS:
+        documents = _local_documents(dataset_name, split)
     elif dataset_name in HUB_SETS:
         documents = _hub_documents(HUB_SETS[dataset_name], dataset_name, split, Path(data_dir))
     else:
@@ -106,15 +110,15 @@ def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data")
     return documents
 
 
-def _python_docs(split: str) -> list[str]:
-    """Returns a split of `python_docs`, extracted once for each set of package versions."""
-    versions = json.dumps([_version(package) for package in python_docs.PACKAGES])
-    source = Path(python_docs.__file__).read_text(encoding="utf-8") + versions + sys.version
-    folder = cache_folder() / f"python_docs-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+def _local_documents(dataset_name: str, split: str) -> list[str]:
+    """Returns a split of a text of this machine, extracted once for each set of package versions."""
+    module = LOCAL_SETS[dataset_name]
+    versions = json.dumps([_version(package) for package in module.PACKAGES])
+    source = Path(module.__file__).read_text(encoding="utf-8") + versions + sys.version
+    folder = cache_folder() / f"{dataset_name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
     def build(target: Path) -> None:
-        splits = python_docs.split_documents(python_docs.collect())
-        texts = {name: Dataset.from_dict({"text": [d.text for d in docs]}) for name, docs in splits.items()}
+        texts = {name: Dataset.from_dict({"text": documents}) for name, documents in module.read_splits().items()}
         DatasetDict(texts).save_to_disk(target)
 
     return list(_cached(folder, build)[split]["text"])
@@ -122,7 +126,10 @@ def _python_docs(split: str) -> list[str]:
 
 def _version(package: str) -> str:
     names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "more_itertools": "more-itertools"}
-    return f"{package} {version(names.get(package, package))}"
+    try:
+        return f"{package} {version(names.get(package, package))}"
+    except PackageNotFoundError:
+        return package  # `read_splits` says so in one line
 
 
 def _cached(folder: Path, build: Callable[[Path], None]) -> Any:

@@ -16,12 +16,12 @@ def log_alpha(mu: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
 
 
 def sample(mu: torch.Tensor, log_variance: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """Draws gates, one independent draw per token (eq. 2).
+    """Draws gates (eq. 2), one independent draw for each place of ``leading``.
 
     Args:
         mu: Means, shape ``(units,)``.
         log_variance: Log-variances, shape ``(units,)``.
-        leading: The shape of the tokens, ``(batch, length)``.
+        leading: ``(batch, length)``: one a token.
 
     Returns:
         Gates of shape ``(*leading, units)``.
@@ -38,3 +38,8 @@ def keep_probability(log_alpha: torch.Tensor, beta: float) -> torch.Tensor:
 def information_loss(mu: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """Returns the gate's KL term ``1/2 * sum log(1 + mu^2 / exp(logD))``, a scalar (eq. 3)."""
     return 0.5 * torch.log1p(mu.square() / (torch.exp(log_variance) + MU_EPSILON)).sum()
+
+
+def log_variance_at(mu: torch.Tensor, log_alpha: torch.Tensor) -> torch.Tensor:
+    """Returns the ``logD`` that gives gates of means ``mu`` this ``log_alpha``: the inverse of `log_alpha`."""
+    return log_alpha + torch.log(mu.square() + MU_EPSILON)

@@ -4,56 +4,55 @@ flags -> stock model -> gates trained, or units scored -> mask file -> keep plan
 """
 
 import copy
-import math
-import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from tvaprune import report, runtime, zero_report
 from tvaprune.apply import apply_plan
-from tvaprune.attach import GatedModel
-from tvaprune.baselines import score_masks
+from tvaprune.baselines.flap import compensate_bias
 from tvaprune.checkpoint import check_output, save_pruned
-from tvaprune.config import gate_settings
+from tvaprune.choose import choose_masks
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.evaluation.speed import speed_up
 from tvaprune.evaluation.zeroshot import RELEASED_TASKS, ZeroShot
-from tvaprune.families import family_of, shape_of
-from tvaprune.masks import Masks, best_mask, keep_best, load_masks
+from tvaprune.families import shape_of
+from tvaprune.masks import Masks, load_masks
 from tvaprune.param_count import SPARSITY_DEFINITION, dense_parameters
-from tvaprune.plan import TOLERANCE, KeepPlan, calibrate, describe_widths, plan_from_masks
+from tvaprune.plan import TOLERANCE, KeepPlan, describe_widths, plan_from_masks
+from tvaprune.refit import refit
 from tvaprune.run import Arguments, Run
-from tvaprune.trainer import GateTrainer
 from tvaprune.update import fold
 from tvaprune.zero_report import DENSE, PRUNED
 
-DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
-DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
-
 
 def run_prune(args: Arguments) -> None:
-    """Learns a mask, writes it, applies it and measures the narrower model."""
+    """Chooses units, writes a mask for every target, applies each and measures the narrower models."""
     tasks, checkpoint = zero_shot_tasks(args), _checkpoint(args)
+    targets = sorted(set(args.prune.target_sparsity))
     _check_save(args)
     runtime.prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
-    path = _train_gates(run, checkpoint) if args.prune.prune_method == "vib" else _score_units(run)
-    plan = plan_from_masks(load_masks(path), run.shape, *run.plan_options)
-    target = args.prune.target_sparsity
-    _evaluate(run, plan, {"mask": str(path), "target_sparsity": target}, blocks, tasks)
-    if abs(plan.sparsity - target) > TOLERANCE:
-        print(
-            f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
-            f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
-        )
+    masks = choose_masks(run, checkpoint)
+    for target in targets:
+        one = run if len(targets) == 1 else run.at(target)
+        one.args.save_loc.mkdir(parents=True, exist_ok=True)
+        plan = plan_from_masks(load_masks(masks[target]), run.shape, *run.plan_options)
+        _evaluate(one, plan, {"mask": str(masks[target])}, blocks, tasks, keep_dense=target != targets[-1])
+        if abs(plan.sparsity - target) > TOLERANCE:
+            print(
+                f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
+                f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
+            )
 
 
 def run_evaluate(args: Arguments) -> None:
@@ -85,7 +84,8 @@ def run_save(args: Arguments) -> None:
     _check_save(args)
     run = Run.load(args)
     plan = plan_from_masks(masks, run.shape, *run.plan_options)
-    _save(run, narrow(run, plan, keep_dense=False), plan, run.record() | {"mask": args.prune.mask_loc})
+    model, update = narrow(run, plan, keep_dense=False)
+    _save(run, model, plan, run.record() | {"mask": args.prune.mask_loc} | update)
 
 
 def given_masks(args: Arguments) -> Masks | None:
@@ -113,52 +113,6 @@ def _checkpoint(args: Arguments) -> str | None:
     return found
 
 
-def _train_gates(run: Run, checkpoint: str | None) -> Path:
-    """Trains the gates and returns the best mask's file."""
-    args, training = run.args, run.args.training
-    train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES)
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    steps_per_epoch = math.ceil(len(train_blocks) / batch)
-    num_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
-    beta = family_of(run.model.config).beta
-    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, beta, run.dim_multiple)
-    if checkpoint is None:
-        _clear(args.output_dir)
-    gated = GatedModel(run.model, settings.initial_log_variance)
-    record = run.record() | {"train_blocks": len(train_blocks)}
-    trainer = GateTrainer(gated, settings, training, train_blocks, run.choice_blocks(), record)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.score_mask()
-    gated.detach_gates()
-    report.plot_training(trainer.state.log_history, args.save_loc / "training.png")
-    report.write_json({"log": trainer.state.log_history}, args.save_loc / "training_log.json")
-    best = best_mask(trainer.best_folder)
-    if best is None:
-        raise InputError("no mask has a finite perplexity; lower --vib_learning_rate or use --dtype float32")
-    return best
-
-
-def _score_units(run: Run) -> Path:
-    """Scores the units in one shot and returns the mask's file."""
-    blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
-    scores = score_masks(run.model, run.args.prune.prune_method, blocks)
-    masks = calibrate(scores, run.shape, run.args.prune.target_sparsity, *run.plan_options)
-    plan = plan_from_masks(masks, run.shape, *run.plan_options)
-    gated = GatedModel(run.model)
-    with gated.using(plan.full_scale()):
-        value = perplexity(gated, run.choice_blocks(), run.args.training.per_device_eval_batch_size)
-    gated.detach_gates()
-    _clear(run.args.output_dir)
-    record = run.record() | {"train_blocks": len(blocks)} | describe_widths(plan)
-    return keep_best(run.args.output_dir / "best", masks, value, record)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run of this tool left: masks and checkpoints, nothing else."""
-    for old in [folder / "best", *folder.glob("checkpoint-*")]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_save(args: Arguments) -> None:
     """Refuses a checkpoint folder that is in use, before the work begins."""
     if args.prune.save_pruned is not None:
@@ -174,13 +128,17 @@ def zero_shot_tasks(args: Arguments) -> ZeroShot | None:
     return ZeroShot(names, args.data.data_dir, evaluation.num_fewshot, evaluation.zero_eval_limit)
 
 
-def _evaluate(run: Run, plan: KeepPlan, origin: dict[str, Any], blocks: Dataset | None, tasks: ZeroShot | None) -> None:
+def _evaluate(
+    run: Run, plan: KeepPlan, origin: dict[str, Any], blocks: Dataset | None, tasks: ZeroShot | None,
+    keep_dense: bool = False,
+) -> None:  # fmt: skip
     """Narrows the model by the plan, measures what is asked for, and writes everything down.
 
     Args:
         origin: Where the plan comes from, for the results.
         blocks: Windows for perplexity and speed; ``None``: neither is measured.
         tasks: Zero-shot tasks; ``None``: none is scored.
+        keep_dense: Whether the unpruned model is needed afterwards.
     """
     args, batch_size = run.args, run.args.training.per_device_eval_batch_size
     plan.save(args.save_loc / "plan.json")
@@ -188,7 +146,8 @@ def _evaluate(run: Run, plan: KeepPlan, origin: dict[str, Any], blocks: Dataset 
     results = identity(run, plan) | origin
     dense_perplexity = None if blocks is None else perplexity(run.model, blocks, batch_size, "dense perplexity")
     timed = blocks is not None and args.evaluation.speed_batches > 0
-    pruned = narrow(run, plan, keep_dense=timed or args.evaluation.compare_dense)
+    pruned, update = narrow(run, plan, keep_dense or timed or args.evaluation.compare_dense)
+    results |= update
     if blocks is not None:
         results |= measure(run, plan, pruned, blocks)
         results["perplexity"] = {"dense": dense_perplexity, **results["perplexity"]}
@@ -206,10 +165,39 @@ def identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
     return run.record() | pruning
 
 
-def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> PreTrainedModel:
-    """Slices a copy of the model, or, where the dense one is not needed again, the model itself: half the memory."""
-    model = apply_plan(copy.deepcopy(run.model) if keep_dense else run.model, plan)
-    return fold(model, plan) if run.args.prune.weight_update == "fold" else model
+def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Slices the model by the plan and updates its weights as ``--weight_update`` says.
+
+    Args:
+        keep_dense: Whether ``run.model`` is needed again; else it may be cut itself, in half the memory.
+
+    Returns:
+        The narrower model, and what the refit did, for the results.
+    """
+    if run.args.prune.weight_update == "refit":
+        return _refitted(run, plan)
+    model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
+    if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
+        compensate_bias(model, plan, run.refit_blocks())
+    model = apply_plan(model, plan)
+    return (fold(model, plan) if folds else model), {}
+
+
+def _refitted(run: Run, plan: KeepPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
+    stock: nn.Module = run.model
+    device = run.model.device
+    begin = time.perf_counter()
+    calibration, held_out = run.refit_blocks(), run.choice_blocks()
+    if run.args.prune.refit_offload:
+        stock.to("cpu")
+    model = fold(apply_plan(copy.deepcopy(run.model), plan), plan)
+    moved: nn.Module = model
+    moved.to(device)
+    done = refit(run.model, model, plan, calibration, held_out, run.args.training.per_device_eval_batch_size)
+    stock.to(device)
+    blocks = {"calibration_blocks": len(calibration), "held_out_blocks": len(held_out)}
+    return model, {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}
 
 
 def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset) -> dict[str, Any]:

@@ -158,3 +158,8 @@ def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
         splits[split] = [document for document, _ in kept]
         seen = np.unique(np.concatenate([seen, *(s for _, s in kept)]))
     return splits
+
+
+def read_splits() -> dict[str, list[str]]:
+    """Reads the text of this machine: split -> its documents."""
+    return {split: [document.text for document in kept] for split, kept in split_documents(collect()).items()}

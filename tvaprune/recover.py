@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, set_seed
 
 from tvaprune import pipeline, report, runtime
 from tvaprune.checkpoint import check_output, load_pruned, new_folder, save_pruned, write_checkpoint
+from tvaprune.choose import DEFAULT_TRAIN_SAMPLES
 from tvaprune.errors import InputError
 from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.evaluation.speed import training_speed_up
@@ -172,7 +173,8 @@ def _before(job: Job, windows: Dataset) -> tuple[PreTrainedModel, dict[str, Any]
     dense = perplexity(run.model, windows, args.training.per_device_eval_batch_size, "dense perplexity")
     job.teacher_cache = _teacher_cache(job)
     if job.checkpoint is None or not (job.pruned_folder / "config.json").is_file():
-        narrow = pipeline.narrow(run, plan, keep_dense=job.needs_dense)
+        narrow, update = pipeline.narrow(run, plan, keep_dense=job.needs_dense)
+        results |= update
         save_pruned(narrow, plan, run.tokenizer, job.pruned_folder, args.training.overwrite_output_dir, results)
     pruned = job.load_pruned()
     job.identity["pruned checkpoint"] = weights_digest(pruned)
@@ -196,7 +198,7 @@ def _teacher_cache(job: Job) -> Path | None:
 
 
 def _train_blocks(job: Job) -> Dataset:
-    return job.run.train_blocks(pipeline.DEFAULT_TRAIN_SAMPLES)
+    return job.run.train_blocks(DEFAULT_TRAIN_SAMPLES)
 
 
 def _teacher(job: Job) -> Teacher | None:

@@ -110,7 +110,7 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
         axes.legend()
     for axes in (loss, sparsity, multipliers):
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dict[str, float]) -> None:
@@ -138,7 +138,7 @@ def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dic
     for axes in panels:
         axes.legend()
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_widths(plan: KeepPlan, path: Path) -> None:
@@ -159,10 +159,11 @@ def plot_widths(plan: KeepPlan, path: Path) -> None:
     heads.set_title(
         f"Kept widths: hidden {plan.hidden_size} of {plan.shape.hidden_size}, decoder sparsity {plan.sparsity:.3f}"
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draws a picture under a temporary name, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".part-{path.name}")
     figure.savefig(temporary, dpi=120)

@@ -1,5 +1,6 @@
 """One command: its flags by the stage they belong to, the loaded model, and what follows from both."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,22 @@ class Run:
         count = min(self.args.data.max_eval_samples or CHOICE_SAMPLES, CHOICE_SAMPLES)
         return self.blocks("validation", self.args.data.block_size, count)
 
+    def refit_blocks(self) -> Dataset:
+        """Returns the training blocks whose statistics the refit fits."""
+        return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)
+
+    def at(self, target: float) -> "Run":
+        """Returns the run of one of several targets: the same model, folders of its own."""
+        args, name = copy.copy(self.args), f"sparsity_{target:g}"
+        args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
+        args.training = copy.copy(args.training)
+        args.prune.target_sparsity = [target]
+        if args.prune.save_pruned is not None:
+            args.prune.save_pruned = str(Path(args.prune.save_pruned) / name)
+        args.evaluation.save_loc = str(self.args.save_loc / name)
+        args.training.output_dir = str(self.args.output_dir / name)
+        return Run(args, self.model, self.tokenizer)
+
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""
         return {
@@ -114,7 +131,7 @@ class Run:
             "prune_method": self.args.prune.prune_method,
             "dataset_name": self.args.data.dataset_name,
             "block_size": self.args.data.block_size,
-            "target_sparsity": self.args.prune.target_sparsity,
+            "target_sparsity": max(self.args.prune.target_sparsity),
             "seed": self.args.training.seed,
             "hardware": runtime.describe_device(self.args.training.device),
             "versions": runtime.versions(),

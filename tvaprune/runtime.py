@@ -31,6 +31,7 @@ from tvaprune.families import family_of
 RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate", "peft", "lm_eval")
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
+GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
 
 
 @dataclass
@@ -118,8 +119,12 @@ def peek(classes: tuple[Any, ...], arguments: list[str] | None = None) -> Namesp
     return _Parser(classes).parse_args(arguments)
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Runs a command and returns its exit code; a user's mistake ends in one line."""
+def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
+    """Runs a command and returns its exit code; a user's mistake ends in one line.
+
+    Args:
+        goes_on: What an interrupted user is told.
+    """
     logging.set_verbosity_error()
     try:
         command()
@@ -127,7 +132,7 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
-        print("interrupted; --resume_from_checkpoint True goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; {goes_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

@@ -30,7 +30,7 @@ def complete(arguments: list[str], root: Path) -> list[str]:
     # Before the user's own: of a flag given twice the last one counts.
     completed = [
         *("--model_name_or_path", str(model), "--mask_loc", str(_mask(model)), "--zero_eval_tasks", OFFLINE_GROUP),
-        *("--compare_dense", "True", "--ctx_length", "256", "--dim_multiple", "8"),
+        *("--compare_dense", "True", "--dataset_name", "python_docs", "--block_size", "256", "--ctx_length", "256"),
         *("--output_dir", "out/zero_eval_mini_mistral", *arguments),
     ]
     print(f"python lora_ft_vib.py {shlex.join(completed)}")

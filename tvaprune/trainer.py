@@ -24,6 +24,7 @@ from tvaprune.evaluation.perplexity import perplexity
 from tvaprune.lagrangian import Lagrangian, beta_at, expected_sparsity, expected_spread, target_at
 from tvaprune.masks import Masks, keep_best
 from tvaprune.plan import calibrate, describe_widths, plan_from_masks
+from tvaprune.units import PerUnit
 
 # A mask is scored once the expected sparsity is this near to the target. Wider than the released [-0.008, +0.001]: the
 # threshold makes every scored mask exact, so the band only leaves out gates that have not parted yet.
@@ -31,13 +32,36 @@ BAND = 0.03
 
 
 class PruningObjective(nn.Module):
-    """Gates and multipliers over a frozen model: the module whose parameters `Trainer` sees and saves."""
+    """Gates and multipliers over a frozen model: the module whose parameters `Trainer` sees and saves.
+
+    Gates first choose (noise, information loss, Lagrangian); once settled, the choice stands and the means adapt to it.
+    """
+
+    settled: torch.Tensor
 
     def __init__(self, gated: GatedModel, settings: GateSettings) -> None:
         super().__init__()
         self.gated = gated
         self.lagrangian = Lagrangian()
         self.settings = settings
+        self.register_buffer("settled", torch.tensor(False))
+        self.settled_log_alpha = nn.ParameterList(nn.Parameter(torch.zeros_like(mu), False) for mu in gated.mu)
+        self._kept: PerUnit | None = None
+
+    def settle(self) -> None:
+        """Makes the present choice of units final: from now on only the kept gates' means train, without noise."""
+        log_alpha = calibrate(self.gated.masks(), self.gated.shape, *self.settings.plan_options).log_alpha
+        for fixed, values in zip(self.settled_log_alpha, log_alpha, strict=True):
+            fixed.data.copy_(values)
+        self.settled.fill_(True)
+
+    def masks(self) -> Masks:
+        """Returns the gates as they stand; once settled, with the variances that keep the choice as it is."""
+        masks = self.gated.masks()
+        if not self.settled:
+            return masks
+        log_alpha = self.gated.per_unit(self.settled_log_alpha)
+        return Masks(masks.mu, masks.mu.map(gates.log_variance_at, log_alpha))
 
     def forward(self, input_ids: torch.Tensor, beta: float, target: float) -> dict[str, torch.Tensor]:
         """Returns the loss of a batch and its parts, all scalars.
@@ -47,6 +71,8 @@ class PruningObjective(nn.Module):
             beta: Sharpness of the keep probability at this step.
             target: Target sparsity at this step.
         """
+        if self.settled:
+            return self._settled_loss(input_ids)
         task = self._task_loss(input_ids)
         masks = self.gated.masks()
         sparsity = expected_sparsity(masks.log_alpha, beta, self.gated.shape)
@@ -55,14 +81,26 @@ class PruningObjective(nn.Module):
         information = self.settings.kl_factor * self._information(masks)
         return {"loss": task + information + penalty, "task_loss": task, "expected_sparsity": sparsity}
 
+    def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._kept is None:  # also after a resume
+            plan = plan_from_masks(self.masks(), self.gated.shape, *self.settings.plan_options[1:])
+            self._kept = plan.full_scale().map(lambda scale: (scale != 0).to(self.settled.device))
+            self._sparsity = torch.tensor(plan.sparsity)
+        # Held beyond this call: gradient checkpointing runs the forward again in the backward pass.
+        self.gated.hold(self.gated.masks().mu.map(torch.mul, self._kept))
+        task = self._task_loss(input_ids)
+        return {"loss": task, "task_loss": task, "expected_sparsity": self._sparsity}
+
     def _task_loss(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Returns the KL to the ungated model's logits, or the cross-entropy."""
+        """Returns the KL to the ungated model's logits, or the cross-entropy, or both."""
         if not self.settings.distill:
             return self.gated(input_ids=input_ids, labels=input_ids, use_cache=False).loss
         with torch.no_grad(), self.gated.off():
             teacher = self.gated(input_ids=input_ids, use_cache=False).logits
-        student = self.gated(input_ids=input_ids, use_cache=False).logits
-        return distillation_loss(student, teacher, self.settings.distill_temp)
+        weight = self.settings.gate_ce_weight
+        student = self.gated(input_ids=input_ids, labels=input_ids if weight else None, use_cache=False)
+        distance = distillation_loss(student.logits, teacher, self.settings.distill_temp)
+        return distance + weight * student.loss if weight else distance
 
     def _information(self, masks: Masks) -> torch.Tensor:
         """Returns the weighted sum of the gates' KL terms; the hidden gate acts twice a layer and at the embedding."""
@@ -110,7 +148,7 @@ class GateTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns AdamW with two groups: the gates are minimised, the multipliers maximised."""
-        objective = self.accelerator.unwrap_model(self.model)
+        objective = self._objective
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [*objective.gated.mu, *objective.gated.log_variance], "lr": self.settings.vib_learning_rate},
@@ -134,6 +172,8 @@ class GateTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
         """Returns the objective of a batch at the schedule of this step."""
+        if self.state.global_step >= self._num_choosing_steps and not self._objective.settled:
+            self._objective.settle()
         self._used = self._schedule()  # the log comes after the step counter has moved on
         parts = model(**inputs, **self._used)
         if not torch.isfinite(parts["loss"]):
@@ -144,16 +184,25 @@ class GateTrainer(Trainer):
         self._parts = {name: value.detach() for name, value in parts.items()}
         return parts["loss"]
 
+    @property
+    def _objective(self) -> PruningObjective:
+        objective: PruningObjective = self.accelerator.unwrap_model(self.model)
+        return objective
+
+    @property
+    def _num_choosing_steps(self) -> int:
+        return self.state.max_steps - self.settings.num_settle_steps
+
     def _schedule(self) -> dict[str, float]:
         settings, step = self.settings, self.state.global_step
-        beta = beta_at(step, self.state.max_steps, settings.beta_start, settings.beta, settings.beta_warmup_share)
+        beta = beta_at(step, self._num_choosing_steps, settings.beta_start, settings.beta, settings.beta_warmup_share)
         target = target_at(step, settings.num_warmup_steps, self.start, settings.target_sparsity)
         return {"beta": beta, "target": target}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the sparsity, its target and the multipliers to the training logs."""
         if "loss" in logs:
-            lagrangian = self.accelerator.unwrap_model(self.model).lagrangian
+            lagrangian = self._objective.lagrangian
             logs |= {
                 "task_loss": float(self._parts["task_loss"]),
                 "expected_sparsity": float(self._parts["expected_sparsity"]),
@@ -170,6 +219,8 @@ class GateTrainer(Trainer):
         with torch.no_grad():
             sparsity = expected_sparsity(self.gated.masks().log_alpha, schedule["beta"], self.gated.shape)
         rising = self.state.global_step < self.settings.num_warmup_steps
+        if self._objective.settled:
+            return self.score_mask()
         if rising or not abs(float(sparsity) - self.settings.target_sparsity) <= BAND:  # NaN is not near
             return {}
         return self.score_mask()
@@ -177,9 +228,8 @@ class GateTrainer(Trainer):
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
         settings = self.settings
-        sizes = (settings.dim_multiple, settings.min_key_value_heads, settings.uniform, settings.tensor_parallel)
-        masks = calibrate(self.gated.masks(), self.gated.shape, settings.target_sparsity, *sizes)
-        plan = plan_from_masks(masks, self.gated.shape, *sizes)
+        masks = calibrate(self._objective.masks(), self.gated.shape, *settings.plan_options)
+        plan = plan_from_masks(masks, self.gated.shape, *settings.plan_options[1:])
         with self.gated.using(plan.full_scale()):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
         metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
@@ -195,7 +245,7 @@ class GateTrainer(Trainer):
         if not path.is_file():
             raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds no {SAFE_WEIGHTS_NAME}; give a "
                              "checkpoint-* folder of a gate training")  # fmt: skip
-        objective = self.accelerator.unwrap_model(self.model)
+        objective = self._objective
         state = load_file(path)
         own = objective.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:

@@ -1,0 +1,138 @@
+"""The cells of a comparison: their flags, their files, and which of them an earlier run has measured already."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvaprune.errors import InputError
+from tvaprune.run import Arguments
+
+VIB, VIB_ONCE = "vib", "vib_once"
+ONCE_SPARSITY = 0.5  # what vib_once trains its one set of gates at
+PER_TARGET = (VIB, "wanda_sp")  # chosen anew for every target; what the others choose once is cut at all of them
+_SETTINGS = (
+    "dataset", "second_text", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a model's grid."""
+
+    method: str
+    weight_update: str
+    target_sparsity: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's file."""
+        return f"{self.method}-{self.weight_update}-{self.target_sparsity}-{self.seed}"
+
+
+class Grid:
+    """The cells of one model, in the order in which they are measured.
+
+    Args:
+        args: The command's flags.
+        model: Checkpoint folder or hub id.
+
+    Raises:
+        InputError: If a file in the output folder is no cell, or one of other settings.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: str) -> None:
+        self.args, self.model = args, model
+        self.folder = args.output / Path(model).name
+        self.cells = [
+            Cell(method, update, sparsity, seed)
+            for seed in args.seeds
+            for method in args.methods
+            for sparsity in args.sparsities
+            for update in args.weight_updates
+        ]
+        self.missing = [cell for cell in self.cells if self.content(cell) is None]
+        for cell in self.missing:  # a wrong flag fails before the work begins
+            self.arguments(cell)
+
+    def contents(self) -> Iterator[dict[str, Any]]:
+        """Yields the content of every cell that is there."""
+        yield from (content for cell in self.cells if (content := self.content(cell)) is not None)
+
+    def content(self, cell: Cell) -> dict[str, Any] | None:
+        """Returns a cell's content; ``None`` if it is not measured yet."""
+        return self.known(self.path(cell), self.settings(cell))
+
+    def path(self, cell: Cell) -> Path:
+        """Returns the cell's file."""
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def mask_path(self, cell: Cell) -> Path:
+        """Returns the file of the mask that the cell applies; all updates share it."""
+        return self.folder / "masks" / f"{cell.method}-{cell.target_sparsity}-{cell.seed}.pkl"
+
+    def targets(self, cell: Cell) -> list[float]:
+        """Returns the sparsities that the choice of a cell's units serves."""
+        return [cell.target_sparsity] if cell.method in PER_TARGET else sorted(self.args.sparsities)
+
+    def is_scored(self, cell: Cell) -> bool:
+        """Returns whether the zero-shot tasks are scored in a cell."""
+        return cell.target_sparsity in self.args.zero_eval_sparsities and cell.seed in self.args.zero_eval_seeds
+
+    def settings(self, cell: Cell | None = None) -> dict[str, Any]:
+        """Returns what must be the same for a file of an earlier run to serve."""
+        settings = {"model": self.model, "flags": self.args.flags}
+        settings |= {name: getattr(self.args, name) for name in _SETTINGS}
+        if cell is not None:
+            settings["zero_eval_limit"] = self.args.zero_eval_limit if self.is_scored(cell) else None
+        return settings
+
+    def known(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns what an earlier run wrote to a file; ``None`` if it is not there.
+
+        Raises:
+            InputError: If the file cannot be read, or comes from other settings.
+        """
+        if not path.exists():
+            return None
+        try:
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
+            other = [name for name, value in settings.items() if content[name] != value]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a file of this comparison ({type(error).__name__}); remove it, or give another --output"
+            ) from error
+        if other:
+            made = ", ".join(f"--{name} {content[name]}" for name in other)
+            raise InputError(f"{path}: made with {made}; give the same flags, or another --output")
+        return content
+
+    def arguments(self, cell: Cell, choosing: bool = False) -> Arguments:
+        """Returns the flags of a cell, as `tva_prune.py` takes them.
+
+        Args:
+            choosing: The flags of making its mask, where gates train on more blocks than an update is calibrated on.
+        """
+        args, trained = self.args, cell.method in (VIB, VIB_ONCE)
+        values = {
+            "model_name_or_path": self.model,
+            "dataset_name": args.dataset,
+            "prune_method": VIB if trained else cell.method,
+            "target_sparsity": ONCE_SPARSITY if cell.method == VIB_ONCE else cell.target_sparsity,
+            "weight_update": cell.weight_update,
+            "seed": cell.seed,
+            "block_size": args.block_size,
+            "ctx_length": args.block_size,
+            "max_train_samples": args.train_samples if trained and choosing else args.calibration_samples,
+            "refit_samples": args.calibration_samples,
+            "max_eval_samples": args.max_eval_samples,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": args.eval_batch_size,
+            "save_strategy": "no",
+            "output_dir": self.folder / "gates" / self.mask_path(cell).stem,
+        }
+        return Arguments.parse([str(item) for name, value in values.items() for item in (f"--{name}", value)]
+                               + args.flags)  # fmt: skip

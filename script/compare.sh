@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Learned gates against one-shot scores, each folded and refitted, at four sparsities and three seeds. Without
+# arguments: both miniature models on the documentation text of this machine. An interrupted comparison goes on where it
+# was. Writes compare.md, compare.json and compare.png to out/compare; other flags: benchmarks/compare.py --help.
+#   bash script/compare.sh [MODEL] [DATASET] [--FLAG VALUE ...]
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+cd "$ROOT"
+
+FLAGS=()
+if [ $# -gt 0 ] && [[ $1 != --* ]]; then
+    FLAGS+=(--models "$1") # checkpoint folder or hub id
+    shift
+fi
+if [ $# -gt 0 ] && [[ $1 != --* ]]; then
+    FLAGS+=(--dataset "$1") # python_docs, package_readmes, c4, wikitext2, ptb, or a path
+    shift
+fi
+exec "$PYTHON" benchmarks/compare.py "${FLAGS[@]}" "$@"

@@ -1,0 +1,206 @@
+"""The closed-form update: against numpy, at its limits, and on every kind of model."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from test_family_contract import ROWS, logits, make_plan, sliced
+
+from tvaprune.distill import distillation_loss
+from tvaprune.refit import refit
+from tvaprune.ridge import Moments, augmented, ridge
+
+
+def windows(count, seed, length=16):
+    """Text with a pattern, so that inputs are correlated as those of real text are."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 47, (count, length), generator=generator)
+    ids[:, 1::2] = (ids[:, ::2] * 3 + 1) % 47
+    return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+
+
+CALIBRATION, HELD_OUT = windows(24, seed=1), windows(8, seed=2)
+
+
+@pytest.fixture(params=ROWS.values(), ids=ROWS)
+def model(request, make_model):
+    model_type, values = request.param
+    return make_model(model_type, **values)
+
+
+def divergence(model, dense):
+    """KL from the dense predictions on the held-out windows."""
+    ids = HELD_OUT[:]["input_ids"]
+    return float(distillation_loss(logits(model, ids), logits(dense, ids)))
+
+
+def weights_differ(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_the_solution_is_numpys_least_squares():
+    generator = np.random.default_rng(0)
+    inputs, outputs = generator.normal(size=(50, 4)), generator.normal(size=(50, 3))
+    centre = generator.normal(size=(3, 4))
+    lam = 0.1 * np.trace(inputs.T @ inputs) / 4
+    # The minimum of |y - W xhat|^2 + lam |W - centre|^2 as one ordinary problem: sqrt(lam) I below the inputs.
+    stacked = np.vstack([inputs, math.sqrt(lam) * np.eye(4)])
+    expected = np.linalg.lstsq(stacked, np.vstack([outputs, math.sqrt(lam) * centre.T]), rcond=None)[0].T
+    moments = Moments(torch.tensor(inputs.T @ inputs), torch.tensor(outputs.T @ inputs))
+    found = ridge(torch.tensor(centre), moments, 0.1)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert (found - ridge(torch.tensor(centre), moments, 0.2)).abs().max() > 1e-3
+
+
+def test_a_strength_without_end_and_inputs_of_zero_return_the_centre():
+    centre = torch.randn(3, 4, dtype=torch.float64)
+    empty = Moments(torch.zeros(4, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64))
+    full = Moments(torch.eye(4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64))
+    assert torch.equal(ridge(centre, full, math.inf), centre)
+    assert torch.equal(ridge(centre, empty, 1e-4), centre)
+    assert not torch.allclose(ridge(centre, full, 1e-4), centre)
+
+
+def test_a_dead_channel_stays_at_its_centre():
+    inputs = torch.eye(4, dtype=torch.float64)
+    inputs[2, 2] = 0.0
+    centre, cross = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 4), 3.0, dtype=torch.float64)
+    cross[0, 2] = 0.0
+    found = ridge(centre, Moments(inputs, cross), 1e-6)
+    torch.testing.assert_close(found, torch.tensor([[3.0, 3.0, 1.0, 3.0]], dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_moments_of_tokens_and_the_error_of_weights():
+    inputs, targets, weight = torch.randn(2, 5, 4), torch.randn(2, 5, 3), torch.randn(3, 4).double()
+    moments = Moments.zeros(4, 3, torch.device("cpu"))
+    for row in range(2):  # in batches
+        moments.add(inputs[row : row + 1], targets[row : row + 1])
+    x, y = inputs.flatten(0, 1).double(), targets.flatten(0, 1).double()
+    torch.testing.assert_close(moments.inputs, x.T @ x, rtol=1e-5, atol=1e-5)
+    missed = (y - x @ weight.T).square().sum() - y.square().sum()
+    assert moments.error(weight) == pytest.approx(float(missed), rel=1e-4)
+
+
+def test_with_nothing_pruned_it_returns_the_dense_weights(model, full_plan):
+    same = copy.deepcopy(model)
+    refit(model, same, full_plan(model), CALIBRATION, HELD_OUT)
+    assert weights_differ(model, same) < 1e-4
+
+
+def test_infinite_strength_is_the_fold(model, make_masks, input_ids):
+    plan = make_plan(model, make_masks)
+    folded = sliced(model, plan)
+    same = copy.deepcopy(folded)
+    report = refit(model, same, plan, CALIBRATION, HELD_OUT, strengths=(math.inf,))
+    assert weights_differ(folded, same) == 0.0
+    refit(model, same, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(folded, same) > 1e-3  # control
+    assert set(report.strengths.values()) == {math.inf}
+
+
+@pytest.mark.parametrize("empty_layer", [None, 0], ids=["", "no attention in layer 0"])
+def test_it_comes_nearer_to_the_dense_model_than_the_fold(model, make_masks, empty_layer):
+    plan = make_plan(model, make_masks, 1, empty_layer)
+    folded = sliced(model, plan)
+    refitted, dense = copy.deepcopy(folded), copy.deepcopy(model)
+    report = refit(model, refitted, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(model, dense) == 0.0
+    assert [name for name, _ in refitted.named_parameters()] == [name for name, _ in folded.named_parameters()]
+    assert sum(p.numel() for p in refitted.parameters()) == plan.num_parameters
+    divergences = [divergence(narrow, model) for narrow in (folded, refitted)]
+    assert divergences[0] == pytest.approx(report.divergence["fold"], rel=1e-4)
+    assert divergences[1] == pytest.approx(min(report.divergence.values()), rel=1e-4)
+    assert divergences[1] < 0.9 * divergences[0]
+
+
+def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_model, make_masks, monkeypatch):
+    """Judged by the calibration windows themselves, no strength is worse than infinity."""
+    import tvaprune.refit as module
+
+    model, seen = make_model("llama", attention_bias=True, mlp_bias=True), []
+    plan = make_plan(model, make_masks)
+    original = module.fit_linear
+
+    def watched(linear, fit, held, strengths, *outputs):
+        before = augmented(linear, slice(None))
+        result = original(linear, fit, fit, (1e-3,), *outputs)
+        project = outputs[0] if outputs else torch.Tensor.__getitem__
+        own = Moments(fit.inputs, project(fit.cross, slice(None)))
+        seen.append((own.error(augmented(linear, slice(None))), own.error(before)))
+        return result
+
+    monkeypatch.setattr(module, "fit_linear", watched)
+    refit(model, sliced(model, plan), plan, CALIBRATION, HELD_OUT)
+    assert len(seen) == 3 * 7 + 1
+    assert all(after < before for after, before in seen)
+
+
+def test_biases_are_refitted_and_none_is_added(make_model, make_masks):
+    model = make_model("llama", attention_bias=True, mlp_bias=True)
+    plan = make_plan(model, make_masks)
+    folded = sliced(model, plan)
+    refitted = copy.deepcopy(folded)
+    refit(model, refitted, plan, CALIBRATION, HELD_OUT)
+    layers = zip(folded.model.layers, refitted.model.layers, strict=True)
+    assert all((a.mlp.down_proj.bias - b.mlp.down_proj.bias).abs().max() > 1e-4 for a, b in layers)
+    plain = make_model("llama")
+    narrow = sliced(plain, make_plan(plain, make_masks))
+    refit(plain, narrow, make_plan(plain, make_masks), CALIBRATION, HELD_OUT)
+    assert not [name for name, _ in narrow.named_parameters() if name.endswith("bias")]
+
+
+def test_tied_embeddings_stay_tied_and_exact(make_model, make_masks):
+    model = make_model("qwen2", tie_word_embeddings=True)
+    plan = make_plan(model, make_masks)
+    folded = sliced(model, plan)
+    refitted = copy.deepcopy(folded)
+    report = refit(model, refitted, plan, CALIBRATION, HELD_OUT)
+    assert refitted.lm_head.weight is refitted.model.embed_tokens.weight
+    assert torch.equal(refitted.model.embed_tokens.weight, folded.model.embed_tokens.weight)
+    assert "lm_head" not in report.divergence and report.kept == "layers"
+
+
+def test_it_is_deterministic_and_does_not_depend_on_the_batch(make_model, make_masks):
+    model = make_model("mistral", sliding_window=4)
+    plan = make_plan(model, make_masks)
+
+    def refitted(batch_size):
+        narrow = sliced(model, plan)
+        refit(model, narrow, plan, CALIBRATION, HELD_OUT, batch_size)
+        return narrow
+
+    first = refitted(8)
+    assert weights_differ(first, refitted(8)) == 0.0
+    assert weights_differ(first, refitted(5)) < 1e-3
+    assert weights_differ(first, sliced(model, plan)) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_stay_so(dtype, make_model, make_masks):
+    model = make_model("llama").to(dtype)
+    plan = make_plan(model, make_masks)
+    narrow = sliced(model, plan)
+    report = refit(model, narrow, plan, CALIBRATION, HELD_OUT)
+    assert {parameter.dtype for parameter in narrow.parameters()} == {dtype}
+    assert all(math.isfinite(value) for value in report.divergence.values())
+
+
+def test_a_model_pruned_beyond_repair_falls_back_to_the_fold(make_model, full_plan):
+    """Where no fit lowers the held-out perplexity, the folded weights come back."""
+    model = make_model()
+    plan = full_plan(model)
+    plan = replace(plan, kept=replace(plan.kept, hidden=plan.kept.hidden[::9]),
+                   scale=replace(plan.scale, hidden=plan.scale.hidden[::9]))  # fmt: skip
+    folded = sliced(model, plan)
+    narrow = copy.deepcopy(folded)
+    report = refit(
+        model, narrow, plan, windows(1, seed=5), HELD_OUT, strengths=(1e-4,)
+    )  # overfitted: no fold to choose
+    if report.kept == "fold":
+        assert weights_differ(folded, narrow) == 0.0
+    assert divergence(narrow, model) <= report.divergence["fold"] * (1 + 1e-4)

@@ -1,0 +1,89 @@
+"""Which units stay: gates trained, or units scored in one shot; mask files either way."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tvaprune import report
+from tvaprune.attach import GatedModel
+from tvaprune.baselines import score_masks
+from tvaprune.config import gate_settings
+from tvaprune.errors import InputError
+from tvaprune.evaluation.perplexity import perplexity
+from tvaprune.families import family_of
+from tvaprune.masks import Masks, best_mask, keep_best, load_masks
+from tvaprune.plan import calibrate, describe_widths, plan_from_masks
+from tvaprune.run import Run
+from tvaprune.trainer import GateTrainer
+
+DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
+DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
+
+
+def choose_masks(run: Run, checkpoint: str | None = None) -> dict[float, Path]:
+    """Returns a mask file for every ``--target_sparsity``.
+
+    Gates are trained once, to the largest target, and cut at each; units are scored anew for each. The file of the
+    largest target is in ``<output_dir>/best``, the others are in ``<output_dir>/sparsity_<target>/best``.
+    """
+    targets = sorted(set(run.args.prune.target_sparsity))
+    others = [run.at(target) for target in targets[:-1]]
+    if run.args.prune.prune_method == "vib":
+        largest = _train_gates(run, checkpoint)
+        rest = [_write_mask(one, load_masks(largest), {}) for one in others]
+    else:
+        largest, rest = _score_units(run), [_score_units(one) for one in others]
+    return dict(zip(targets, [*rest, largest], strict=True))
+
+
+def _train_gates(run: Run, checkpoint: str | None) -> Path:
+    """Trains the gates and returns the best mask's file."""
+    args, training = run.args, run.args.training
+    train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES)
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps_per_epoch = math.ceil(len(train_blocks) / batch)
+    num_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
+    beta = family_of(run.model.config).beta
+    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, beta, run.dim_multiple)
+    if checkpoint is None:
+        _clear(args.output_dir)
+    gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
+    record = run.record() | {"train_blocks": len(train_blocks)}
+    trainer = GateTrainer(gated, settings, training, train_blocks, run.choice_blocks(), record)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.score_mask()
+    gated.detach_gates()
+    report.plot_training(trainer.state.log_history, args.save_loc / "training.png")
+    report.write_json({"log": trainer.state.log_history}, args.save_loc / "training_log.json")
+    best = best_mask(trainer.best_folder)
+    if best is None:
+        raise InputError("no mask has a finite perplexity; lower --vib_learning_rate or use --dtype float32")
+    return best
+
+
+def _score_units(run: Run) -> Path:
+    """Scores the units in one shot and returns the mask's file."""
+    blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
+    target, seed = max(run.args.prune.target_sparsity), run.args.training.seed
+    masks = score_masks(run.model, run.args.prune.prune_method, blocks, target, seed)
+    return _write_mask(run, masks, {"train_blocks": len(blocks)})
+
+
+def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
+    """Cuts masks at a run's target, and writes them by their perplexity."""
+    target, batch_size = max(run.args.prune.target_sparsity), run.args.training.per_device_eval_batch_size
+    masks = calibrate(masks, run.shape, target, *run.plan_options)
+    plan = plan_from_masks(masks, run.shape, *run.plan_options)
+    gated = GatedModel(run.model)
+    with gated.using(plan.full_scale()):
+        value = perplexity(gated, run.choice_blocks(), batch_size)
+    gated.detach_gates()
+    _clear(run.args.output_dir)
+    return keep_best(run.args.output_dir / "best", masks, value, run.record() | record | describe_widths(plan))
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run of this tool left: masks and checkpoints, nothing else."""
+    for old in [folder / "best", *folder.glob("checkpoint-*")]:
+        shutil.rmtree(old, ignore_errors=True)
