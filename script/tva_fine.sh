@@ -8,15 +8,16 @@ source "$(dirname "$0")/env.sh"
 cd "$ROOT"
 
 if [ $# -eq 0 ]; then
-    # A miniature has far to go in few steps: a larger learning rate, small steps, and next to nothing but the KL.
+    # The released defaults serve a large model and 70 steps of 128 blocks. A miniature is far from the dense model and
+    # learns more from many small steps, at a larger rate and mostly from the KL (benchmarks/finetune.md).
     exec "$PYTHON" lora_ft_vib.py --do_train \
         --model_name_or_path mistral_saves_tva/mini_mistral \
         --mask_loc mistral_saves_tva/mask_info_26.844462387911015.pkl \
         --output_dir out/mini_mistral_tuned --overwrite_output_dir \
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
         --max_train_samples 2000 --num_train_epochs 1 --max_eval_samples 256 \
-        --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
-        --learning_rate 1e-3 --distill_ce_loss_alpha 20 --lora_dropout 0 --eval_steps 0.25 --save_steps 0.25
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --learning_rate 1e-3 --lora_dropout 0 \
+        --distill_ce_loss_alpha 20 --distill_temp 2 --eval_steps 0.25 --save_steps 0.25
 fi
 if [ $# -ne 3 ]; then
     echo "tva_fine.sh: got $# arguments, needs none or 3: MODEL SAVE_MODEL PATH_MASK" >&2

@@ -156,14 +156,13 @@ class DistillArguments:
 
 @dataclass
 class FinetuneArguments:
-    """Recovering the narrower model's quality: LoRA, or all weights, under distillation from the unpruned model.
-
-    Fine-tuning has defaults of its own for these flags of TrainingArguments: --learning_rate 1e-4,
-    --num_train_epochs 2, --gradient_accumulation_steps as many as make 128 blocks a step, best adapter kept.
-    """
+    """Recovering the narrower model's quality: LoRA, or all weights, under distillation from the unpruned model."""
 
     finetune: bool = _flag(
-        False, "Fine-tune what --mask_loc leaves of the model; --do_train with --mask_loc says so too."
+        False,
+        "Fine-tune what --mask_loc leaves of the model; --do_train with --mask_loc says so too. Defaults of its own: "
+        "--learning_rate 1e-4, --num_train_epochs 2, --per_device_train_batch_size 8, accumulated to "
+        f"{RELEASED_BATCH} blocks a step, --eval_steps and --save_steps 0.1, --load_best_model_at_end True.",
     )
     lora_r: int = _flag(128, "Rank of LoRA.")
     lora_alpha_ratio: float = _flag(4.0, "LoRA's alpha over its rank: the factor of its update.")

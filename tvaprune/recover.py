@@ -103,6 +103,7 @@ def run_finetune(args: Arguments) -> None:
     if checkpoint is not None:
         check_identity("checkpoint", checkpoint, job.identity)
     _clear(args.output_dir, whole=checkpoint is None)
+    (args.save_loc / "results.json").unlink(missing_ok=True)
     windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
     pruned, results = _before(job, windows)
     student, told = _train(job, pruned, results)
