@@ -31,7 +31,8 @@ TIERS = {
     "evaluation.perplexity": 2,
     "evaluation.speed": 2,
     "evaluation.zeroshot": 2,
-    "finetune": 2,
+    "teacher": 2,
+    "finetune": 3,
     "attach": 3,
     "plan": 3,
     "trainer": 4,
@@ -61,6 +62,7 @@ TIERS = {
     "zero_report": 6,
     "choose": 7,
     "pipeline": 8,
+    "recover": 9,
 }
 
 

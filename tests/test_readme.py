@@ -1,5 +1,6 @@
 """What the README says is so: its commands parse and run, its tree is the tree."""
 
+import math
 import os
 import re
 import shlex
@@ -111,10 +112,36 @@ def test_the_main_job_runs_as_a_new_user_runs_it(tmp_path):
         assert words in result.stdout
 
 
-def test_the_driver_says_what_its_arguments_are():
+@pytest.mark.parametrize(
+    ("script", "needs"),
+    [("tva_prune.sh", "7: MODEL MASK_SAVE VIB_LR"), ("tva_fine.sh", "3: MODEL SAVE_MODEL PATH_MASK")],
+)
+def test_a_driver_says_what_its_arguments_are(script, needs):
     result = subprocess.run(
-        ["bash", "script/tva_prune.sh", "one"], cwd=tiny.ROOT, capture_output=True, text=True,
+        ["bash", f"script/{script}", "one"], cwd=tiny.ROOT, capture_output=True, text=True,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr.startswith("tva_prune.sh: got 1 arguments, needs none or 7: MODEL MASK_SAVE VIB_LR")
+    assert result.stderr.startswith(f"{script}: got 1 arguments, needs none or {needs}")
+
+
+@pytest.mark.slow
+def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
+    for name in ("script", "tvaprune", "mistral_saves_tva", "lm-evaluation-harness"):
+        shutil.copytree(tiny.ROOT / name, tmp_path / name)
+    for name in ("lora_ft_vib.py", "requirement.txt"):
+        shutil.copy(tiny.ROOT / name, tmp_path / name)
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    env |= SHIPPED_TEXT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "script/tva_fine.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1800
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    output = tmp_path / "out" / "mini_mistral_tuned"
+    results = tiny.read_json(output / "results.json")
+    ppl, told = results["perplexity"], results["finetune"]
+    assert math.log(ppl["finetuned"] / ppl["dense"]) < 0.5 * math.log(ppl["pruned"] / ppl["dense"])
+    assert told["adapter_merged_difference"] < 1e-4
+    assert results["training_speed_up"]["whole_set"] > 1.0
+    assert (output / "adapter" / "adapter_config.json").is_file()
+    assert (output / "merged" / "modeling_pruned.py").is_file()

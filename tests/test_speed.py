@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from tvaprune.evaluation.speed import WARM_UP_BATCHES, speed_up
+from tvaprune.evaluation.speed import WARM_UP_BATCHES, speed_up, training_speed_up
 
 BLOCKS = Dataset.from_dict({"input_ids": [[i, 1, 2] for i in range(5)]}).with_format("torch")
 
@@ -50,3 +50,16 @@ def test_both_models_see_the_same_batches_and_take_turns_to_go_first():
 def test_fewer_blocks_than_a_batch_make_one_smaller_batch():
     measured = speed_up(Sleeper(0.0, [], ""), Sleeper(0.0, [], ""), BLOCKS, batch_size=8, max_batches=2)
     assert (measured.batch_size, measured.num_batches) == (5, 2)
+
+
+def test_a_training_step_goes_forward_and_back_and_leaves_the_weights(make_model):
+    dense, pruned = make_model(), make_model(num_hidden_layers=1)
+    before = [parameter.clone() for parameter in (*dense.parameters(), *pruned.parameters())]
+    backward = []
+    pruned.lm_head.weight.register_hook(lambda gradient: backward.append(float(gradient.abs().sum())))
+    measured = training_speed_up(dense, pruned, BLOCKS, batch_size=2, max_batches=3)
+    assert len(backward) == WARM_UP_BATCHES + 3 and min(backward) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, (*dense.parameters(), *pruned.parameters()), strict=True))
+    assert all(parameter.grad is None for parameter in (*dense.parameters(), *pruned.parameters()))
+    assert not dense.training and not pruned.training
+    assert measured.whole_set == pytest.approx(measured.reference_seconds / measured.seconds)

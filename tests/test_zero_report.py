@@ -53,6 +53,20 @@ def test_averages_differences_and_their_errors(tmp_path):
     assert lines[-1].endswith("-0.250")
 
 
+def test_fine_tuning_stands_beside_what_it_began_with(tmp_path):
+    record = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
+    record.add("a", "finetuned", score([1.0, 1.0, 0.0, 1.0]))  # 0.75
+    record.add("a", "pruned", score([1.0, 0.0, 0.0, 1.0]))  # 0.50
+    lines = record.finish({}).splitlines()
+    assert lines[0].split()[-3:] == ["pruned", "finetuned", "recovered"]
+    assert lines[1].endswith("+0.250 ± 0.250") and lines[2].endswith("+0.250")
+    assert results(tmp_path)["zero_shot"]["tasks"]["a"]["recovered"]["value"] == pytest.approx(0.25)
+    record.add("a", "dense", score([1.0, 1.0, 1.0, 1.0]))
+    lines = record.finish({}).splitlines()
+    assert lines[0].split()[-5:] == ["dense", "pruned", "finetuned", "difference", "recovered"]
+    assert lines[1].split()[-6:] == ["-0.500", "±", "0.289", "+0.250", "±", "0.250"]  # 0 -1 -1 0; 0 1 0 0
+
+
 def test_one_model_alone_has_no_difference(tmp_path):
     record = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
     record.add("a", "pruned", score([1.0, 0.0]))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tvaprune.errors import InputError
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
+RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
 SHORT_RUN_STEPS = (
     1000  # below this many steps the released gate settings cannot reach their target (method: section 10)
 )
@@ -151,6 +152,55 @@ class DistillArguments:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         _check_positive(self, "distill_temp")
+
+
+@dataclass
+class FinetuneArguments:
+    """Recovering the narrower model's quality: LoRA, or all weights, under distillation from the unpruned model."""
+
+    finetune: bool = _flag(
+        False,
+        "Fine-tune what --mask_loc leaves of the model; --do_train with --mask_loc says so too. Defaults of its own: "
+        "--learning_rate 1e-4, --num_train_epochs 2, --per_device_train_batch_size 8, accumulated to "
+        f"{RELEASED_BATCH} blocks a step, --eval_steps and --save_steps 0.1, --load_best_model_at_end True.",
+    )
+    lora_r: int = _flag(128, "Rank of LoRA.")
+    lora_alpha_ratio: float = _flag(4.0, "LoRA's alpha over its rank: the factor of its update.")
+    lora_dropout: float = _flag(0.05, "Dropout before LoRA's matrices.")
+    full_ft: bool = _flag(False, "Train all weights in place of LoRA; leaves no adapter.")
+    train_lm_head: bool | None = _flag(
+        None, "Train the lm_head too, whole; default: where it is not tied to the embeddings."
+    )
+    epoch_f: float | None = _flag(
+        None, "Passes over the training blocks in fine-tuning; default: --num_train_epochs, here 2."
+    )
+    distill_ce_loss_alpha: float = _flag(
+        0.01, "Weight of the KL to the unpruned model beside the cross-entropy; --distill False: none."
+    )
+    distill_hidden_alpha: float = _flag(
+        0.0, "Weight of 1 minus the cosine to the unpruned model's hidden states, on the kept dims; 0: none."
+    )
+    early_stopping_patience: int | None = _flag(
+        None,
+        "Evaluations (--eval_steps) without a better validation perplexity after which training ends; default: never.",
+    )
+    teacher_cache: str | None = _flag(
+        None,
+        "Folder for the unpruned model's predictions on the training blocks: computed once, after which it leaves the "
+        "memory; one subfolder for each model, text, --teacher_top_k and --distill_temp.",
+    )
+    teacher_top_k: int = _flag(64, "Tokens per position that the cache keeps; all others count as one.")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        _check_positive(self, "lora_r", "lora_alpha_ratio", "epoch_f", "early_stopping_patience", "teacher_top_k")
+        for name in ("distill_ce_loss_alpha", "distill_hidden_alpha"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} is {getattr(self, name)}: give a weight of 0 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout is {self.lora_dropout}: give a share from 0 to below 1")
+        if self.teacher_cache is not None and self.distill_hidden_alpha:
+            raise InputError("--teacher_cache holds no hidden states: leave it or --distill_hidden_alpha out")
 
 
 @dataclass

@@ -1,7 +1,9 @@
-"""The teacher-student loss: pure."""
+"""The teacher-student losses: pure."""
 
 import torch
 from torch.nn import functional
+
+IGNORE_INDEX = -100
 
 
 def distillation_loss(
@@ -9,7 +11,7 @@ def distillation_loss(
     teacher_logits: torch.Tensor,
     temperature: float = 1.0,
     labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Returns ``T^2 * KL(teacher || student)`` at temperature ``T``, the mean over the predicted tokens.
 
@@ -24,7 +26,81 @@ def distillation_loss(
     student = functional.log_softmax(student_logits[:, :-1].float() / temperature, dim=-1)
     teacher = functional.log_softmax(teacher_logits[:, :-1].float() / temperature, dim=-1)
     per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * _mean(per_token, labels, ignore_index)
+
+
+def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `top_k_distillation_loss` needs of a teacher: its likeliest tokens and their log-probabilities.
+
+    Args:
+        logits: Shape ``(batch, length, vocabulary)``.
+        k: Tokens per position, at most the vocabulary.
+
+    Returns:
+        Token ids (int32) and log-probabilities at the temperature (float32), shape ``(batch, length, k)`` each.
+    """
+    log_probs = functional.log_softmax(logits.float() / temperature, dim=-1)
+    values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+    return tokens.int(), values
+
+
+def top_k_distillation_loss(
+    student_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    log_probs: torch.Tensor,
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> torch.Tensor:
+    """Returns `distillation_loss` over the teacher's likeliest tokens, all others counted as one outcome.
+
+    Nothing is renormalised: it is a lower bound of the full KL (merging outcomes never adds information), and the full
+    KL where the tokens are the whole vocabulary.
+
+    Args:
+        student_logits: Shape ``(batch, length, vocabulary)``.
+        tokens: What `top_k` returned for the same positions and temperature, shape ``(batch, length, k)``.
+        log_probs: The same shape.
+        labels: As in `distillation_loss`.
+    """
+    student = functional.log_softmax(student_logits[:, :-1].float() / temperature, dim=-1)
+    student = student.gather(-1, tokens[:, :-1].long())
+    teacher = log_probs[:, :-1]
+    per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    if tokens.shape[-1] < student_logits.shape[-1]:
+        rest_teacher, rest_student = _rest(teacher), _rest(student)
+        per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
+    return temperature**2 * _mean(per_token, labels, ignore_index)
+
+
+def hidden_loss(
+    student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], kept: torch.Tensor
+) -> torch.Tensor:
+    """Returns 1 minus the cosine of student's and teacher's hidden states, the mean over layers and tokens.
+
+    The size of a hidden state means nothing, as the next norm divides by it, and folding changes it: only the direction
+    is compared.
+
+    Args:
+        student: A hidden state per layer, shape ``(batch, length, len(kept))``; of the embedding none is wanted.
+        teacher: The same of the teacher, shape ``(batch, length, hidden)``.
+        kept: The teacher's dims that the student has, int64.
+    """
+    terms = []
+    for own, other in zip(student, teacher, strict=True):
+        target = other.float().index_select(-1, kept)
+        terms.append(1 - functional.cosine_similarity(own.float(), target, dim=-1).mean())
+    return torch.stack(terms).mean()
+
+
+def _rest(log_probs: torch.Tensor) -> torch.Tensor:
+    smallest = torch.finfo(torch.float32).eps  # of a difference to 1: less is rounding
+    return (1 - log_probs.exp().sum(-1)).clamp(min=smallest)
+
+
+def _mean(per_token: torch.Tensor, labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """Returns the mean over the positions whose next label counts."""
     if labels is None:
-        return temperature**2 * per_token.mean()
+        return per_token.mean()
     counted = (labels[:, 1:] != ignore_index).to(per_token.dtype)
-    return temperature**2 * (per_token * counted).sum() / counted.sum().clamp(min=1)
+    return (per_token * counted).sum() / counted.sum().clamp(min=1)

@@ -28,6 +28,39 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 
 
+_ADAPTER = """---
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, pruned, tvaprune]
+---
+
+# {name}
+
+A LoRA adapter that recovers the quality of a pruned model. It belongs to the pruned checkpoint `{base}`, and to no
+other.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "{name}")
+```
+"""
+
+
+def adapter_card(plan: KeepPlan, record: dict[str, Any], name: str, base: str) -> str:
+    """Returns the card of a LoRA adapter.
+
+    Args:
+        record: As for `model_card`.
+        base: The pruned checkpoint that it belongs to.
+    """
+    origin = [*_origin(plan, record), *_tuning(record)]
+    lines = [_ADAPTER.format(name=name, base=base), "## How it was made", "", *(f"- {k}: {v}" for k, v in origin), ""]
+    return "\n".join(lines)
+
+
 def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any], name: str) -> str:
     """Returns the card.
 
@@ -43,8 +76,8 @@ def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any],
             _front_matter(base),
             f"# {name}",
             "",
-            f"A narrower {_named(base)}, pruned by TVA-Prune: whole hidden dims, KV groups and MLP channels are gone, "
-            "and what stays is a plain dense model.",
+            f"A narrower {_named(base)}, pruned by TVA-Prune{_and_tuned(record)}: whole hidden dims, KV groups and MLP "
+            "channels are gone, and what stays is a plain dense model.",
             "",
             "| | dense | pruned |",
             "|---|---|---|",
@@ -54,7 +87,7 @@ def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any],
             _loading(config, name),
             "## How it was made",
             "",
-            *(f"- {key}: {value}" for key, value in _origin(plan, record)),
+            *(f"- {key}: {value}" for key, value in [*_origin(plan, record), *_tuning(record)]),
             "",
         ]
     )
@@ -87,7 +120,10 @@ def _perplexity_rows(record: dict[str, Any]) -> list[str]:
     if not values:
         return ["", "Its perplexity was not measured when it was saved."]
     where = f"{record['dataset_name']} {record['split']}, windows of {record['window']}"
-    return [f"| perplexity ({where}) | {values['dense']:.2f} | {values['pruned']:.2f} |"]
+    pruned = f"{values['pruned']:.2f}"
+    if "finetuned" in values:
+        pruned = f"{values['finetuned']:.2f}, before fine-tuning {pruned}"
+    return [f"| perplexity ({where}) | {values['dense']:.2f} | {pruned} |"]
 
 
 def _loading(config: PretrainedConfig, name: str) -> str:
@@ -112,3 +148,18 @@ def _origin(plan: KeepPlan, record: dict[str, Any]) -> list[tuple[str, Any]]:
         ("versions", versions or None),
     ]
     return [(key, value) for key, value in rows if value is not None]
+
+
+def _and_tuned(record: dict[str, Any]) -> str:
+    told = record.get("finetune")
+    if told is None:
+        return ""
+    how = "full fine-tuning" if told["method"] == "full" else "LoRA, merged"
+    return f" and fine-tuned ({how})"
+
+
+def _tuning(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns how the weights were trained, where they were."""
+    told = dict(record.get("finetune") or {})
+    settings = ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+    return [("fine-tuned by", settings), ("trained on", record["dataset_name"])] if told else []

@@ -35,7 +35,7 @@ from tvaprune.zero_report import DENSE, PRUNED
 
 def run_prune(args: Arguments) -> None:
     """Chooses units, writes a mask for every target, applies each and measures the narrower models."""
-    tasks, checkpoint = _zero_shot_tasks(args), _checkpoint(args)
+    tasks, checkpoint = zero_shot_tasks(args), _checkpoint(args)
     targets = sorted(set(args.prune.target_sparsity))
     _check_save(args)
     runtime.prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
@@ -57,20 +57,20 @@ def run_prune(args: Arguments) -> None:
 
 def run_evaluate(args: Arguments) -> None:
     """Applies a mask file and measures the narrower model; zero-shot results join those that are there."""
-    masks, evaluation = _masks(args), args.evaluation
+    masks, evaluation = given_masks(args), args.evaluation
     results_path = args.save_loc / "results.json"
     if results_path.exists() and not (args.training.overwrite_output_dir or evaluation.do_zero_eval):
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
-    tasks = _zero_shot_tasks(args)
+    tasks = zero_shot_tasks(args)
     _check_save(args)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
     plan = None if masks is None else plan_from_masks(masks, run.shape, *run.plan_options)
     origin = {"mask": args.prune.mask_loc, "target_sparsity": None}
     if not args.training.overwrite_output_dir:
-        zero_report.check_same(results_path, _identity(run, plan) | origin)
+        zero_report.check_same(results_path, identity(run, plan) | origin)
     if plan is None:
-        _zero_shot(run, tasks, {"model": run.model}, _identity(run, plan) | origin)
+        zero_shot(run, tasks, {"model": run.model}, identity(run, plan) | origin)
         return
     measured = args.training.do_eval
     blocks = run.blocks(evaluation.eval_split, run.window, args.data.max_eval_samples) if measured else None
@@ -79,7 +79,7 @@ def run_evaluate(args: Arguments) -> None:
 
 def run_save(args: Arguments) -> None:
     """Applies a mask file and writes the narrower model, unmeasured."""
-    masks = _masks(args)
+    masks = given_masks(args)
     assert masks is not None
     _check_save(args)
     run = Run.load(args)
@@ -88,7 +88,7 @@ def run_save(args: Arguments) -> None:
     _save(run, model, plan, run.record() | {"mask": args.prune.mask_loc} | update)
 
 
-def _masks(args: Arguments) -> Masks | None:
+def given_masks(args: Arguments) -> Masks | None:
     """Reads ``--mask_loc``, and compares it with the model's config before the weights are read."""
     path = args.prune.mask_loc
     if path is None:
@@ -119,7 +119,7 @@ def _check_save(args: Arguments) -> None:
         check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
 
 
-def _zero_shot_tasks(args: Arguments) -> ZeroShot | None:
+def zero_shot_tasks(args: Arguments) -> ZeroShot | None:
     """Finds the tasks that the flags name, before any work: a wrong name fails at once."""
     evaluation = args.evaluation
     if not evaluation.do_zero_eval:
@@ -143,23 +143,23 @@ def _evaluate(
     args, batch_size = run.args, run.args.training.per_device_eval_batch_size
     plan.save(args.save_loc / "plan.json")
     report.plot_widths(plan, args.save_loc / "widths.png")
-    results = _identity(run, plan) | origin
+    results = identity(run, plan) | origin
     dense_perplexity = None if blocks is None else perplexity(run.model, blocks, batch_size, "dense perplexity")
     timed = blocks is not None and args.evaluation.speed_batches > 0
     pruned, update = narrow(run, plan, keep_dense or timed or args.evaluation.compare_dense)
     results |= update
     if blocks is not None:
-        results |= _measure(run, plan, pruned, blocks)
+        results |= measure(run, plan, pruned, blocks)
         results["perplexity"] = {"dense": dense_perplexity, **results["perplexity"]}
         zero_report.merge(args.save_loc / "results.json", results)
         written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
         rows = [*report.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]
         print("\n" + report.table(rows))
     _save(run, pruned, plan, results)
-    _zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
+    zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
 
 
-def _identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
+def identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
     """Returns what repeats the run, and what tells its results from another model's."""
     pruning = {} if plan is None else {"weight_update": run.args.prune.weight_update, "widths": describe_widths(plan)}
     return run.record() | pruning
@@ -200,7 +200,7 @@ def _refitted(run: Run, plan: KeepPlan) -> tuple[PreTrainedModel, dict[str, Any]
     return model, {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}
 
 
-def _measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset) -> dict[str, Any]:
+def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset) -> dict[str, Any]:
     """Measures the pruned model, and its speed beside the dense one's."""
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
     results: dict[str, Any] = {
@@ -227,7 +227,7 @@ def _save(run: Run, pruned: PreTrainedModel, plan: KeepPlan, record: dict[str, A
     print(f"checkpoint: {folder}")
 
 
-def _zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], identity: dict[str, Any]) -> None:
+def zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], identity: dict[str, Any]) -> None:
     """Scores the models at hand on the tasks, each result written as it comes, and prints the table."""
     if tasks is None:
         return

@@ -54,6 +54,31 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def finetune_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the closing table's rows for what fine-tuning did."""
+    ppl, told, speed = results["perplexity"], results["finetune"], results.get("training_speed_up")
+    before, after = (math.log(ppl[name] / ppl["dense"]) for name in ("pruned", "finetuned"))
+    closed = f", {1 - after / before:.0%} of it closed" if before > 0 else ""
+    rows = [
+        (
+            "perplexity, fine-tuned",
+            f"{ppl['pruned']:.2f} pruned -> {ppl['finetuned']:.2f} (gap {before:.3f} -> {after:.3f}{closed})",
+        ),
+        (
+            f"fine-tuning ({told['method']}, {told['steps']} steps of {told['blocks_per_step']} blocks)",
+            f"{told['seconds']:.0f} s, best step {told['best_step']}",
+        ),
+    ]
+    if speed:
+        name = f"speed-up of a training step (batch {speed['batch_size']} x {speed['window']}, both {told['method']})"
+        rows.append((name, f"{speed['per_batch']:.2f}x per batch, {speed['whole_set']:.2f}x over all"))
+    if "adapter_merged_difference" in told:
+        rows.append(
+            ("adapter and merged model differ by at most", f"{told['adapter_merged_difference']:.1e} in logits")
+        )
+    return rows
+
+
 def _sparsity(results: dict[str, Any]) -> str:
     achieved = results["widths"]["decoder_sparsity"]
     target = results.get("target_sparsity")
@@ -84,6 +109,34 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
     for axes in (sparsity, multipliers):
         axes.legend()
     for axes in (loss, sparsity, multipliers):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dict[str, float]) -> None:
+    """Draws the terms of the loss and the validation perplexity over the steps.
+
+    Args:
+        perplexity: Of ``dense`` and ``pruned``, on the windows that are reported.
+    """
+    rows = [row for row in history if "ce" in row]
+    scored = [(row["step"], row["eval_perplexity"]) for row in history if "eval_perplexity" in row]
+    others = [name for name in ("kl", "hidden") if rows and name in rows[0]]
+    figure = Figure(figsize=(7, 7 if others else 5), layout="constrained")
+    panels = figure.subplots(2 + bool(others), 1, sharex=True)
+    steps = [row["step"] for row in rows]
+    panels[0].plot(steps, [row["ce"] for row in rows], color="tab:blue", label="cross-entropy")
+    panels[0].set(ylabel="nats per token", title="Fine-tuning")
+    for name, label in (("kl", "KL to the dense model"), ("hidden", "hidden states, 1 - cosine")):
+        if name in others:
+            panels[1].plot(steps, [row[name] for row in rows], label=label)
+    for name, style in (("pruned", ":"), ("dense", "--")):
+        panels[-1].axhline(perplexity[name], color="0.4", linestyle=style, label=f"{name}, windows reported")
+    if scored:
+        panels[-1].plot(*zip(*scored, strict=True), "o-", color="tab:blue", label="fine-tuned, windows compared on")
+    panels[-1].set(ylabel="perplexity", xlabel="step")
+    for axes in panels:
+        axes.legend()
         axes.grid(alpha=0.3)
     save_figure(figure, path)
 

@@ -14,13 +14,14 @@ from tvaprune.config import (
     DataArguments,
     DistillArguments,
     EvalArguments,
+    FinetuneArguments,
     ModelArguments,
     PruneArguments,
 )
 from tvaprune.data import token_blocks
 from tvaprune.families import ModelShape, shape_of
 from tvaprune.plan import default_dim_multiple
-from tvaprune.runtime import RunArguments
+from tvaprune.runtime import FinetuneRunArguments, RunArguments
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
@@ -33,14 +34,17 @@ class Arguments:
     data: DataArguments
     prune: PruneArguments
     distill: DistillArguments
+    finetune: FinetuneArguments
     evaluation: EvalArguments
     training: RunArguments
 
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> "Arguments":
         """Parses flags; ``None``: the command line's."""
-        classes = (ModelArguments, DataArguments, PruneArguments, DistillArguments, EvalArguments, RunArguments)
-        return cls(*runtime.parse(classes, arguments))
+        stages = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
+        flags = runtime.peek((*stages, RunArguments), arguments)
+        is_finetuning = flags.mask_loc is not None and (flags.do_train or flags.finetune)
+        return cls(*runtime.parse((*stages, FinetuneRunArguments if is_finetuning else RunArguments), arguments))
 
     @property
     def output_dir(self) -> Path:

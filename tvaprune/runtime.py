@@ -4,6 +4,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,10 +24,11 @@ from transformers import (
 from transformers.utils import logging
 
 from tvaprune import __version__
+from tvaprune.config import RELEASED_BATCH
 from tvaprune.errors import InputError
 from tvaprune.families import family_of
 
-RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate", "lm_eval")
+RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate", "peft", "lm_eval")
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
@@ -63,6 +65,34 @@ class RunArguments(TrainingArguments):
         self.do_eval = given
 
 
+@dataclass
+class FinetuneRunArguments(RunArguments):
+    """The same with the released defaults of fine-tuning, and the best adapter kept."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training blocks."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks a device takes at a time."})
+    gradient_accumulation_steps: int = field(
+        default=0, metadata={"help": f"Batches a step; 0: as many as make {RELEASED_BATCH} blocks."}
+    )
+    eval_steps: float = field(default=0.1, metadata={"help": "Steps between two validation perplexities, or share."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or share of the run."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best adapter, not the last."})
+    metric_for_best_model: str | None = field(default="perplexity", metadata={"help": "What best means."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Go on with the count of early stopping."}
+    )
+
+    def __post_init__(self) -> None:
+        """Resolves the accumulation, once the number of devices is known."""
+        super().__post_init__()
+        if self.gradient_accumulation_steps == 0:
+            blocks = self.train_batch_size * self.world_size
+            self.gradient_accumulation_steps = max(1, round(RELEASED_BATCH / blocks))
+
+
 class _Parser(HfArgumentParser):
     """Says what is wrong with the flags in one line."""
 
@@ -82,6 +112,11 @@ def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple
         raise
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise InputError(" ".join(str(error).split())) from error
+
+
+def peek(classes: tuple[Any, ...], arguments: list[str] | None = None) -> Namespace:
+    """Returns the flags' values as they are, unchecked: for what decides how the rest is read."""
+    return _Parser(classes).parse_args(arguments)
 
 
 def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:

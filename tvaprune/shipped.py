@@ -11,7 +11,7 @@ from tvaprune.families import shape_of
 from tvaprune.masks import load_masks
 
 MODEL = Path("mistral_saves_tva") / "mini_mistral"
-_ASKS_FOR_MORE = ("--model_name_or_path", "--mask_loc", "--do_train", "--do_eval", "--help", "-h")
+_ASKS_FOR_MORE = ("--model_name_or_path", "--mask_loc", "--do_train", "--finetune", "--do_eval", "--help", "-h")
 
 
 def complete(arguments: list[str], root: Path) -> list[str]:

@@ -17,7 +17,9 @@ from tvaprune.report import write_json
 
 IDENTITY = ("model", "mask", "weight_update", "widths")  # what makes two results those of the same pruned model
 AVERAGED = ("acc", "acc_norm")
-DENSE, PRUNED = "dense", "pruned"
+DENSE, PRUNED, FINETUNED = "dense", "pruned", "finetuned"
+_ORDER = (DENSE, PRUNED, FINETUNED)
+_PAIRS = {"difference": (DENSE, PRUNED), "recovered": (PRUNED, FINETUNED)}  # what each column subtracts: second - first
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -93,8 +95,9 @@ class ZeroShotRecord:
         if self.write_out:
             write_examples(score, self.save_loc / "zero_shot" / f"{model}_{task}.jsonl")
         entry: dict[str, Any] = {model: _entry(score)}
-        if {DENSE, PRUNED} <= set(self.scores[task]):
-            entry["difference"] = _difference(self.scores[task])
+        for name, pair in _PAIRS.items():
+            if set(pair) <= set(self.scores[task]):
+                entry[name] = _difference(self.scores[task], pair)
         self._merge({"tasks": {task: entry}})
 
     def finish(self, missing: dict[str, str]) -> str:
@@ -115,7 +118,7 @@ class ZeroShotRecord:
 
     def _models(self) -> list[str]:
         found = {model for scores in self.scores.values() for model in scores}
-        return sorted(found)
+        return sorted(found, key=lambda model: (_ORDER.index(model) if model in _ORDER else len(_ORDER), model))
 
     def _average(self, model: str) -> dict[str, Any] | None:
         """Returns the mean over the tasks that have an accuracy, with the error of independent tasks."""
@@ -128,18 +131,18 @@ class ZeroShotRecord:
 
     def _table(self, averages: dict[str, Any]) -> str:
         models = self._models()
-        both = set(models) >= {DENSE, PRUNED}
-        rows = [["zero-shot task", "metric", "examples", "chance", *models, *(["difference"] if both else [])]]
+        pairs = {name: pair for name, pair in _PAIRS.items() if set(pair) <= set(models)}
+        rows = [["zero-shot task", "metric", "examples", "chance", *models, *pairs]]
         for task, scores in self.scores.items():
             first = scores[models[0]]
             chance = "" if first.chance is None else f"{first.chance:.3f}"
             row = [task, first.metric, str(first.settings["num_examples"]), chance]
             row += [_with_error(scores[model].value, scores[model].stderr) for model in models]
-            rows.append([*row, _signed(_difference(scores))] if both else row)
+            rows.append([*row, *(_signed(_difference(scores, pair)) for pair in pairs.values())])
         if averages:
             row = ["average", "", "", "", *(_with_error(averages[m]["value"], averages[m]["stderr"]) for m in models)]
-            gap = averages[PRUNED]["value"] - averages[DENSE]["value"] if both else None
-            rows.append([*row, f"{gap:+.3f}"] if gap is not None else row)
+            gaps = (averages[after]["value"] - averages[before]["value"] for before, after in pairs.values())
+            rows.append([*row, *(f"{gap:+.3f}" for gap in gaps)])
         return _columns(rows)
 
 
@@ -184,24 +187,24 @@ def _entry(score: Score) -> dict[str, Any]:
     }
 
 
-def _difference(scores: Mapping[str, Score]) -> dict[str, float | None]:
-    """Returns pruned minus dense with its standard error over the same examples, pair by pair."""
-    dense, pruned = scores[DENSE], scores[PRUNED]
+def _difference(scores: Mapping[str, Score], pair: tuple[str, str]) -> dict[str, float | None]:
+    """Returns the second model minus the first, with its standard error over the same examples, pair by pair."""
+    first, second = (scores[name] for name in pair)
     error = None
-    if len(dense.per_example) == len(pruned.per_example) > 1:
-        pairs = zip(pruned.per_example, dense.per_example, strict=True)
-        error = stdev(after - before for after, before in pairs) / math.sqrt(len(dense.per_example))
-    return {"value": pruned.value - dense.value, "stderr": error}
+    if len(first.per_example) == len(second.per_example) > 1:
+        pairs = zip(second.per_example, first.per_example, strict=True)
+        error = stdev(after - before for after, before in pairs) / math.sqrt(len(first.per_example))
+    return {"value": second.value - first.value, "stderr": error}
 
 
 def _signed(difference: Mapping[str, float | None]) -> str:
     value = difference["value"]
     assert value is not None
-    return _with_error(value, difference["stderr"])
+    return _with_error(value, difference["stderr"], sign="+")
 
 
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if error is None else f"{value:{sign}.3f} ± {error:.3f}"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:

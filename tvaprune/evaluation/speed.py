@@ -1,6 +1,7 @@
 """Speed of one model over another: side by side in one run, on the same inputs, turn about."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -32,7 +33,6 @@ class SpeedUp:
     window: int
 
 
-@torch.inference_mode()
 def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, max_batches: int = 20) -> SpeedUp:
     """Times a forward pass of both models over the same batches, alternating which goes first.
 
@@ -40,23 +40,66 @@ def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, m
         reference: The unpruned model; both must be on the same device.
         max_batches: Batches timed, repeating the blocks where there are fewer.
     """
-    device = next(model.parameters()).device
-    batch_size = min(batch_size, len(blocks))
-    starts = range(0, len(blocks) - batch_size + 1, batch_size)
-    batches = [blocks[start : start + batch_size]["input_ids"].to(device) for start in starts][:max_batches]
     was_training = reference.training, model.training
     reference.eval(), model.eval()
+    with torch.inference_mode():
+        measured = _compare((reference, _forward), (model, _forward), blocks, batch_size, max_batches)
+    reference.train(was_training[0]), model.train(was_training[1])
+    return measured
+
+
+def training_speed_up(
+    reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, max_batches: int = 10
+) -> SpeedUp:
+    """Times a training step of both models: forward, backward, and AdamW over what has gradients.
+
+    The learning rate is 0: the weights stay as they are. A teacher's forward, the same for both, is not in it.
+
+    Args:
+        reference: The unpruned model; both must be on the same device.
+    """
+    was_training = reference.training, model.training
+    reference.train(), model.train()
+    sides = (reference, _TrainingStep(reference)), (model, _TrainingStep(model))
+    measured = _compare(*sides, blocks, batch_size, max_batches)
+    reference.train(was_training[0]), model.train(was_training[1])
+    return measured
+
+
+def _forward(model: Any, ids: torch.Tensor) -> None:
+    model(input_ids=ids, use_cache=False)
+
+
+class _TrainingStep:
+    def __init__(self, model: Any) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+
+    def __call__(self, model: Any, ids: torch.Tensor) -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+_Side = tuple[Any, Callable[[Any, torch.Tensor], None]]
+
+
+def _compare(reference: _Side, model: _Side, blocks: Dataset, batch_size: int, max_batches: int) -> SpeedUp:
+    """Times both over the same batches, alternating which goes first."""
+    device = next(model[0].parameters()).device
+    batch_size = min(batch_size, len(blocks))
+    starts = range(0, len(blocks) - batch_size + 1, batch_size)
+    batches = [blocks[start : start + batch_size]["input_ids"].to(device) for start in starts[:max_batches]]
     for index in range(WARM_UP_BATCHES):
-        _seconds(reference, batches[index % len(batches)])
-        _seconds(model, batches[index % len(batches)])
+        _seconds(*reference, batches[index % len(batches)])
+        _seconds(*model, batches[index % len(batches)])
     slow: list[float] = []
     fast: list[float] = []
     for index in range(max_batches):
         ids = batches[index % len(batches)]
         pairs = [(reference, slow), (model, fast)]
         for timed, seconds in pairs if index % 2 == 0 else reversed(pairs):
-            seconds.append(_seconds(timed, ids))
-    reference.train(was_training[0]), model.train(was_training[1])
+            seconds.append(_seconds(*timed, ids))
     return SpeedUp(
         per_batch=median(a / b for a, b in zip(slow, fast, strict=True)),
         whole_set=sum(slow) / sum(fast),
@@ -68,11 +111,11 @@ def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, m
     )
 
 
-def _seconds(model: Any, ids: torch.Tensor) -> float:
+def _seconds(model: Any, step: Callable[[Any, torch.Tensor], None], ids: torch.Tensor) -> float:
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     begin = time.perf_counter()
-    model(input_ids=ids, use_cache=False)
+    step(model, ids)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     return time.perf_counter() - begin

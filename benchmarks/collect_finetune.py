@@ -1,0 +1,63 @@
+"""Prints a Markdown table of the fine-tunings under a folder: the gap to dense that each loss closes, by seed."""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+def main(folder: Path) -> None:
+    """Reads every results.json below the folder and prints the table."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/results.json"))]
+    cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        cells[terms_of(run["finetune"])].append(run)
+    print("| loss | seeds | dense | pruned | fine-tuned, each | gap left, each | closed, each | median | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for terms, found in sorted(cells.items(), key=lambda item: len(item[0])):
+        ppl = [run["perplexity"] for run in found]
+        left = [math.log(value["finetuned"] / value["dense"]) for value in ppl]
+        closed = [1 - gap / math.log(value["pruned"] / value["dense"]) for gap, value in zip(left, ppl, strict=True)]
+        columns = [
+            terms,
+            " ".join(str(run["seed"]) for run in found),
+            f"{ppl[0]['dense']:.2f}",
+            f"{ppl[0]['pruned']:.2f}",
+            " ".join(f"{value['finetuned']:.2f}" for value in ppl),
+            " ".join(f"{gap:.3f}" for gap in left),
+            " ".join(f"{share:.0%}" for share in closed),
+            f"{median(closed):.0%}",
+            " ".join(f"{run['finetune']['seconds']:.0f}" for run in found),
+        ]
+        print(f"| {' | '.join(columns)} |")
+    told, first = runs[0]["finetune"], runs[0]
+    print(
+        f"\nText: {first['dataset_name']}, {first['split']}, {first['num_windows']} windows of {first['window']}. "
+        f"Trained on {told['train_blocks']} blocks of {first['block_size']}, {told['steps']} steps of "
+        f"{told['blocks_per_step']}, learning rate {told['learning_rate']}; weights updated by "
+        f"{first['weight_update']}. Hardware: {first['hardware']}."
+    )
+    ratios = [run["training_speed_up"]["per_batch"] for run in runs if "training_speed_up" in run]
+    if ratios:
+        print(
+            f"Speed-up of a training step, median of {len(ratios)} runs: {median(ratios):.2f}x "
+            f"({min(ratios):.2f} to {max(ratios):.2f})."
+        )
+
+
+def terms_of(told: dict[str, Any]) -> str:
+    """Returns the loss of a run in words."""
+    terms = ["CE"]
+    if told["teacher"]:
+        temperature = "" if told["distill_temp"] == 1 else f" at temperature {told['distill_temp']:g}"
+        terms.append(f"{told['distill_ce_loss_alpha']:g} KL{temperature}")
+    if told["distill_hidden_alpha"]:
+        terms.append(f"{told['distill_hidden_alpha']:g} hidden")
+    return " + ".join(terms)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

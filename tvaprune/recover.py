@@ -1,0 +1,348 @@
+"""Recovering the narrower model's quality: mask -> pruned checkpoint -> fine-tuning -> adapter and merged model.
+
+What is trained is the pruned checkpoint as it is read from disk, not the sliced model in memory: the adapter then fits
+what everybody loads, also where a layer lost its heads or channels (on disk a group of zeros, which gets no gradient
+and stays zero).
+"""
+
+import copy
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, set_seed
+
+from tvaprune import pipeline, report, runtime
+from tvaprune.checkpoint import check_output, load_pruned, new_folder, save_pruned, write_checkpoint
+from tvaprune.choose import DEFAULT_TRAIN_SAMPLES
+from tvaprune.errors import InputError
+from tvaprune.evaluation.perplexity import perplexity
+from tvaprune.evaluation.speed import training_speed_up
+from tvaprune.finetune import (
+    FinetuneTrainer,
+    LoraSettings,
+    LossWeights,
+    add_lora,
+    check_identity,
+    last_checkpoint,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from tvaprune.model_card import adapter_card, model_card
+from tvaprune.plan import KeepPlan, plan_from_masks
+from tvaprune.run import Arguments, Run
+from tvaprune.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher, weights_digest
+from tvaprune.zero_report import DENSE, FINETUNED, PRUNED
+
+COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
+
+
+@dataclass
+class Job:
+    """One fine-tuning: the run, its plan, what its checkpoints belong to, and the folders it writes."""
+
+    run: Run
+    plan: KeepPlan
+    identity: dict[str, Any]
+    checkpoint: Path | None
+    teacher_cache: Path | None = None
+
+    @property
+    def output(self) -> Path:
+        """The folder of checkpoints, adapter and merged model."""
+        return self.run.args.output_dir
+
+    @property
+    def pruned_folder(self) -> Path:
+        """Where the model that is trained stands: ``--save_pruned``, or beside the adapter."""
+        return Path(self.run.args.prune.save_pruned or self.output / "pruned")
+
+    @property
+    def train_lm_head(self) -> bool:
+        """Whether the lm_head is trained: as asked, else where it is not tied."""
+        asked = self.run.args.finetune.train_lm_head
+        return not self.plan.shape.tie_word_embeddings if asked is None else asked
+
+    @property
+    def unties(self) -> bool:
+        """Whether the merged model's lm_head is no longer the embeddings."""
+        return self.plan.shape.tie_word_embeddings and self.train_lm_head and not self.run.args.finetune.full_ft
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the unpruned model is wanted once the narrower one is there."""
+        args = self.run.args
+        live = args.distill.distill and args.finetune.teacher_cache is None
+        return live or args.evaluation.speed_batches > 0 or args.evaluation.compare_dense
+
+    def load_pruned(self) -> PreTrainedModel:
+        """Loads the pruned checkpoint in the run's precision and on its device."""
+        return _on_device(self.run, load_pruned(self.pruned_folder, dtype=self.run.model.dtype))
+
+
+def run_finetune(args: Arguments) -> None:
+    """Prunes by a mask, fine-tunes, and leaves an adapter, a merged model and what was measured before and after."""
+    tasks, masks = pipeline.zero_shot_tasks(args), pipeline.given_masks(args)
+    assert masks is not None
+    if args.finetune.epoch_f is not None:
+        args.training.num_train_epochs = args.finetune.epoch_f
+    checkpoint = _checkpoint(args)
+    _prepare_folders(args, checkpoint)
+    run = Run.load(args)
+    plan = plan_from_masks(masks, run.shape, *run.plan_options)
+    job = Job(run, plan, {}, checkpoint)
+    job.identity = _identity(job)
+    if checkpoint is not None:
+        check_identity("checkpoint", checkpoint, job.identity)
+    _clear(args.output_dir, whole=checkpoint is None)
+    (args.save_loc / "results.json").unlink(missing_ok=True)
+    windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    pruned, results = _before(job, windows)
+    student, told = _train(job, pruned, results)
+    results |= told
+    _write(job, student, results, windows)
+    _verify(job, results, windows)
+    report.write_json(results, args.save_loc / "results.json")
+    print("\n" + report.table(_rows(job, results)))
+    models = {DENSE: run.model, PRUNED: job.load_pruned(), FINETUNED: _merged(job)} if tasks else {}
+    pipeline.zero_shot(run, tasks, models, results)
+
+
+def _checkpoint(args: Arguments) -> Path | None:
+    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last whole one."""
+    asked = args.training.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    found = last_checkpoint(args.output_dir) if asked.lower() == "true" else Path(asked)
+    if found is None or not found.is_dir():
+        raise InputError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
+        )
+    return found
+
+
+def _prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
+    """Refuses folders that are in use, before any work."""
+    overwrite = args.training.overwrite_output_dir
+    if args.prune.save_pruned is not None and checkpoint is None:
+        check_output("save_pruned", args.prune.save_pruned, overwrite)
+    runtime.prepare_folder("output_dir", args.output_dir, overwrite or checkpoint is not None)
+    runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    if (args.save_loc / "results.json").exists() and not (overwrite or checkpoint):
+        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+
+
+def _clear(folder: Path, whole: bool) -> None:
+    """Removes what an earlier fine-tuning left, nothing else; not ``whole``: what this one goes on from stays."""
+    stale = [folder / "adapter", folder / "merged"]
+    for old in [*stale, folder / "pruned", *folder.glob("checkpoint-*")] if whole else stale:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """Returns what tells this fine-tuning's checkpoints and adapter from another's."""
+    digest = hashlib.sha256()
+    for values in (*job.plan.kept, *job.plan.scale):
+        digest.update(values.numpy().tobytes())
+    finetune = job.run.args.finetune
+    lora = {"lora_r": finetune.lora_r, "lora_alpha_ratio": finetune.lora_alpha_ratio}
+    return {
+        "model": weights_digest(job.run.model),
+        "mask": digest.hexdigest()[:16],
+        "weight_update": job.run.args.prune.weight_update,
+        "full_ft": finetune.full_ft,
+        "train_lm_head": job.train_lm_head,
+        **({} if finetune.full_ft else lora),
+    }
+
+
+def _before(job: Job, windows: Dataset) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Measures the dense model, writes the pruned checkpoint, and returns that as loaded, with both's measurements."""
+    run, plan, args = job.run, job.plan, job.run.args
+    plan.save(args.save_loc / "plan.json")
+    report.plot_widths(plan, args.save_loc / "widths.png")
+    origin = {"mask": args.prune.mask_loc, "target_sparsity": None}
+    results = pipeline.identity(run, plan) | origin
+    dense = perplexity(run.model, windows, args.training.per_device_eval_batch_size, "dense perplexity")
+    job.teacher_cache = _teacher_cache(job)
+    if job.checkpoint is None or not (job.pruned_folder / "config.json").is_file():
+        narrow, update = pipeline.narrow(run, plan, keep_dense=job.needs_dense)
+        results |= update
+        save_pruned(narrow, plan, run.tokenizer, job.pruned_folder, args.training.overwrite_output_dir, results)
+    pruned = job.load_pruned()
+    job.identity["pruned checkpoint"] = weights_digest(pruned)
+    if job.checkpoint is not None:
+        check_identity("checkpoint", job.checkpoint, job.identity)
+    if not job.needs_dense:
+        run.model = pruned  # the dense one leaves the memory
+    results |= pipeline.measure(run, plan, pruned, windows)
+    results["perplexity"] = {DENSE: dense, **results["perplexity"]}
+    return pruned, results
+
+
+def _teacher_cache(job: Job) -> Path | None:
+    """Returns the folder of the teacher's predictions, written if it is not there; None without one."""
+    args = job.run.args
+    if args.finetune.teacher_cache is None or not args.distill.distill:
+        return None
+    k, temperature = args.finetune.teacher_top_k, args.distill.distill_temp
+    batch_size = args.training.per_device_eval_batch_size
+    return cache_teacher(args.finetune.teacher_cache, job.run.model, _train_blocks(job), k, temperature, batch_size)
+
+
+def _train_blocks(job: Job) -> Dataset:
+    return job.run.train_blocks(DEFAULT_TRAIN_SAMPLES)
+
+
+def _teacher(job: Job) -> Teacher | None:
+    args = job.run.args
+    if job.teacher_cache is not None:
+        return CachedTeacher(job.teacher_cache, args.distill.distill_temp)
+    if not args.distill.distill:
+        return None
+    kept = job.plan.kept.hidden if args.finetune.distill_hidden_alpha else None
+    return LiveTeacher(job.run.model, args.distill.distill_temp, kept)
+
+
+def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Trains; returns the trained model, and what is to be told of it."""
+    args, training = job.run.args, job.run.args.training
+    blocks = _train_blocks(job)
+    student = _student(job, pruned)
+    measured = _training_speed(job, student, blocks)
+    weights = LossWeights(args.finetune.distill_ce_loss_alpha, args.finetune.distill_hidden_alpha)
+    trainer = FinetuneTrainer(
+        student, training, blocks, job.run.choice_blocks(), _teacher(job), weights, job.identity,
+        args.finetune.early_stopping_patience,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
+    seconds = time.perf_counter() - begin
+    history = trainer.state.log_history
+    report.plot_finetuning(history, args.save_loc / "finetune.png", results["perplexity"])
+    report.write_json({"log": history}, args.save_loc / "finetune_log.json")
+    return student, measured | {"finetune": _told(job, trainer, len(blocks), seconds)}
+
+
+def _student(job: Job, model: PreTrainedModel) -> Any:
+    """Returns the model with what is to be trained."""
+    finetune = job.run.args.finetune
+    set_seed(job.run.args.training.seed)  # LoRA's start is drawn
+    if finetune.full_ft:
+        return model.requires_grad_(True)
+    settings = LoraSettings(finetune.lora_r, finetune.lora_alpha_ratio, finetune.lora_dropout, job.train_lm_head)
+    return add_lora(model, settings)
+
+
+def _training_speed(job: Job, student: Any, blocks: Dataset) -> dict[str, Any]:
+    """Times a training step beside that of the dense model, trained in the same way."""
+    batches, batch_size = job.run.args.evaluation.speed_batches, job.run.args.training.per_device_train_batch_size
+    if not batches:
+        return {}
+    with _dense_student(job) as dense:
+        return {"training_speed_up": asdict(training_speed_up(dense, student, blocks, batch_size, batches))}
+
+
+@contextmanager
+def _dense_student(job: Job) -> Iterator[Any]:
+    """Yields the dense model as it would be trained, and leaves it as it was."""
+    dense = _student(job, job.run.model)
+    yield dense
+    if not job.run.args.finetune.full_ft:
+        dense.unload()
+    job.run.model.requires_grad_(False)
+
+
+def _told(job: Job, trainer: FinetuneTrainer, num_blocks: int, seconds: float) -> dict[str, Any]:
+    """Returns the settings that were used, resolved, and how the training went."""
+    args, training, state = job.run.args, job.run.args.training, trainer.state
+    finetune, distill = args.finetune, args.distill.distill
+    cached = f"cached, top {finetune.teacher_top_k}" if finetune.teacher_cache else "live"
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return {
+        "method": "full" if finetune.full_ft else "lora",
+        **({} if finetune.full_ft else {"r": finetune.lora_r, "alpha_ratio": finetune.lora_alpha_ratio,
+                                        "dropout": finetune.lora_dropout}),
+        "train_lm_head": job.train_lm_head,
+        "trained_parameters": trainer.get_num_trainable_parameters(),
+        "teacher": cached if distill else None,
+        "distill_ce_loss_alpha": finetune.distill_ce_loss_alpha if distill else 0.0,
+        "distill_temp": args.distill.distill_temp,
+        "distill_hidden_alpha": finetune.distill_hidden_alpha if distill else 0.0,
+        "learning_rate": training.learning_rate,
+        "blocks_per_step": batch,
+        "train_blocks": num_blocks,
+        "epochs": state.epoch,
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "resumed_from": None if job.checkpoint is None else str(job.checkpoint),
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def _write(job: Job, student: Any, results: dict[str, Any], windows: Dataset) -> None:
+    """Writes the adapter, merges it (in place), measures the merged model and writes that."""
+    args, tokenizer = job.run.args, job.run.tokenizer
+    merged = student
+    if not args.finetune.full_ft:
+        with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
+            save_adapter(student, folder, job.identity)
+            card = adapter_card(job.plan, results, "adapter", str(job.pruned_folder))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        merged = merge(student)
+    value = perplexity(merged, windows, args.training.per_device_eval_batch_size, "fine-tuned perplexity")
+    results["perplexity"][FINETUNED] = value
+    config = copy.deepcopy(merged.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
+    with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
+        write_checkpoint(merged, config, tokenizer, folder)
+        (folder / "README.md").write_text(model_card(config, job.plan, results, "merged"), encoding="utf-8")
+
+
+def _verify(job: Job, results: dict[str, Any], windows: Dataset) -> None:
+    """Reads the adapter and the merged model again and compares them."""
+    if job.run.args.finetune.full_ft:
+        return
+    tuned = load_adapter(job.load_pruned(), job.output / "adapter", job.identity)
+    results["finetune"]["adapter_merged_difference"] = _difference(tuned, _merged(job), windows)
+
+
+def _merged(job: Job) -> PreTrainedModel:
+    return _on_device(job.run, load_pruned(job.output / "merged", dtype=job.run.model.dtype))
+
+
+def _on_device(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+    module: torch.nn.Module = model
+    module.to(run.args.training.device)
+    return model
+
+
+@torch.inference_mode()
+def _difference(first: Any, second: Any, windows: Dataset) -> float:
+    """Returns the largest difference of two models' logits."""
+    ids = windows[:COMPARED_WINDOWS]["input_ids"].to(next(first.parameters()).device)
+    own, other = (model(input_ids=ids, use_cache=False).logits.float() for model in (first, second))
+    return float((own - other).abs().max())
+
+
+def _rows(job: Job, results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the closing table."""
+    args = job.run.args
+    written = [path.name for path in args.save_loc.iterdir() if path.is_file()]
+    folders = [name for name in ("adapter", "merged") if (job.output / name).is_dir()]
+    return [
+        *report.summary_rows(results),
+        *report.finetune_rows(results),
+        ("mask", results["mask"]),
+        ("pruned checkpoint", str(job.pruned_folder)),
+        (f"in {job.output}", " ".join(folders)),
+        (f"in {args.save_loc}", " ".join(sorted(written))),
+    ]
