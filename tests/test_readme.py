@@ -75,7 +75,7 @@ def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path)
 def test_a_saved_model_generates_by_transformers_alone_and_is_exported(tmp_path):
     (save,) = commands("--save_pruned")
     for line in [save, *commands("tvaprune.export")]:
-        result = tiny.run(" ".join(shlex.split(line)[1:]).replace(" out/", f" {tmp_path}/"))
+        result = tiny.run(" ".join(shlex.split(line)[1:]).replace(" out/", f" {tmp_path}/"), **SHIPPED_TEXT)
         assert result.returncode == 0, result.stderr
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     alone = subprocess.run(
