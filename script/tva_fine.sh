@@ -15,7 +15,7 @@ if [ $# -eq 0 ]; then
         --mask_loc mistral_saves_tva/mask_info_26.844462387911015.pkl \
         --output_dir out/mini_mistral_tuned --overwrite_output_dir \
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
-        --max_train_samples 2000 --num_train_epochs 1 --max_eval_samples 256 \
+        --max_train_samples 3000 --num_train_epochs 1 --max_eval_samples 256 \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --learning_rate 1e-3 --lora_dropout 0 \
         --distill_ce_loss_alpha 20 --distill_temp 2 --eval_steps 0.25 --save_steps 0.25
 fi
