@@ -136,7 +136,7 @@ def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dic
         panels[-1].plot(*zip(*scored, strict=True), "o-", color="tab:blue", label="fine-tuned, windows compared on")
     panels[-1].set(ylabel="perplexity", xlabel="step")
     for axes in panels:
-        axes.legend()
+        axes.legend(loc="center right" if axes is panels[-1] else "upper right")
         axes.grid(alpha=0.3)
     save_figure(figure, path)
 
