@@ -92,8 +92,8 @@ def _update(results: dict[str, Any]) -> str:
         return str(results["weight_update"])
     before, after = (done["divergence"][share] for share in (0.0, done["share"]))
     return (
-        f"refit on {done['calibration_blocks']} blocks, {done['share']:g} of the way from the fold: held-out KL to dense "
-        f"{before:.3f} -> {after:.3f}, {done['seconds']:.0f} s"
+        f"refit on {done['calibration_blocks']} blocks, {done['share']:g} of the way from the fold: "
+        f"held-out KL to dense {before:.3f} -> {after:.3f}, {done['seconds']:.0f} s"
     )
 
 
