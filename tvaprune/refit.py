@@ -30,8 +30,6 @@ from tvaprune.plan import KeepPlan
 from tvaprune.ridge import Moments, Outputs, fit_linear, ridge, with_one
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # lam relative to the mean diagonal of H; infinite: the fold
-
-
 # How far to go from the fold to the refit. Every linear's optimum is that of the residual stream, not of the model's
 # predictions, and going all the way overshoots: on the miniature models the best share is near 0.6.
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -45,12 +43,12 @@ class RefitReport:
         divergence: By the share of the way from the fold to the refit: KL from the dense model's next-token
             distributions on the held-out windows.
         share: The share that the model was left at: that of the smallest divergence.
-        strengths: The relative ``lam`` of every refitted linear.
+        strengths: The relative ``lam`` of every linear; None: it stays folded.
     """
 
     divergence: dict[float, float]
     share: float
-    strengths: dict[str, float]
+    strengths: dict[str, float | None]
 
 
 @torch.no_grad()
@@ -90,7 +88,8 @@ def refit(
         divergence[share] = walk.divergence()
     best = min(divergence, key=lambda share: divergence[share])
     _mix(pruned, folded, refitted, best)
-    return RefitReport(divergence, best, walk.chosen)
+    chosen = {name: strength if math.isfinite(strength) else None for name, strength in walk.chosen.items()}
+    return RefitReport(divergence, best, chosen)
 
 
 def _mix(model: nn.Module, folded: dict[str, torch.Tensor], refitted: dict[str, torch.Tensor], share: float) -> None:

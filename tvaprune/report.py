@@ -43,6 +43,7 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("kept hidden dims", f"{widths['hidden_size']} of {results['shape']['hidden_size']}"),
         ("kept KV heads per layer", _of(widths["num_key_value_heads"], results["shape"]["num_key_value_heads"])),
         ("kept MLP channels per layer", _of(widths["intermediate_size"], results["shape"]["intermediate_size"])),
+        ("instant weight update", _update(results)),
     ]
     if speed:
         rows.append(
@@ -83,6 +84,17 @@ def _sparsity(results: dict[str, Any]) -> str:
     achieved = results["widths"]["decoder_sparsity"]
     target = results.get("target_sparsity")
     return f"{achieved:.4f}" if target is None else f"{achieved:.4f} (target {target})"
+
+
+def _update(results: dict[str, Any]) -> str:
+    done = results.get("refit")
+    if done is None:
+        return str(results["weight_update"])
+    before, after = (done["divergence"][share] for share in (0.0, done["share"]))
+    return (
+        f"refit on {done['calibration_blocks']} blocks, {done['share']:g} of the way from the fold: "
+        f"held-out KL to dense {before:.3f} -> {after:.3f}, {done['seconds']:.0f} s"
+    )
 
 
 def _of(kept: Sequence[int], full: int) -> str:
