@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from compare_grid import ONCE_SPARSITY, VIB, VIB_ONCE, Cell, Grid
+from compare_grid import VIB, VIB_ONCE, Cell, Grid
 from compare_report import DENSE, PRUNED, write_report
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of both texts; choose nothing on the test split",
     )
     add("--methods", nargs="+", choices=METHODS, default=[VIB, *SCORES], metavar="METHOD",
-        help=f"of {', '.join(METHODS)}; vib trains gates for each sparsity, vib_once at {ONCE_SPARSITY}")  # fmt: skip
+        help=f"of {', '.join(METHODS)}; vib trains gates for each sparsity, vib_once to the largest only")  # fmt: skip
     add("--weight_updates", nargs="+", default=["fold", "refit"], help="instant weight updates")
     add("--sparsities", nargs="+", type=float, default=[0.2, 0.35, 0.5, 0.65], help="shares of the decoder to remove")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration blocks and of training")
@@ -158,7 +158,7 @@ class Measurement:
     def _choice(self, cell: Cell) -> dict[str, Any]:
         """Makes the cell's mask if it is not there, and returns what that cost."""
         path = self.grid.mask_path(cell)
-        settings = self.grid.settings() | {"method": cell.method, "seed": cell.seed}
+        settings = self.grid.settings() | {"method": cell.method, "seed": cell.seed} | self.grid.training(cell)
         known = self.grid.known(path.with_suffix(".json"), settings)
         if known is not None and path.is_file():
             return known

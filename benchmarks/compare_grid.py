@@ -11,7 +11,6 @@ from tvaprune.errors import InputError
 from tvaprune.run import Arguments
 
 VIB, VIB_ONCE = "vib", "vib_once"
-ONCE_SPARSITY = 0.5  # what vib_once trains its one set of gates at
 PER_TARGET = (VIB, "wanda_sp")  # chosen anew for every target; what the others choose once is cut at all of them
 _SETTINGS = (
     "dataset", "second_text", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
@@ -83,6 +82,10 @@ class Grid:
         """Returns the sparsities that the choice of a cell's units serves."""
         return [cell.target_sparsity] if cell.method in PER_TARGET else sorted(self.args.sparsities)
 
+    def training(self, cell: Cell) -> dict[str, float]:
+        """Returns what vib_once trains its one set of gates to: the largest target, as ``--target_sparsity`` does."""
+        return {"trained_to": max(self.args.sparsities)} if cell.method == VIB_ONCE else {}
+
     def is_scored(self, cell: Cell) -> bool:
         """Returns whether the zero-shot tasks are scored in a cell."""
         return cell.target_sparsity in self.args.zero_eval_sparsities and cell.seed in self.args.zero_eval_seeds
@@ -93,6 +96,7 @@ class Grid:
         settings |= {name: getattr(self.args, name) for name in _SETTINGS}
         if cell is not None:
             settings["zero_eval_limit"] = self.args.zero_eval_limit if self.is_scored(cell) else None
+            settings |= self.training(cell)
         return settings
 
     def known(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -126,7 +130,7 @@ class Grid:
             "model_name_or_path": self.model,
             "dataset_name": args.dataset,
             "prune_method": VIB if trained else cell.method,
-            "target_sparsity": ONCE_SPARSITY if cell.method == VIB_ONCE else cell.target_sparsity,
+            "target_sparsity": self.training(cell).get("trained_to", cell.target_sparsity),
             "weight_update": cell.weight_update,
             "seed": cell.seed,
             "block_size": args.block_size,

@@ -192,7 +192,7 @@ def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
         scores.append(f"{median(known):.3f}" if known else NONE)
     costs = [
         _median(lambda c: c["seconds"]["choosing"], found, "{:.1f} s"),
-        _median(lambda c: c["seconds"]["update"], found[-1:], "{:.1f} s"),
+        _median(lambda c: c["seconds"]["update"], cells.of(weight_update=REFIT, **place), "{:.1f} s"),
         _median(lambda c: c["peak_memory"]["choosing"] / 2**20, found, "{:.0f} MiB"),
     ]
     return f"| {' | '.join([str(sparsity), method, *gaps, *scores, *costs])} |"

@@ -143,12 +143,17 @@ def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_pat
 
 def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, command):
     output = tmp_path / "out"
-    code, out, error = command(
+    flags = (
         "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output, *RUN,
-        "--max_train_samples", 16, "--per_device_train_batch_size", 4, "--target_sparsity", 0.4, 0.2,
-        "--save_pruned", tmp_path / "saved", "--refit_samples", 8,
+        "--max_train_samples", 16, "--per_device_train_batch_size", 4, "--save_pruned", tmp_path / "saved",
+        "--refit_samples", 8, "--target_sparsity",
     )  # fmt: skip
+    assert command(*flags, 0.3, 0.2)[0] == 0
+    code, _, error = command(*flags, 0.4, 0.2)
+    assert "is not empty; replace it with --overwrite_output_dir" in tiny.refusal(code, error)
+    code, out, error = command(*flags, 0.4, 0.2, "--overwrite_output_dir")
     assert code == 0, error
+    assert sorted(path.name for path in output.glob("sparsity_*")) == ["sparsity_0.2", "sparsity_0.4"]
     assert out.count("(target 0.2)") == out.count("(target 0.4)") == 1
     masks = {}
     for target in (0.2, 0.4):
@@ -176,7 +181,7 @@ def test_the_update_is_the_users_choice(pruned, checkpoint, text, tmp_path, comm
     assert len({result["perplexity"]["pruned"] for result in values.values()}) == 3
     assert len({result["perplexity"]["dense"] for result in values.values()}) == 1
     report = values["refit"]["refit"]
-    assert report["divergence"][str(report["share"])] == min(report["divergence"].values())
+    assert report["divergences"][report["shares"].index(report["share"])] == min(report["divergences"])
     assert "refit" not in values["fold"]
 
 
@@ -243,6 +248,7 @@ def empty(folder):
         (("--no_such_flag", 1), "no_such_flag"),
         (("--dim_multiple", -8), "--dim_multiple is -8"),
         (("--settle_share", 1), "--settle_share is 1.0"),
+        (("--beta", "nan"), "--beta is nan"),
         (("--refit_samples", 0), "--refit_samples is 0"),
         (("--vib_learning_rate", -0.1), "--vib_learning_rate is -0.1"),
         (("--resume_from_checkpoint", "True"), "no checkpoint there"),
@@ -264,6 +270,19 @@ def test_a_folder_in_use_is_not_touched(checkpoint, text, tmp_path, command):
     code, _, error = command("--do_train", *RUN, *base)
     assert "is not empty" in tiny.refusal(code, error)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_goes_on_only_with_the_target_that_it_began_with(pruned, checkpoint, text, tmp_path, command):
+    shutil.copytree(pruned[0], tmp_path / "out")
+    base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
+    code, _, error = command("--do_train", *base, *RUN, "--target_sparsity", 0.3, "--resume_from_checkpoint", "True")
+    assert "has target_sparsity 0.4, not 0.3; give the flags that it began with" in tiny.refusal(code, error)
+
+
+def test_results_of_a_training_do_not_replace_others_unasked(pruned, checkpoint, text, tmp_path, command):
+    base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
+    code, _, error = command("--do_train", *base, *RUN, "--save_loc", pruned[0])
+    assert "holds results.json; --overwrite_output_dir replaces it" in tiny.refusal(code, error)
 
 
 def test_results_are_not_overwritten_unasked(pruned, checkpoint, text, command):

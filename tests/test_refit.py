@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from test_family_contract import ROWS, logits, make_plan, sliced
 
 from tvaprune.distill import distillation_loss
 from tvaprune.refit import refit
-from tvaprune.ridge import Moments, augmented, ridge
+from tvaprune.ridge import Moments, Ridge, augmented, nearest
 
 
 def windows(count, seed, length=16):
@@ -51,19 +50,24 @@ def test_the_solution_is_numpys_least_squares():
     # The minimum of |y - W xhat|^2 + lam |W - centre|^2 as one ordinary problem: sqrt(lam) I below the inputs.
     stacked = np.vstack([inputs, math.sqrt(lam) * np.eye(4)])
     expected = np.linalg.lstsq(stacked, np.vstack([outputs, math.sqrt(lam) * centre.T]), rcond=None)[0].T
-    moments = Moments(torch.tensor(inputs.T @ inputs), torch.tensor(outputs.T @ inputs))
-    found = ridge(torch.tensor(centre), moments, 0.1)
+    gram, cross = torch.tensor(inputs.T @ inputs), torch.tensor(outputs.T @ inputs)
+    found = Ridge(gram, 0.1).solve(torch.tensor(centre), cross)
     torch.testing.assert_close(found, torch.tensor(expected))
-    assert (found - ridge(torch.tensor(centre), moments, 0.2)).abs().max() > 1e-3
+    assert (found - Ridge(gram, 0.2).solve(torch.tensor(centre), cross)).abs().max() > 1e-3
 
 
 def test_a_strength_without_end_and_inputs_of_zero_return_the_centre():
-    centre = torch.randn(3, 4, dtype=torch.float64)
-    empty = Moments(torch.zeros(4, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64))
-    full = Moments(torch.eye(4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64))
-    assert torch.equal(ridge(centre, full, math.inf), centre)
-    assert torch.equal(ridge(centre, empty, 1e-4), centre)
-    assert not torch.allclose(ridge(centre, full, 1e-4), centre)
+    centre, cross = torch.randn(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
+    full = torch.eye(4, dtype=torch.float64)
+    assert torch.equal(Ridge(full, math.inf).solve(centre, cross), centre)
+    assert torch.equal(Ridge(0 * full, 1e-4).solve(centre, 0 * cross), centre)
+    assert not torch.allclose(Ridge(full, 1e-4).solve(centre, cross), centre)
+
+
+def test_an_error_that_is_no_number_is_never_the_smallest():
+    assert nearest([math.nan, 2.0, 1.0, math.inf]) == 2
+    assert nearest([math.nan, math.inf]) == 0
+    assert nearest([1.0, 1.0]) == 0
 
 
 def test_a_dead_channel_stays_at_its_centre():
@@ -71,7 +75,7 @@ def test_a_dead_channel_stays_at_its_centre():
     inputs[2, 2] = 0.0
     centre, cross = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 4), 3.0, dtype=torch.float64)
     cross[0, 2] = 0.0
-    found = ridge(centre, Moments(inputs, cross), 1e-6)
+    found = Ridge(inputs, 1e-6).solve(centre, cross)
     torch.testing.assert_close(found, torch.tensor([[3.0, 3.0, 1.0, 3.0]], dtype=torch.float64), atol=1e-5, rtol=0)
 
 
@@ -113,8 +117,8 @@ def test_it_comes_nearer_to_the_dense_model_than_the_fold(model, make_masks, emp
     assert [name for name, _ in refitted.named_parameters()] == [name for name, _ in folded.named_parameters()]
     assert sum(p.numel() for p in refitted.parameters()) == plan.num_parameters
     divergences = [divergence(narrow, model) for narrow in (folded, refitted)]
-    assert divergences[0] == pytest.approx(report.divergence[0.0], rel=1e-4)
-    assert divergences[1] == pytest.approx(min(report.divergence.values()), rel=1e-4)
+    assert divergences[0] == pytest.approx(report.divergences[0], rel=1e-4)
+    assert divergences[1] == pytest.approx(min(report.divergences), rel=1e-4)
     assert divergences[1] < 0.9 * divergences[0]
 
 
@@ -126,16 +130,16 @@ def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_m
     plan = make_plan(model, make_masks)
     original = module.fit_linear
 
-    def watched(linear, fit, held, strengths, *outputs):
+    def watched(linear, ridges, fit, held, *outputs):
         before = augmented(linear, slice(None))
-        result = original(linear, fit, fit, (1e-3,), *outputs)
+        result = original(linear, ridges, fit, fit, *outputs)
         project = outputs[0] if outputs else torch.Tensor.__getitem__
         own = Moments(fit.inputs, project(fit.cross, slice(None)))
         seen.append((own.error(augmented(linear, slice(None))), own.error(before)))
         return result
 
     monkeypatch.setattr(module, "fit_linear", watched)
-    refit(model, sliced(model, plan), plan, CALIBRATION, HELD_OUT)
+    refit(model, sliced(model, plan), plan, CALIBRATION, HELD_OUT, strengths=(1e-3,))
     assert len(seen) == 3 * 7 + 1
     assert all(after < before for after, before in seen)
 
@@ -187,20 +191,54 @@ def test_half_precision_weights_stay_so(dtype, make_model, make_masks):
     narrow = sliced(model, plan)
     report = refit(model, narrow, plan, CALIBRATION, HELD_OUT)
     assert {parameter.dtype for parameter in narrow.parameters()} == {dtype}
-    assert all(math.isfinite(value) for value in report.divergence.values())
+    assert all(math.isfinite(value) for value in report.divergences)
 
 
-def test_a_model_pruned_beyond_repair_falls_back_to_the_fold(make_model, full_plan):
-    """Where no fit lowers the held-out perplexity, the folded weights come back."""
+def test_weights_that_overflow_fall_back_to_the_fold(make_model, make_masks, monkeypatch):
+    import tvaprune.refit as module
+
+    model = make_model().half()
+    plan = make_plan(model, make_masks)
+    folded, narrow = sliced(model, plan), sliced(model, plan)
+    original = module.fit_linear
+
+    def overflowing(linear, *rest):
+        strength = original(linear, *rest)
+        linear.weight[0, 0] = math.inf
+        return strength
+
+    monkeypatch.setattr(module, "fit_linear", overflowing)
+    report = refit(model, narrow, plan, CALIBRATION, HELD_OUT)
+    assert report.share == 0.0 and not math.isfinite(report.divergences[-1])
+    assert weights_differ(folded, narrow) == 0.0
+
+
+def test_the_model_stops_where_its_predictions_are_nearest(make_model, make_masks):
     model = make_model()
-    plan = full_plan(model)
-    plan = replace(plan, kept=replace(plan.kept, hidden=plan.kept.hidden[::9]),
-                   scale=replace(plan.scale, hidden=plan.scale.hidden[::9]))  # fmt: skip
-    folded = sliced(model, plan)
-    narrow = copy.deepcopy(folded)
-    report = refit(
-        model, narrow, plan, windows(1, seed=5), HELD_OUT, strengths=(1e-4,)
-    )  # overfitted: no fold to choose
-    if report.share == 0:
-        assert weights_differ(folded, narrow) == 0.0
-    assert divergence(narrow, model) <= report.divergence[0.0] * (1 + 1e-4)
+    plan = make_plan(model, make_masks)
+    folded, whole, half = (sliced(model, plan) for _ in range(3))
+    refit(model, whole, plan, CALIBRATION, HELD_OUT, shares=(1.0,))
+    report = refit(model, half, plan, CALIBRATION, HELD_OUT, shares=(0.5,))
+    for a, b, c in zip(folded.parameters(), half.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(b, (a + c) / 2)
+    assert report.divergences == pytest.approx([divergence(half, model)], rel=1e-4)
+
+
+def test_models_in_training_mode_are_read_in_evaluation_mode(make_model, make_masks):
+    model = make_model("llama", attention_dropout=0.5)
+    plan = make_plan(model, make_masks)
+    expected, narrow = sliced(model, plan), sliced(model, plan).train()
+    refit(model, expected, plan, CALIBRATION, HELD_OUT)
+    refit(model.train(), narrow, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(expected, narrow) == 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_dense_model_on_the_cpu_serves_a_pruned_one_on_the_gpu(make_model, make_masks):
+    model = make_model("llama")
+    plan = make_plan(model, make_masks)
+    near, far = sliced(model, plan), sliced(model, plan).cuda()
+    refit(model, near, plan, CALIBRATION, HELD_OUT)
+    refit(model, far, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(near, far.cpu()) < 1e-2

@@ -3,6 +3,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from tvaprune import gates
 from tvaprune.attach import GatedModel
@@ -28,8 +29,8 @@ def blocks(count=64, length=12):
 def train(model, folder, resume=None, stop_after=None, **options):
     torch.manual_seed(0)
     args = RunArguments(
-        output_dir=str(folder), max_steps=8, save_steps=4, eval_steps=4, logging_steps=1, learning_rate=1.0,
-        disable_tqdm=True, use_cpu=True, per_device_train_batch_size=4, save_total_limit=4, **options,
+        output_dir=str(folder), max_steps=8, eval_steps=4, logging_steps=1, learning_rate=1.0, disable_tqdm=True,
+        use_cpu=True, per_device_train_batch_size=4, save_total_limit=4, **({"save_steps": 4} | options),
     )  # fmt: skip
     trainer = GateTrainer(GatedModel(model, -2.0), settings(), args, blocks(), blocks(8), {"model": "tiny"})
     trainer.train(resume_from_checkpoint=resume)
@@ -110,6 +111,7 @@ def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(
     before = objective.masks()
     noisy = [float(objective(input_ids, 5.0, 0.3)["loss"].detach()) for _ in range(2)]
     assert noisy[0] != noisy[1]  # control
+    settled_mu = [mu.detach().clone() for mu in objective.gated.mu]
     objective.settle()
     parts = [objective(input_ids, 5.0, 0.3) for _ in range(2)]
     assert parts[0]["loss"].detach() == parts[1]["loss"].detach()
@@ -123,8 +125,10 @@ def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(
     assert all(values.grad is None for values in objective.gated.log_variance)
     with torch.no_grad():
         for mu in objective.gated.mu:
-            mu.mul_(0.01)  # would have moved log_alpha by 9
+            mu.mul_(0.01)  # would have moved log_alpha by 9; as momentum does, it moves the means of cut units too
     assert all(torch.equal(a, b < 0) for a, b in zip(chosen, objective.masks().log_alpha, strict=True))
+    for values, first, scale in zip(objective.masks().mu, settled_mu, kept, strict=True):
+        torch.testing.assert_close(values, torch.where(scale != 0, 0.01 * first, first))
     assert not all(
         torch.equal(a, b < 0) for a, b in zip(chosen, before.log_alpha, strict=True)
     )  # the exact cut is not 0
@@ -139,6 +143,31 @@ def test_gates_settle_for_the_last_share_of_the_steps(make_model, tmp_path):
     assert len({row["expected_sparsity"] for row in history[:5]}) == 5
     assert len({row["lambda_1"] for row in history[4:]}) <= 2  # the multipliers rest as well
     assert trainer.model.settled
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulated"])
+def test_a_run_interrupted_after_it_settled_goes_on_bit_for_bit(make_model, tmp_path, options):
+    whole = train(make_model("llama"), tmp_path / "whole", save_steps=6, **options)  # settles at step 5
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+    resumed = train(
+        make_model("llama"),
+        tmp_path / "again",
+        resume=str(tmp_path / "again" / "checkpoint-6"),
+        save_steps=6,
+        **options,
+    )
+    state, again = whole.model.state_dict(), resumed.model.state_dict()
+    assert state["settled"] and all(torch.equal(state[name], again[name]) for name in state)
+    before = load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors")
+    assert any(not torch.equal(state[name], value) for name, value in before.items() if ".mu." in name)  # control
+
+
+def test_a_target_that_rises_beyond_the_choice_is_refused():
+    with pytest.raises(InputError, match="--lagrangian_warmup_epochs is 0.9: .* 7 steps, .* stands after 5 of 8"):
+        settings(lagrangian_warmup_epochs=0.9)
+    assert settings(lagrangian_warmup_epochs=0.9, settle_share=0.0).num_warmup_steps == 7
+    few = gate_settings(PruneArguments(), DistillArguments(), 10, 1000, 5.0, 4)  # --max_steps 10 of an epoch of 1,000
+    assert few.num_warmup_steps == 3 and few.num_settle_steps == 3
 
 
 def test_cross_entropy_joins_the_distillation_by_its_weight(make_model, input_ids):

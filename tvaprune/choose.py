@@ -1,5 +1,6 @@
 """Which units stay: gates trained, or units scored in one shot; mask files either way."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ def choose_masks(run: Run, checkpoint: str | None = None) -> dict[float, Path]:
     Gates are trained once, to the largest target, and cut at each; units are scored anew for each. The file of the
     largest target is in ``<output_dir>/best``, the others are in ``<output_dir>/sparsity_<target>/best``.
     """
-    targets = sorted(set(run.args.prune.target_sparsity))
+    targets = sorted(run.args.each_target())
     others = [run.at(target) for target in targets[:-1]]
     if run.args.prune.prune_method == "vib":
         largest = _train_gates(run, checkpoint)
@@ -46,11 +47,14 @@ def _train_gates(run: Run, checkpoint: str | None) -> Path:
     num_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
     beta = family_of(run.model.config).beta
     settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, beta, run.dim_multiple)
+    choice_blocks = run.choice_blocks()
     if checkpoint is None:
         _clear(args.output_dir)
+    else:
+        _check_same_run(run)
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
     record = run.record() | {"train_blocks": len(train_blocks)}
-    trainer = GateTrainer(gated, settings, training, train_blocks, run.choice_blocks(), record)
+    trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.score_mask()
     gated.detach_gates()
@@ -83,7 +87,21 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
     return keep_best(run.args.output_dir / "best", masks, value, run.record() | record | describe_widths(plan))
 
 
+def _check_same_run(run: Run) -> None:
+    """Refuses to go on in a folder whose best mask is of another run: it would be taken for this one's."""
+    best = best_mask(run.args.output_dir / "best")
+    if best is None or not best.with_suffix(".json").is_file():
+        return
+    found, record = json.loads(best.with_suffix(".json").read_text(encoding="utf-8")), run.record()
+    for name in ("target_sparsity", "seed"):
+        if found.get(name) != record[name]:
+            raise InputError(
+                f"--resume_from_checkpoint: the run in {run.args.output_dir} has {name} {found.get(name)}, not "
+                f"{record[name]}; give the flags that it began with"
+            )
+
+
 def _clear(folder: Path) -> None:
-    """Removes what an earlier run of this tool left: masks and checkpoints, nothing else."""
-    for old in [folder / "best", *folder.glob("checkpoint-*")]:
+    """Removes what an earlier run of this tool left: masks, checkpoints and other targets' folders, nothing else."""
+    for old in [folder / "best", *folder.glob("checkpoint-*"), *folder.glob("sparsity_*")]:
         shutil.rmtree(old, ignore_errors=True)

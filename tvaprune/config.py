@@ -44,7 +44,7 @@ class DataArguments:
     ctx_length: int | None = _flag(
         None, f"Tokens of an evaluation window; default: the model's longest, at most {RELEASED_MAX_WINDOW}."
     )
-    max_train_samples: int | None = _flag(None, "Training blocks drawn; default: 4,500 for masks.")
+    max_train_samples: int | None = _flag(None, "Training blocks drawn; default: 4,500, for one-shot scores 128.")
     max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all.")
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class EvalArguments:
 def _check_positive(arguments: Any, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN is not
             raise InputError(f"--{name} is {value}: give a number above 0")
 
 
@@ -289,6 +289,9 @@ def gate_settings(
     """Resolves the defaults that depend on the target, the family and the length of the run.
 
     The released values serve runs of some 4,000 steps; under `SHORT_RUN_STEPS` a faster start takes their place.
+
+    Raises:
+        InputError: If the target would still rise where the choice must stand.
     """
     short, sparsity = num_steps < SHORT_RUN_STEPS, max(prune.target_sparsity)
 
@@ -297,6 +300,15 @@ def gate_settings(
 
     beta = given(prune.beta, family_beta)
     warmup_epochs = given(prune.lagrangian_warmup_epochs, 0.3 if short else 0.2 if sparsity > 0.6 else 0.1)
+    num_warmup_steps, num_settle_steps = round(warmup_epochs * steps_per_epoch), round(prune.settle_share * num_steps)
+    if num_warmup_steps > num_steps - num_settle_steps:
+        if prune.lagrangian_warmup_epochs is not None:
+            raise InputError(
+                f"--lagrangian_warmup_epochs is {warmup_epochs}: the target rises for {num_warmup_steps} steps, but "
+                f"the choice stands after {num_steps - num_settle_steps} of {num_steps}; give less, or a smaller "
+                "--settle_share"
+            )
+        num_warmup_steps = (num_steps - num_settle_steps) // 2  # a run of few steps, as --max_steps makes it
     return GateSettings(
         target_sparsity=sparsity,
         vib_learning_rate=given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
@@ -305,8 +317,8 @@ def gate_settings(
         att_mul=given(prune.att_mul, 512 if sparsity > 0.6 else 256),
         inter_mul=prune.inter_mul,
         emb_mult=prune.emb_mult,
-        num_warmup_steps=round(warmup_epochs * steps_per_epoch),
-        num_settle_steps=round(prune.settle_share * num_steps),
+        num_warmup_steps=num_warmup_steps,
+        num_settle_steps=num_settle_steps,
         beta=beta,
         beta_start=given(prune.beta_start, 0.5 if short else beta),
         beta_warmup_share=prune.beta_warmup_share,

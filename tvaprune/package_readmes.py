@@ -70,7 +70,7 @@ def read_splits() -> dict[str, list[str]]:
             continue
         text = prose(description)
         if len(text) > MAX_CHARACTERS:
-            text = text[: text.rindex("\n\n", 0, MAX_CHARACTERS)]
+            text = text[:MAX_CHARACTERS].rpartition("\n\n")[0]
         splits[split_of(package)].append(f"{package}\n\n{text}\n")
     if missing:
         raise InputError(

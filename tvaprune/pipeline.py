@@ -6,7 +6,7 @@ flags -> stock model -> gates trained, or units scored -> mask file -> keep plan
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,21 @@ from tvaprune.zero_report import DENSE, PRUNED
 def run_prune(args: Arguments) -> None:
     """Chooses units, writes a mask for every target, applies each and measures the narrower models."""
     tasks, checkpoint = zero_shot_tasks(args), given_checkpoint(args)
-    targets = sorted(set(args.prune.target_sparsity))
-    _check_save(args)
+    targets = args.each_target()
+    for one in targets.values():
+        _check_save(one)
+    _check_results(args, checkpoint is not None)
     runtime.prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
     blocks = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    dense = perplexity(run.model, blocks, args.training.per_device_eval_batch_size, "dense perplexity")
     masks = choose_masks(run, checkpoint)
-    for target in targets:
-        one = run if len(targets) == 1 else run.at(target)
-        one.args.save_loc.mkdir(parents=True, exist_ok=True)
+    for target, one in targets.items():
+        one.save_loc.mkdir(parents=True, exist_ok=True)
         plan = plan_from_masks(load_masks(masks[target]), run.shape, *run.plan_options)
-        _evaluate(one, plan, {"mask": str(masks[target])}, blocks, tasks, keep_dense=target != targets[-1])
+        origin, is_last = {"mask": str(masks[target])}, target == max(targets)
+        _evaluate(replace(run, args=one), plan, origin, blocks, tasks, dense, keep_dense=not is_last)
         if abs(plan.sparsity - target) > TOLERANCE:
             print(
                 f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
@@ -60,8 +63,7 @@ def run_evaluate(args: Arguments) -> None:
     """Applies a mask file and measures the narrower model; zero-shot results join those that are there."""
     masks, evaluation = given_masks(args), args.evaluation
     results_path = args.save_loc / "results.json"
-    if results_path.exists() and not (args.training.overwrite_output_dir or evaluation.do_zero_eval):
-        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+    _check_results(args, evaluation.do_zero_eval)
     tasks = zero_shot_tasks(args)
     _check_save(args)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
@@ -73,9 +75,11 @@ def run_evaluate(args: Arguments) -> None:
     if plan is None:
         zero_shot(run, tasks, {"model": run.model}, identity(run, plan) | origin)
         return
-    measured = args.training.do_eval
-    blocks = run.blocks(evaluation.eval_split, run.window, args.data.max_eval_samples) if measured else None
-    _evaluate(run, plan, origin, blocks, tasks)
+    blocks, dense, batch_size = None, None, args.training.per_device_eval_batch_size
+    if args.training.do_eval:
+        blocks = run.blocks(evaluation.eval_split, run.window, args.data.max_eval_samples)
+        dense = perplexity(run.model, blocks, batch_size, "dense perplexity")
+    _evaluate(run, plan, origin, blocks, tasks, dense)
 
 
 def run_save(args: Arguments) -> None:
@@ -124,6 +128,12 @@ def given_checkpoint(
     return str(found)
 
 
+def _check_results(args: Arguments, may_hold_some: bool) -> None:
+    """Refuses to replace results that nothing says to touch."""
+    if (args.save_loc / "results.json").exists() and not (args.training.overwrite_output_dir or may_hold_some):
+        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+
+
 def _check_save(args: Arguments) -> None:
     """Refuses a checkpoint folder that is in use, before the work begins."""
     if args.prune.save_pruned is not None:
@@ -141,7 +151,7 @@ def zero_shot_tasks(args: Arguments) -> ZeroShot | None:
 
 def _evaluate(
     run: Run, plan: KeepPlan, origin: dict[str, Any], blocks: Dataset | None, tasks: ZeroShot | None,
-    keep_dense: bool = False,
+    dense: float | None, keep_dense: bool = False,
 ) -> None:  # fmt: skip
     """Narrows the model by the plan, measures what is asked for, and writes everything down.
 
@@ -149,19 +159,19 @@ def _evaluate(
         origin: Where the plan comes from, for the results.
         blocks: Windows for perplexity and speed; ``None``: neither is measured.
         tasks: Zero-shot tasks; ``None``: none is scored.
+        dense: The unpruned model's perplexity on them.
         keep_dense: Whether the unpruned model is needed afterwards.
     """
-    args, batch_size = run.args, run.args.training.per_device_eval_batch_size
+    args = run.args
     plan.save(args.save_loc / "plan.json")
     report.plot_widths(plan, args.save_loc / "widths.png")
     results = identity(run, plan) | origin
-    dense_perplexity = None if blocks is None else perplexity(run.model, blocks, batch_size, "dense perplexity")
     timed = blocks is not None and args.evaluation.speed_batches > 0
     pruned, update = narrow(run, plan, keep_dense or timed or args.evaluation.compare_dense)
     results |= update
     if blocks is not None:
         results |= measure(run, plan, pruned, blocks)
-        results["perplexity"] = {"dense": dense_perplexity, **results["perplexity"]}
+        results["perplexity"] = {"dense": dense, **results["perplexity"]}
         zero_report.merge(args.save_loc / "results.json", results)
         written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
         rows = [*report.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]
@@ -172,7 +182,13 @@ def _evaluate(
 
 def identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
     """Returns what repeats the run, and what tells its results from another model's."""
-    pruning = {} if plan is None else {"weight_update": run.args.prune.weight_update, "widths": describe_widths(plan)}
+    if plan is None:
+        return run.record()
+    prune = run.args.prune
+    pruning: dict[str, Any] = {"weight_update": prune.weight_update, "widths": describe_widths(plan)}
+    if prune.weight_update == "refit":
+        data, seed = run.args.data, run.args.training.seed
+        pruning["calibration"] = [data.dataset_name, data.block_size, prune.refit_samples, seed]
     return run.record() | pruning
 
 
@@ -180,13 +196,14 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
     """Slices the model by the plan and updates its weights as ``--weight_update`` says.
 
     Args:
-        keep_dense: Whether ``run.model`` is needed again; else it may be cut itself, in half the memory.
+        keep_dense: Whether ``run.model`` is needed again on its device; else it may be cut itself (``none``, ``fold``)
+            or stay on the CPU (``refit`` with ``--refit_offload``).
 
     Returns:
         The narrower model, and what the refit did, for the results.
     """
     if run.args.prune.weight_update == "refit":
-        return _refitted(run, plan)
+        return _refitted(run, plan, keep_dense)
     model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
     if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
         compensate_bias(model, plan, run.refit_blocks())
@@ -194,19 +211,22 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
     return (fold(model, plan) if folds else model), {}
 
 
-def _refitted(run: Run, plan: KeepPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
-    stock: nn.Module = run.model
-    device = run.model.device
-    begin = time.perf_counter()
+    begin, device, batch_size = time.perf_counter(), run.model.device, run.args.training.per_device_eval_batch_size
     calibration, held_out = run.refit_blocks(), run.choice_blocks()
-    if run.args.prune.refit_offload:
-        stock.to("cpu")
-    model = fold(apply_plan(copy.deepcopy(run.model), plan), plan)
-    moved: nn.Module = model
-    moved.to(device)
-    done = refit(run.model, model, plan, calibration, held_out, run.args.training.per_device_eval_batch_size)
-    stock.to(device)
+    stock: nn.Module = run.model
+    stock.to("cpu")  # the copy is cut there: a GPU never holds the unpruned model twice
+    try:
+        model = fold(apply_plan(copy.deepcopy(run.model), plan), plan)
+        moved: nn.Module = model
+        moved.to(device)
+        if not run.args.prune.refit_offload:
+            stock.to(device)
+        done = refit(run.model, model, plan, calibration, held_out, batch_size)
+    finally:
+        if keep_dense:
+            stock.to(device)
     blocks = {"calibration_blocks": len(calibration), "held_out_blocks": len(held_out)}
     return model, {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}
 

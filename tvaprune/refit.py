@@ -27,9 +27,9 @@ from tvaprune.apply import head_features
 from tvaprune.distill import distillation_loss
 from tvaprune.families import family_of
 from tvaprune.plan import KeepPlan
-from tvaprune.ridge import Moments, Outputs, fit_linear, ridge, with_one
+from tvaprune.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # lam relative to the mean diagonal of H; infinite: the fold
+STRENGTHS = (math.inf, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # lam relative to the mean diagonal of H; infinite: the fold
 # How far to go from the fold to the refit. Every linear's optimum is that of the residual stream, not of the model's
 # predictions, and going all the way overshoots: on the miniature models the best share is near 0.6.
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -40,13 +40,14 @@ class RefitReport:
     """What a refit did.
 
     Attributes:
-        divergence: By the share of the way from the fold to the refit: KL from the dense model's next-token
-            distributions on the held-out windows.
+        shares: Shares of the way from the fold to the refit that were tried.
+        divergences: KL from the dense model's next-token distributions on the held-out windows, at each share.
         share: The share that the model was left at: that of the smallest divergence.
         strengths: The relative ``lam`` of every linear; None: it stays folded.
     """
 
-    divergence: dict[float, float]
+    shares: tuple[float, ...]
+    divergences: tuple[float, ...]
     share: float
     strengths: dict[str, float | None]
 
@@ -75,6 +76,7 @@ def refit(
         held_out: Windows of the same length that choose among fits.
         batch_size: Windows of a forward pass.
     """
+    dense.eval(), pruned.eval()
     folded = _copied(pruned)
     walk = _Walk(dense, pruned, plan, strengths)
     for blocks in (calibration, held_out):
@@ -82,20 +84,21 @@ def refit(
     walk.layers(_attention_options(dense, len(held_out[0]["input_ids"]), walk.device))
     if not plan.shape.tie_word_embeddings:  # a tied head is the embedding, whose output is exact
         walk.head()
-    refitted, divergence = _copied(pruned), {}
+    refitted, divergences = _copied(pruned), []
     for share in shares:
         _mix(pruned, folded, refitted, share)
-        divergence[share] = walk.divergence()
-    best = min(divergence, key=lambda share: divergence[share])
+        divergences.append(walk.divergence())
+    best = shares[nearest(divergences)]
     _mix(pruned, folded, refitted, best)
     chosen = {name: strength if math.isfinite(strength) else None for name, strength in walk.chosen.items()}
-    return RefitReport(divergence, best, chosen)
+    return RefitReport(tuple(shares), tuple(divergences), best, chosen)
 
 
 def _mix(model: nn.Module, folded: dict[str, torch.Tensor], refitted: dict[str, torch.Tensor], share: float) -> None:
     """Sets a model's weights to a point between two others."""
     for name, weight in model.state_dict().items():
-        weight.copy_(torch.lerp(folded[name].float(), refitted[name].float(), share))
+        before, after = folded[name], refitted[name]
+        weight.copy_(torch.lerp(before.float(), after.float(), share) if share else before)
 
 
 @dataclass
@@ -182,9 +185,10 @@ class _Walk:
         total = 0.0
         with _moved(ending.norm, self.device), _moved(ending.module, self.device):
             for batch in held_out:
-                teacher = ending.module(ending.norm(batch.dense.to(self.device)))
                 student = self.pruned(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
-                total += len(student) * float(distillation_loss(student, teacher))
+                for window, hidden in zip(student.split(1), batch.dense.split(1), strict=True):  # logits are large
+                    teacher = ending.module(ending.norm(hidden.to(self.device)))
+                    total += float(distillation_loss(window, teacher))
         return total / sum(len(batch.input_ids) for batch in held_out)
 
     def _ending(self, model: PreTrainedModel) -> _Half:
@@ -244,7 +248,7 @@ class _Walk:
             return with_one(inputs[0], writer), target
 
         fit, held = self._moments(tokens)
-        self.chosen[name] = fit_linear(writer, fit, held, self.strengths)
+        self.chosen[name] = fit_linear(writer, self._ridges(fit), fit, held)
 
     def _fit_readers(self, prefix: str, dense: _Half, pruned: _Half, rows: dict[str, torch.Tensor]) -> None:
         """Rescales a norm, then refits the linears that read it to the outputs of the dense ones."""
@@ -259,9 +263,13 @@ class _Walk:
         scales = torch.full_like(fit.inputs[0], factor)
         scales[len(pruned.norm.weight) :] = 1.0  # the constant that stands for a bias
         fit, held = (Moments(m.inputs * scales.outer(scales), m.cross * scales) for m in (fit, held))
+        ridges = self._ridges(fit)
         for name, linear in pruned.readers.items():
             outputs = Outputs(dense.readers[name], rows.get(name))
-            self.chosen[prefix + name] = fit_linear(linear, fit, held, self.strengths, outputs)
+            self.chosen[prefix + name] = fit_linear(linear, ridges, fit, held, outputs)
+
+    def _ridges(self, fit: Moments) -> list[Ridge]:
+        return [Ridge(fit.inputs, strength) for strength in self.strengths]
 
     def _fit_norm(self, norm: Any, fit: Moments, held: Moments) -> float:
         """Multiplies a norm by the constant that brings it nearest to the dense one's kept dims, and returns it."""
@@ -274,8 +282,8 @@ class _Walk:
 
         fit, held = summed(fit), summed(held)
         one = torch.ones_like(fit.inputs)
-        factors = [ridge(one, fit, strength) for strength in self.strengths]
-        factor = min(factors, key=held.error).item()
+        factors = [ridge.solve(one, fit.cross) for ridge in self._ridges(fit)]
+        factor = factors[nearest([held.error(factor) for factor in factors])].item()
         norm.weight.mul_(factor)
         return factor
 

@@ -90,7 +90,8 @@ def _update(results: dict[str, Any]) -> str:
     done = results.get("refit")
     if done is None:
         return str(results["weight_update"])
-    before, after = (done["divergence"][share] for share in (0.0, done["share"]))
+    known = dict(zip(done["shares"], done["divergences"], strict=True))
+    before, after = known[0.0], known[done["share"]]
     return (
         f"refit on {done['calibration_blocks']} blocks, {done['share']:g} of the way from the fold: "
         f"held-out KL to dense {before:.3f} -> {after:.3f}, {done['seconds']:.0f} s"

@@ -46,22 +46,42 @@ class Moments:
         return float(((weight @ self.inputs - 2 * self.cross) * weight).sum())
 
 
-def ridge(centre: torch.Tensor, moments: Moments, strength: float) -> torch.Tensor:
-    """Returns ``(cross + lam centre) (H + lam I)^-1``, of the centre's shape ``(outputs, features)``, float64.
+@dataclass
+class Ridge:
+    """``H + lam I``, factored once for all outputs that are read from the same inputs.
 
     Args:
-        centre: The weights that the solution is drawn to.
-        moments: ``cross`` is that of the outputs: ``W C``.
-        strength: ``lam`` relative to the mean diagonal of ``H``; infinite returns the centre.
+        inputs: ``H``, shape ``(features, features)``, float64.
+        strength: ``lam`` relative to the mean diagonal of ``H``; infinite: the solution is its centre.
     """
-    lam = strength * float(moments.inputs.diagonal().mean())
-    if not math.isfinite(lam) or lam <= 0:  # inputs that are all 0 say nothing
-        return centre
-    shifted = moments.inputs + lam * torch.eye(len(moments.inputs), dtype=centre.dtype, device=centre.device)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:
-        return centre
-    return torch.cholesky_solve((moments.cross + lam * centre).T, factor).T
+
+    inputs: torch.Tensor
+    strength: float
+
+    def __post_init__(self) -> None:
+        self.lam = self.strength * float(self.inputs.diagonal().mean())
+        self.factor = None
+        if math.isfinite(self.lam) and self.lam > 0:  # inputs that are all 0 say nothing
+            shifted = self.inputs.clone()
+            shifted.diagonal().add_(self.lam)
+            factor, failed = torch.linalg.cholesky_ex(shifted)
+            self.factor = None if failed else factor
+
+    def solve(self, centre: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+        """Returns ``(cross + lam centre) (H + lam I)^-1``, float64.
+
+        Args:
+            centre: The weights that the solution is drawn to, shape ``(outputs, features)``.
+            cross: The cross moments of the outputs, ``W C``, of the same shape.
+        """
+        if self.factor is None:
+            return centre
+        return torch.cholesky_solve((cross + self.lam * centre).T, self.factor).T
+
+
+def nearest(errors: Sequence[float]) -> int:
+    """Returns the place of the smallest error, of the first if there are more; NaN is larger than all."""
+    return min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
 
 
 def with_one(values: torch.Tensor, linear: Any) -> torch.Tensor:
@@ -93,29 +113,27 @@ class Outputs:
 
 def fit_linear(
     linear: Any,
+    ridges: Sequence[Ridge],
     fit: Moments,
     held: Moments,
-    strengths: Sequence[float],
     outputs: Callable[[torch.Tensor, slice], torch.Tensor] = torch.Tensor.__getitem__,
 ) -> float:
-    """Sets a linear's weights to the refit of least held-out error, and returns its strength.
+    """Sets a linear's weights to the solution of least held-out error, and returns its strength.
 
     Args:
+        ridges: Of ``fit.inputs``, one for each strength.
         outputs: Turns ``cross`` into that of the linear's outputs, for some rows.
     """
     chunks = [slice(first, first + ROWS) for first in range(0, linear.out_features, ROWS)]
-
-    def solution(strength: float, rows: slice) -> torch.Tensor:
-        return ridge(augmented(linear, rows), Moments(fit.inputs, outputs(fit.cross, rows)), strength)
-
-    def error(strength: float) -> float:
-        moments = (Moments(held.inputs, outputs(held.cross, rows)) for rows in chunks)
-        return sum(m.error(solution(strength, rows)) for m, rows in zip(moments, chunks, strict=True))
-
-    best = min(strengths, key=error)
+    errors = [0.0] * len(ridges)
     for rows in chunks:
-        weight = solution(best, rows)
+        centre, cross = augmented(linear, rows), outputs(fit.cross, rows)
+        own = Moments(held.inputs, outputs(held.cross, rows))
+        errors = [e + own.error(ridge.solve(centre, cross)) for e, ridge in zip(errors, ridges, strict=True)]
+    best = ridges[nearest(errors)]
+    for rows in chunks:
+        weight = best.solve(augmented(linear, rows), outputs(fit.cross, rows))
         if linear.bias is not None:
             linear.bias[rows] = weight[:, -1]
         linear.weight[rows] = weight[:, : linear.in_features]
-    return best
+    return best.strength

@@ -56,6 +56,23 @@ class Arguments:
         """Where results go."""
         return Path(self.evaluation.save_loc or str(self.training.output_dir))
 
+    def at(self, target: float) -> "Arguments":
+        """Returns the flags of one of several targets, with folders of its own."""
+        args, name = copy.copy(self), f"sparsity_{target:g}"
+        args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
+        args.training = copy.copy(args.training)
+        args.prune.target_sparsity = [target]
+        if args.prune.save_pruned is not None:
+            args.prune.save_pruned = str(Path(args.prune.save_pruned) / name)
+        args.evaluation.save_loc = str(self.save_loc / name)
+        args.training.output_dir = str(self.output_dir / name)
+        return args
+
+    def each_target(self) -> dict[float, "Arguments"]:
+        """Returns the flags of every target, in ascending order; a single one keeps the folders as they are."""
+        targets = sorted(set(self.prune.target_sparsity))
+        return {targets[0]: self} if len(targets) == 1 else {target: self.at(target) for target in targets}
+
 
 @dataclass
 class Run:
@@ -114,15 +131,7 @@ class Run:
 
     def at(self, target: float) -> "Run":
         """Returns the run of one of several targets: the same model, folders of its own."""
-        args, name = copy.copy(self.args), f"sparsity_{target:g}"
-        args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
-        args.training = copy.copy(args.training)
-        args.prune.target_sparsity = [target]
-        if args.prune.save_pruned is not None:
-            args.prune.save_pruned = str(Path(args.prune.save_pruned) / name)
-        args.evaluation.save_loc = str(self.args.save_loc / name)
-        args.training.output_dir = str(self.args.output_dir / name)
-        return Run(args, self.model, self.tokenizer)
+        return Run(self.args.at(target), self.model, self.tokenizer)
 
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""

@@ -45,23 +45,38 @@ class PruningObjective(nn.Module):
         self.lagrangian = Lagrangian()
         self.settings = settings
         self.register_buffer("settled", torch.tensor(False))
-        self.settled_log_alpha = nn.ParameterList(nn.Parameter(torch.zeros_like(mu), False) for mu in gated.mu)
+        self.settled_log_alpha, self.settled_mu = (
+            nn.ParameterList(nn.Parameter(torch.zeros_like(mu), False) for mu in gated.mu) for _ in range(2)
+        )
         self._kept: PerUnit | None = None
 
     def settle(self) -> None:
         """Makes the present choice of units final: from now on only the kept gates' means train, without noise."""
-        log_alpha = calibrate(self.gated.masks(), self.gated.shape, *self.settings.plan_options).log_alpha
-        for fixed, values in zip(self.settled_log_alpha, log_alpha, strict=True):
-            fixed.data.copy_(values)
+        masks = calibrate(self.gated.masks(), self.gated.shape, *self.settings.plan_options)
+        for fixed, values in ((self.settled_log_alpha, masks.log_alpha), (self.settled_mu, masks.mu)):
+            for parameter, value in zip(fixed, values, strict=True):
+                parameter.data.copy_(value)
         self.settled.fill_(True)
 
     def masks(self) -> Masks:
-        """Returns the gates as they stand; once settled, with the variances that keep the choice as it is."""
+        """Returns the gates as they stand; once settled, the choice and the means of what is cut are what they were."""
         masks = self.gated.masks()
         if not self.settled:
             return masks
-        log_alpha = self.gated.per_unit(self.settled_log_alpha)
-        return Masks(masks.mu, masks.mu.map(gates.log_variance_at, log_alpha))
+        # A cut unit's mean gets no gradient, but momentum moves it on; a smaller target may keep the unit after all.
+        kept, settled_mu = self._kept_units(), self.gated.per_unit(self.settled_mu)
+        mu = kept.map(torch.where, masks.mu, settled_mu)
+        return Masks(mu, mu.map(gates.log_variance_at, self.gated.per_unit(self.settled_log_alpha)))
+
+    def _kept_units(self) -> PerUnit:
+        """Returns, for every unit, whether the settled choice keeps it."""
+        if self._kept is None:  # also after a resume
+            log_alpha = self.gated.per_unit(self.settled_log_alpha)
+            ones = PerUnit.full(self.gated.shape, 1.0)  # of mean 1 a gate's log-variance is its log_alpha
+            plan = plan_from_masks(Masks(ones, log_alpha), self.gated.shape, *self.settings.plan_options[1:])
+            self._kept = plan.full_scale().map(lambda scale: (scale != 0).to(self.settled.device))
+            self._sparsity = torch.tensor(plan.sparsity)
+        return self._kept
 
     def forward(self, input_ids: torch.Tensor, beta: float, target: float) -> dict[str, torch.Tensor]:
         """Returns the loss of a batch and its parts, all scalars.
@@ -82,12 +97,8 @@ class PruningObjective(nn.Module):
         return {"loss": task + information + penalty, "task_loss": task, "expected_sparsity": sparsity}
 
     def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self._kept is None:  # also after a resume
-            plan = plan_from_masks(self.masks(), self.gated.shape, *self.settings.plan_options[1:])
-            self._kept = plan.full_scale().map(lambda scale: (scale != 0).to(self.settled.device))
-            self._sparsity = torch.tensor(plan.sparsity)
         # Held beyond this call: gradient checkpointing runs the forward again in the backward pass.
-        self.gated.hold(self.gated.masks().mu.map(torch.mul, self._kept))
+        self.gated.hold(self.gated.masks().mu.map(torch.mul, self._kept_units()))
         task = self._task_loss(input_ids)
         return {"loss": task, "task_loss": task, "expected_sparsity": self._sparsity}
 
@@ -228,7 +239,9 @@ class GateTrainer(Trainer):
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
         settings = self.settings
-        masks = calibrate(self._objective.masks(), self.gated.shape, *settings.plan_options)
+        masks = self._objective.masks()
+        if not self._objective.settled:
+            masks = calibrate(masks, self.gated.shape, *settings.plan_options)
         plan = plan_from_masks(masks, self.gated.shape, *settings.plan_options[1:])
         with self.gated.using(plan.full_scale()):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)

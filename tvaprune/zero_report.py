@@ -15,7 +15,13 @@ from tvaprune.errors import InputError
 from tvaprune.evaluation.zeroshot import Score
 from tvaprune.report import write_json
 
-IDENTITY = ("model", "mask", "weight_update", "widths")  # what makes two results those of the same pruned model
+IDENTITY = (
+    "model",
+    "mask",
+    "weight_update",
+    "calibration",
+    "widths",
+)  # what makes two results those of the same pruned model
 AVERAGED = ("acc", "acc_norm")
 DENSE, PRUNED, FINETUNED = "dense", "pruned", "finetuned"
 _ORDER = (DENSE, PRUNED, FINETUNED)
