@@ -294,8 +294,9 @@ def test_tied_embeddings_stay_tied_unless_the_head_is_trained(asked, tied, make_
     assert tiny.read_json(output / "results.json")["finetune"]["train_lm_head"] is not tied
 
 
+@pytest.mark.parametrize("trained", ["--train_lm_head", "--full_ft"])
 def test_in_half_precision_the_dense_model_comes_through_the_timing_and_the_lm_head_learns(
-    source, tmp_path, command, monkeypatch
+    trained, source, tmp_path, command, monkeypatch
 ):
     digests = []
 
@@ -308,7 +309,7 @@ def test_in_half_precision_the_dense_model_comes_through_the_timing_and_the_lm_h
     monkeypatch.setattr(recover, "_training_speed", watched)
     output = tmp_path / "out"
     code, _, error = command(
-        *source, *RUN, "--dtype", "bfloat16", "--train_lm_head", True, "--learning_rate", 1e-3, "--output_dir", output
+        *source, *RUN, "--dtype", "bfloat16", trained, True, "--learning_rate", 1e-3, "--output_dir", output
     )
     assert code == 0, error
     assert len(digests) == 2 and digests[0] == digests[1]
