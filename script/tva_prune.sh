@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
 # Learns a mask and measures the narrower model. Without arguments: the shipped miniature Mistral at 50%, on the
 # documentation text of this machine, in some minutes on two CPU cores.
-#   bash script/tva_prune.sh MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET
+#   bash script/tva_prune.sh [MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET] [--FLAG VALUE ...]
+# The flags are tva_prune.py's; they win over those set here. --resume_from_checkpoint True goes on.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 cd "$ROOT"
 
-if [ $# -eq 0 ]; then
+given=0 # arguments before the first flag
+for word in "$@"; do [[ $word == --* ]] && break; given=$((given + 1)); done
+
+if [ $given -eq 0 ]; then
     exec "$PYTHON" tva_prune.py \
         --model_name_or_path mistral_saves_tva/mini_mistral \
         --output_dir out/mini_mistral --overwrite_output_dir \
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
         --target_sparsity 0.5 \
-        --max_train_samples 1200 --per_device_train_batch_size 4 --max_eval_samples 256
+        --max_train_samples 1200 --per_device_train_batch_size 4 --max_eval_samples 256 \
+        "$@"
 fi
-if [ $# -ne 7 ]; then
-    echo "tva_prune.sh: got $# arguments, needs none or 7: MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET" >&2
+if [ $given -ne 7 ]; then
+    echo "tva_prune.sh: got $given arguments, needs none or 7: MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET; flags come last" >&2
     exit 2
 fi
 
@@ -34,4 +39,5 @@ exec "$PYTHON" tva_prune.py \
     --target_sparsity "$TARGET_SPARSITY" \
     --lagrangian_warmup_epochs "$LAGRANGIAN_WARMUP" \
     --att_mul "$ATT_MUL" \
-    --dataset_name "$DATASET"
+    --dataset_name "$DATASET" \
+    "${@:8}"

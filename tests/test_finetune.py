@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tvaprune.finetune import (
     load_adapter,
     merge,
     save_adapter,
+    trainable,
 )
 from tvaprune.runtime import FinetuneRunArguments
 from tvaprune.teacher import CachedTeacher, LiveTeacher, cache_teacher, weights_digest
@@ -47,8 +49,8 @@ def trainer(make_model, tmp_path):
     """Returns a function: a trainer of a student towards a teacher, both tiny; the first writes to out-0."""
     outputs = []
 
-    def make(teacher="live", settings=LORA, data=None, weights=None, patience=None, **args):
-        base = make_model(seed=1)
+    def make(teacher="live", settings=LORA, data=None, weights=None, patience=None, dtype=torch.float32, **args):
+        base = make_model(seed=1).to(dtype)
         torch.manual_seed(0)
         student = base.requires_grad_(True) if settings is None else add_lora(base, settings)
         model = make_model(seed=2)
@@ -74,6 +76,56 @@ def test_lora_at_its_start_is_the_model(make_model, input_ids):
     assert [name for name in trained if "lora_" not in name] == [
         "base_model.model.lm_head.modules_to_save.default.weight"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_lm_head_of_a_half_precision_model_is_trained_in_float32(dtype, trainer, make_model, tmp_path, input_ids):
+    """In bfloat16 an update of 1e-5 would be lost, in float16 AdamW divides by the square of a small gradient: zero."""
+    run, control = (trainer(dtype=dtype, learning_rate=1e-5, lr_scheduler_type="constant") for _ in range(2))
+    before = make_model(seed=1).lm_head.weight.detach().to(dtype)
+    run.train()
+    head = run.model.get_output_embeddings().modules_to_save["default"].weight.detach()
+    assert head.dtype == torch.float32
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(math.isfinite(row["loss"]) for row in run.state.log_history if "loss" in row)
+    moved = (head - before).abs()
+    assert 1e-5 < moved.max() < 1e-4 and moved.count_nonzero() > 0.9 * moved.numel()
+    save_adapter(run.model, tmp_path / "adapter", IDENTITY)
+    again = load_adapter(make_model(seed=1).to(dtype), tmp_path / "adapter", IDENTITY)
+    merged = merge(run.model.eval())
+    assert {tensor.dtype for tensor in merged.state_dict().values()} == {dtype}
+    assert torch.equal(merged.lm_head.weight, head.to(dtype))
+    plain = make_model(seed=1).to(dtype)
+    plain.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(logits(merged, input_ids), logits(plain, input_ids), **EXACT)
+    torch.testing.assert_close(logits(again, input_ids), logits(merged, input_ids), rtol=0, atol=0.1)
+    control.model.get_output_embeddings().modules_to_save["default"].to(dtype)
+    with suppress(InputError):  # the loss is no number
+        control.train()
+    lost = control.model.get_output_embeddings().modules_to_save["default"].weight.detach()
+    assert (lost.isfinite() & (lost != before)).sum() < 0.5 * lost.numel()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_lent_to_training_comes_back_as_it_was(tied, make_model):
+    def poison(tuned):
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(float("nan"))
+
+    model = make_model(tie_word_embeddings=tied).to(torch.float16)
+    before, head = weights_digest(model), model.lm_head
+    with pytest.raises(KeyboardInterrupt), trainable(model, LORA) as tuned:
+        poison(tuned)
+        raise KeyboardInterrupt
+    assert weights_digest(model) == before and model.lm_head is head
+    assert (head.weight is model.model.embed_tokens.weight) is tied
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    tuned = add_lora(model, LORA)
+    poison(tuned)
+    tuned.unload()
+    assert weights_digest(model) != before  # control: peft alone leaves the copy
 
 
 def test_alpha_is_its_ratio_times_the_rank(make_model):
@@ -251,12 +303,13 @@ def test_a_cache_that_cannot_be_used_is_refused(make_model, tmp_path):
         cache_teacher(tmp_path / "file", make_model(), blocks(), 4, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [LoraSettings(3, 4.0, 0.2, True), None], ids=["lora", "full"])
-def test_a_run_goes_on_bit_for_bit(settings, trainer, tmp_path):
-    whole = trainer(settings=settings, save_steps=2, eval_steps=1, save_total_limit=9)
+def test_a_run_goes_on_bit_for_bit(settings, dtype, trainer, tmp_path):
+    whole = trainer(settings=settings, dtype=dtype, save_steps=2, eval_steps=1, save_total_limit=9)
     whole.train()
     checkpoint = tmp_path / "out-0" / "checkpoint-2"
-    again = trainer(settings=settings, save_steps=2, eval_steps=1, output_dir=str(tmp_path / "again"))
+    again = trainer(settings=settings, dtype=dtype, save_steps=2, eval_steps=1, output_dir=str(tmp_path / "again"))
     fresh = weights_digest(again.model)
     again.train(resume_from_checkpoint=str(checkpoint))
     assert weights_digest(again.model) == weights_digest(whole.model) != fresh

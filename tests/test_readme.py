@@ -125,6 +125,27 @@ def test_a_driver_says_what_its_arguments_are(script, needs):
     assert result.stderr.startswith(f"{script}: got 1 arguments, needs none or {needs}")
 
 
+@pytest.mark.parametrize(("script", "count"), [("tva_prune.sh", 7), ("tva_fine.sh", 3)])
+def test_a_driver_passes_flags_on(script, count, tmp_path):
+    """The interpreter is one that has everything and prints what it is called with."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = - ] || printf "%s\\n" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+
+    def called(*arguments):
+        result = subprocess.run(
+            ["bash", f"script/{script}", *arguments], cwd=tiny.ROOT, capture_output=True, text=True,
+            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    flags, given = ["--resume_from_checkpoint", "True", "--save_loc", "a b"], [f"value {i}" for i in range(count)]
+    for arguments in ([], given):
+        assert called(*arguments, *flags) == called(*arguments) + flags
+    assert "mistral_saves_tva/mini_mistral" in called() and set(given) <= set(called(*given))
+
+
 @pytest.mark.slow
 def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
     for name in ("script", "tvaprune", "mistral_saves_tva", "lm-evaluation-harness"):

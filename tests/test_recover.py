@@ -1,7 +1,10 @@
 """Mask -> fine-tuned model by whole commands on a tiny checkpoint: what is written, what goes on, what is refused."""
 
+import gc
+import math
 import shutil
 import sys
+import weakref
 
 import pytest
 import tiny
@@ -9,11 +12,13 @@ import torch
 from peft import PeftModel
 
 import lora_ft_vib
-from tvaprune import pipeline
+from tvaprune import pipeline, recover
 from tvaprune.checkpoint import load_pruned
 from tvaprune.families import shape_of
 from tvaprune.masks import Masks, save_masks
+from tvaprune.run import Run
 from tvaprune.runtime import run_command
+from tvaprune.teacher import weights_digest
 
 RUN = (
     *("--do_train", "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--max_train_samples", 24),
@@ -97,7 +102,8 @@ def test_it_writes_exactly_these_files(tuned):
     folders = {path.name for path in output.iterdir() if path.is_dir()}
     assert folders == {"adapter", "merged", "pruned", "checkpoint-9", "checkpoint-12"}
     assert files_in(output) == RESULT_FILES
-    assert files_in(output / "pruned") == files_in(output / "merged") == CHECKPOINT_FILES
+    assert files_in(output / "merged") == CHECKPOINT_FILES
+    assert files_in(output / "pruned") == CHECKPOINT_FILES | {"weight_update.json"}
     assert files_in(output / "adapter") == {
         "adapter_config.json", "adapter_model.safetensors", "identity.json", "README.md"
     }  # fmt: skip
@@ -148,11 +154,46 @@ def test_an_interrupted_run_goes_on_to_the_same_model(tuned, source, tmp_path, c
     shutil.copytree(output / "checkpoint-9", tmp_path / "out" / "checkpoint-9")
     shutil.copytree(output / "pruned", tmp_path / "out" / "pruned")
     (tmp_path / "out" / "checkpoint-10").mkdir()  # the interruption came while this one was written
-    code, _, error = command(*source, *RUN, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "True")
+    code, out, error = command(*source, *RUN, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "True")
     assert code == 0, error
     first, again = (load_pruned(folder / "merged").state_dict() for folder in (output, tmp_path / "out"))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert tiny.read_json(tmp_path / "out" / "results.json")["finetune"]["resumed_from"].endswith("checkpoint-9")
+    results, earlier = (tiny.read_json(folder / "results.json") for folder in (tmp_path / "out", output))
+    assert results["finetune"]["resumed_from"].endswith("checkpoint-9")
+    assert results["refit"] == earlier["refit"] and "refit on" in out
+
+
+def leave_what_an_interruption_leaves(output, finished):
+    """Before the first checkpoint: the plan, the pruned model, and half a checkpoint."""
+    output.mkdir()
+    shutil.copy(finished / "plan.json", output)
+    shutil.copytree(finished / "pruned", output / "pruned")
+    (output / "checkpoint-3").mkdir()
+
+
+def test_a_run_that_has_no_checkpoint_yet_begins_anew(tuned, source, tmp_path, command):
+    output = tmp_path / "out"
+    leave_what_an_interruption_leaves(output, tuned[0])
+    code, _, error = command(*source, *RUN, "--output_dir", output)
+    assert "is not empty; go on with --resume_from_checkpoint True" in tiny.refusal(code, error)
+    code, out, error = command(*source, *RUN, "--output_dir", output, "--resume_from_checkpoint", "True")
+    assert code == 0, error
+    assert f"note: there is no checkpoint in {output} yet: the run begins anew" in out
+    first, again = (load_pruned(folder / "merged").state_dict() for folder in (tuned[0], output))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("has", ["a finished run", "other files"])
+def test_a_folder_without_checkpoints_that_is_no_interrupted_run_stays(has, tuned, source, tmp_path, command):
+    output = tmp_path / "out"
+    leave_what_an_interruption_leaves(output, tuned[0])
+    if has == "a finished run":
+        shutil.copy(tuned[0] / "results.json", output)
+    else:
+        (output / "plan.json").unlink()
+    code, _, error = command(*source, *RUN, "--output_dir", output, "--resume_from_checkpoint", "True")
+    assert "no checkpoint there" in tiny.refusal(code, error)
+    assert files_in(output / "pruned") == CHECKPOINT_FILES | {"weight_update.json"}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +250,28 @@ def test_a_folder_that_holds_a_model_is_replaced_only_when_asked(tuned, source, 
     assert (output / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--dataset_name", "nowhere"), "neither a file or folder nor one of"),
+        (("--block_size", 100_000), "is shorter than one block"),
+        (("--model_name_or_path", "nowhere"), "cannot be loaded"),
+        (("--full_ft", True, "--dtype", "float16"), "float16 weights cannot be trained; give --dtype float32 or"),
+        (("--early_stopping_patience", 2, "--eval_strategy", "no", "--load_best_model_at_end", False),
+         "--early_stopping_patience 2 counts evaluations"),
+    ],
+)  # fmt: skip
+def test_an_earlier_model_stays_where_the_new_one_cannot_be_made(flags, words, tuned, source, tmp_path, command):
+    output = shutil.copytree(tuned[0], tmp_path / "out")
+    code, _, error = command(*source, *RUN, *flags, "--output_dir", output, "--overwrite_output_dir")
+    assert words in tiny.refusal(code, error)
+    assert tree(output) == tree(tuned[0])
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*")}
+
+
 def test_a_learning_rate_that_breaks_the_model_ends_in_one_line(source, tmp_path, command):
     flags = ("--output_dir", tmp_path / "out", "--learning_rate", 1e30, "--max_grad_norm", 0, "--speed_batches", 0)
     code, _, error = command(*source, *RUN, *flags)
@@ -229,6 +292,46 @@ def test_tied_embeddings_stay_tied_unless_the_head_is_trained(asked, tied, make_
     adapted = PeftModel.from_pretrained(load_pruned(output / "pruned"), str(output / "adapter"))
     torch.testing.assert_close(logits(adapted, input_ids), logits(merged, input_ids), rtol=0, atol=1e-4)
     assert tiny.read_json(output / "results.json")["finetune"]["train_lm_head"] is not tied
+
+
+@pytest.mark.parametrize("trained", ["--train_lm_head", "--full_ft"])
+def test_in_half_precision_the_dense_model_comes_through_the_timing_and_the_lm_head_learns(
+    trained, source, tmp_path, command, monkeypatch
+):
+    digests = []
+
+    def watched(job, student, timed=recover._training_speed):
+        digests.append(weights_digest(job.run.model))
+        found = timed(job, student)
+        digests.append(weights_digest(job.run.model))
+        return found
+
+    monkeypatch.setattr(recover, "_training_speed", watched)
+    output = tmp_path / "out"
+    code, _, error = command(
+        *source, *RUN, "--dtype", "bfloat16", trained, True, "--learning_rate", 1e-3, "--output_dir", output
+    )
+    assert code == 0, error
+    assert len(digests) == 2 and digests[0] == digests[1]
+    results = tiny.read_json(output / "results.json")
+    assert results["training_speed_up"]["per_batch"] > 0
+    log = tiny.read_json(output / "finetune_log.json")["log"]
+    assert all(math.isfinite(row["loss"]) for row in log if "loss" in row)
+    before, after = (load_pruned(output / name, dtype="auto") for name in ("pruned", "merged"))
+    assert {tensor.dtype for tensor in after.state_dict().values()} == {torch.bfloat16}
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_a_training_too_large_to_be_timed_goes_on_without(source, tmp_path, command, monkeypatch):
+    def fail(*args):
+        raise torch.cuda.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(recover, "training_speed_up", fail)
+    code, out, error = command(*source, *RUN, "--output_dir", tmp_path / "out")
+    assert code == 0, error
+    assert out.count("note: the dense model does not fit beside the pruned one in training") == 1
+    results = tiny.read_json(tmp_path / "out" / "results.json")
+    assert "training_speed_up" not in results and results["perplexity"]["finetuned"] < results["perplexity"]["pruned"]
 
 
 def test_full_fine_tuning_leaves_a_merged_model_alone(source, tmp_path, command):
@@ -282,14 +385,35 @@ def test_the_hidden_term_is_trained_on(source, tmp_path, command):
     assert max(hidden[-3:]) < min(hidden[:3])
 
 
-def test_zero_shot_scores_stand_before_and_after(source, tmp_path, command, monkeypatch):
-    """The harness itself is tested elsewhere: here, which models it is handed."""
-    handed = {}
+@pytest.mark.parametrize("compare", [False, True])
+def test_zero_shot_scores_stand_before_and_after(compare, source, tmp_path, command, monkeypatch):
+    """The harness itself is tested elsewhere: here, which models it is handed, and that no other is in memory."""
+    loaded, handed, alive = [], {}, []
+
+    def noted(load, model_of=lambda found: found):
+        def call(*args, **options):
+            found = load(*args, **options)
+            loaded.append(weakref.ref(model_of(found)))
+            return found
+
+        return call
+
+    def score(run, tasks, models, results):
+        handed.update(models)
+        gc.collect()
+        alive.extend(ref() for ref in loaded if ref() is not None)
+
     monkeypatch.setattr(pipeline, "zero_shot_tasks", lambda args: "tasks" if args.evaluation.do_zero_eval else None)
-    monkeypatch.setattr(pipeline, "zero_shot", lambda run, tasks, models, results: handed.update(models))
-    code, _, error = command(*source, *RUN, "--do_zero_eval", True, "--output_dir", tmp_path / "out")
+    monkeypatch.setattr(pipeline, "zero_shot", score)
+    monkeypatch.setattr(Run, "load", noted(Run.load, lambda run: run.model))
+    monkeypatch.setattr(recover, "load_pruned", noted(load_pruned))
+    code, _, error = command(
+        *source, *RUN, "--do_zero_eval", True, "--compare_dense", compare, "--output_dir", tmp_path / "out"
+    )
     assert code == 0, error
-    assert list(handed) == ["dense", "pruned", "finetuned"]
+    assert list(handed) == [*(["dense"] if compare else []), "pruned", "finetuned"]
+    assert {id(model) for model in alive} == {id(model) for model in handed.values()}
+    assert len(loaded) == 6  # the dense one, the student, adapter and merged model to compare, those to score
     ids = torch.arange(12).reshape(2, 6)
     pruned, merged = (load_pruned(tmp_path / "out" / name) for name in ("pruned", "merged"))
     assert torch.equal(logits(handed["pruned"], ids), logits(pruned, ids))
@@ -300,7 +424,6 @@ def test_zero_shot_scores_stand_before_and_after(source, tmp_path, command, monk
     ("flags", "words"),
     [
         (("--finetune", "--output_dir", "out"), "--finetune needs --mask_loc"),
-        (("--resume_from_checkpoint", "True"), "no checkpoint there"),
         (("--resume_from_checkpoint", "nowhere"), "no checkpoint there"),
     ],
 )

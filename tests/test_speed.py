@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import TrainingArguments
 
 from tvaprune.evaluation.speed import WARM_UP_BATCHES, speed_up, training_speed_up
 
@@ -52,14 +53,49 @@ def test_fewer_blocks_than_a_batch_make_one_smaller_batch():
     assert (measured.batch_size, measured.num_batches) == (5, 2)
 
 
-def test_a_training_step_goes_forward_and_back_and_leaves_the_weights(make_model):
+def of_training(folder, **values):
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, per_device_train_batch_size=2, **values)
+
+
+def test_a_training_step_goes_forward_and_back_and_leaves_the_weights(make_model, tmp_path):
     dense, pruned = make_model(), make_model(num_hidden_layers=1)
     before = [parameter.clone() for parameter in (*dense.parameters(), *pruned.parameters())]
     backward = []
     pruned.lm_head.weight.register_hook(lambda gradient: backward.append(float(gradient.abs().sum())))
-    measured = training_speed_up(dense, pruned, BLOCKS, batch_size=2, max_batches=3)
+    measured = training_speed_up(dense, pruned, BLOCKS, of_training(tmp_path), max_batches=3)
     assert len(backward) == WARM_UP_BATCHES + 3 and min(backward) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, (*dense.parameters(), *pruned.parameters()), strict=True))
     assert all(parameter.grad is None for parameter in (*dense.parameters(), *pruned.parameters()))
     assert not dense.training and not pruned.training
     assert measured.whole_set == pytest.approx(measured.reference_seconds / measured.seconds)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_both_sides_train_in_the_runs_precision_and_with_its_checkpointing(asked, make_model, tmp_path):
+    models = dense, pruned = make_model(), make_model(num_hidden_layers=1)
+    forwards, precisions = [0, 0], set()
+
+    def count(index):
+        return lambda module, inputs: forwards.__setitem__(index, forwards[index] + 1)
+
+    for index, model in enumerate(models):
+        model.model.layers[0].self_attn.register_forward_pre_hook(count(index))
+        model.lm_head.register_forward_hook(lambda module, inputs, output: precisions.add(output.dtype))
+    args = of_training(tmp_path, bf16=asked, activation_checkpointing=asked)
+    training_speed_up(dense, pruned, BLOCKS, args, max_batches=3)
+    assert forwards == [(WARM_UP_BATCHES + 3) * (2 if asked else 1)] * 2  # a checkpointed layer runs once more
+    assert precisions == {torch.bfloat16 if asked else torch.float32}
+    assert not dense.is_activation_checkpointing and not pruned.is_activation_checkpointing
+
+
+def test_a_step_that_runs_out_of_memory_leaves_no_gradient(make_model, tmp_path):
+    dense, pruned = make_model(), make_model()
+
+    def fail(gradient):
+        raise torch.cuda.OutOfMemoryError("too large")
+
+    pruned.model.embed_tokens.weight.register_hook(fail)  # the last of the backward pass
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        training_speed_up(dense, pruned, BLOCKS, of_training(tmp_path), max_batches=3)
+    assert all(parameter.grad is None for parameter in (*dense.parameters(), *pruned.parameters()))
+    assert not dense.training and not pruned.training

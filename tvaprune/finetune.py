@@ -51,7 +51,10 @@ class LossWeights:
 
 
 def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
-    """Returns the model with LoRA on all its linear layers, in place; at first it computes what the model does."""
+    """Returns the model with LoRA on all its linear layers, in place; at first it computes what the model does.
+
+    What is trained is float32, whatever the model's precision: in half of it AdamW loses its steps.
+    """
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha_ratio * settings.r,  # type: ignore[arg-type] # peft divides it by r, whole or not
@@ -61,7 +64,33 @@ def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     with _quiet():
-        return get_peft_model(model, config)
+        tuned = get_peft_model(model, config)
+    if settings.train_lm_head:  # peft sees to LoRA's own weights alone
+        head = tuned.get_output_embeddings().modules_to_save["default"]
+        head.float().register_forward_pre_hook(_in_own_precision)
+    return tuned
+
+
+def _in_own_precision(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.to(module.weight.dtype) for value in inputs)
+
+
+@contextmanager
+def trainable(model: Any, settings: LoraSettings | None) -> Iterator[Any]:
+    """Yields a model as it would be trained, and leaves it frozen, as it was: what LoRA would train is a copy.
+
+    Args:
+        settings: What is trained; None: all weights, which are not put back.
+    """
+    head = model.get_output_embeddings()
+    tuned = model.requires_grad_(True) if settings is None else add_lora(model, settings)
+    try:
+        yield tuned
+    finally:
+        if settings is not None:
+            tuned.unload()
+            model.set_output_embeddings(head)  # peft leaves the copy that was trained
+        model.requires_grad_(False)
 
 
 def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> None:
@@ -71,9 +100,11 @@ def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> No
 
 
 def merge(model: PeftModel) -> Any:
-    """Adds LoRA's updates to the weights, in place, and returns the model without LoRA."""
+    """Adds LoRA's updates to the weights, in place, and returns the model without LoRA, in its own precision."""
     with _quiet():
-        return model.merge_and_unload()
+        merged = model.merge_and_unload()
+    merged.get_output_embeddings().to(merged.dtype)
+    return merged
 
 
 def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> PeftModel:

@@ -5,6 +5,7 @@ flags -> stock model -> gates trained, or units scored -> mask file -> keep plan
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tvaprune.zero_report import DENSE, PRUNED
 
 def run_prune(args: Arguments) -> None:
     """Chooses units, writes a mask for every target, applies each and measures the narrower models."""
-    tasks, checkpoint = zero_shot_tasks(args), _checkpoint(args)
+    tasks, checkpoint = zero_shot_tasks(args), given_checkpoint(args)
     targets = args.each_target()
     for one in targets.values():
         _check_save(one)
@@ -102,19 +103,29 @@ def given_masks(args: Arguments) -> Masks | None:
     return masks
 
 
-def _checkpoint(args: Arguments) -> str | None:
-    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last of the output folder."""
+def given_checkpoint(
+    args: Arguments, last: Callable[[Path], Path | str | None] = get_last_checkpoint, may_be_none: bool = False
+) -> str | None:
+    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last of the output folder.
+
+    Args:
+        last: Finds that one.
+        may_be_none: Whether a run that has no checkpoint yet begins anew, in place of an error.
+    """
     asked = args.training.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
-    found: str | None = asked
+    found: Path | str | None = asked
     if asked.lower() == "true":
-        found = get_last_checkpoint(str(args.output_dir)) if args.output_dir.is_dir() else None
+        found = last(args.output_dir) if args.output_dir.is_dir() else None
+        if found is None and may_be_none:
+            print(f"note: there is no checkpoint in {args.output_dir} yet: the run begins anew")
+            return None
     if found is None or not Path(found).is_dir():
         raise InputError(
             f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
         )
-    return found
+    return str(found)
 
 
 def _check_results(args: Arguments, may_hold_some: bool) -> None:

@@ -6,12 +6,12 @@ and stays zero).
 """
 
 import copy
+import gc
 import hashlib
+import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from tvaprune.finetune import (
     load_adapter,
     merge,
     save_adapter,
+    trainable,
 )
+from tvaprune.masks import Masks
 from tvaprune.model_card import adapter_card, model_card
 from tvaprune.plan import KeepPlan, plan_from_masks
 from tvaprune.run import Arguments, Run
@@ -43,17 +45,44 @@ from tvaprune.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher,
 from tvaprune.zero_report import DENSE, FINETUNED, PRUNED
 
 COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
+UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
 
 
 @dataclass
 class Job:
-    """One fine-tuning: the run, its plan, what its checkpoints belong to, and the folders it writes."""
+    """One fine-tuning: the run, its plan, its text, what its checkpoints belong to, and the folders it writes.
+
+    Attributes:
+        windows: Those that are reported on.
+        train_blocks: Those that are trained on.
+        choice_blocks: Those that checkpoints are compared on.
+        dtype: The run's precision; ``run.model`` is given up in the end.
+    """
 
     run: Run
     plan: KeepPlan
-    identity: dict[str, Any]
     checkpoint: Path | None
+    windows: Dataset
+    train_blocks: Dataset
+    choice_blocks: Dataset
+    dtype: torch.dtype
+    identity: dict[str, Any] = field(default_factory=dict)
     teacher_cache: Path | None = None
+
+    @classmethod
+    def load(cls, args: Arguments, masks: Masks, checkpoint: Path | None) -> "Job":
+        """Loads all that the flags name: whatever is wrong with it ends the job before an earlier one's files go."""
+        run = Run.load(args)
+        if args.finetune.full_ft and run.model.dtype == torch.float16:
+            raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
+        windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+        blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
+        plan = plan_from_masks(masks, run.shape, *run.plan_options)
+        job = cls(run, plan, checkpoint, windows, *blocks, run.model.dtype)
+        job.identity = _identity(job)
+        if checkpoint is not None:
+            check_identity("checkpoint", checkpoint, job.identity)
+        return job
 
     @property
     def output(self) -> Path:
@@ -74,7 +103,15 @@ class Job:
     @property
     def unties(self) -> bool:
         """Whether the merged model's lm_head is no longer the embeddings."""
-        return self.plan.shape.tie_word_embeddings and self.train_lm_head and not self.run.args.finetune.full_ft
+        return self.plan.shape.tie_word_embeddings and self.train_lm_head and self.lora is not None
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """What is trained; None: all weights."""
+        flags = self.run.args.finetune
+        if flags.full_ft:
+            return None
+        return LoraSettings(flags.lora_r, flags.lora_alpha_ratio, flags.lora_dropout, self.train_lm_head)
 
     @property
     def needs_dense(self) -> bool:
@@ -85,7 +122,7 @@ class Job:
 
     def load_pruned(self) -> PreTrainedModel:
         """Loads the pruned checkpoint in the run's precision and on its device."""
-        return _on_device(self.run, load_pruned(self.pruned_folder, dtype=self.run.model.dtype))
+        return _on_device(self.run, load_pruned(self.pruned_folder, dtype=self.dtype))
 
 
 def run_finetune(args: Arguments) -> None:
@@ -94,47 +131,48 @@ def run_finetune(args: Arguments) -> None:
     assert masks is not None
     if args.finetune.epoch_f is not None:
         args.training.num_train_epochs = args.finetune.epoch_f
-    checkpoint = _checkpoint(args)
+    _check_patience(args)
+    found = pipeline.given_checkpoint(args, last_checkpoint, may_be_none=_may_begin_anew(args))
+    checkpoint = None if found is None else Path(found)
     _prepare_folders(args, checkpoint)
-    run = Run.load(args)
-    plan = plan_from_masks(masks, run.shape, *run.plan_options)
-    job = Job(run, plan, {}, checkpoint)
-    job.identity = _identity(job)
-    if checkpoint is not None:
-        check_identity("checkpoint", checkpoint, job.identity)
+    job = Job.load(args, masks, checkpoint)
     _clear(args.output_dir, whole=checkpoint is None)
     (args.save_loc / "results.json").unlink(missing_ok=True)
-    windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
-    pruned, results = _before(job, windows)
-    student, told = _train(job, pruned, results)
-    results |= told
-    _write(job, student, results, windows)
-    _verify(job, results, windows)
+    student, results = _tuned(job)
+    _write(job, student, results)
+    compares = tasks is not None and args.evaluation.compare_dense
+    del student
+    if not compares:
+        del job.run.model
+    gc.collect()  # what trained them refers to itself
+    _verify(job, results)
     report.write_json(results, args.save_loc / "results.json")
     print("\n" + report.table(_rows(job, results)))
-    models = {DENSE: run.model, PRUNED: job.load_pruned(), FINETUNED: _merged(job)} if tasks else {}
-    pipeline.zero_shot(run, tasks, models, results)
+    if tasks is not None:
+        dense = {DENSE: job.run.model} if compares else {}
+        pipeline.zero_shot(job.run, tasks, {**dense, PRUNED: job.load_pruned(), FINETUNED: _merged(job)}, results)
 
 
-def _checkpoint(args: Arguments) -> Path | None:
-    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last whole one."""
-    asked = args.training.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        return None
-    found = last_checkpoint(args.output_dir) if asked.lower() == "true" else Path(asked)
-    if found is None or not found.is_dir():
-        raise InputError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
-        )
-    return found
+def _check_patience(args: Arguments) -> None:
+    patience = args.finetune.early_stopping_patience
+    if patience is not None and args.training.eval_strategy == "no":
+        raise InputError(f"--early_stopping_patience {patience} counts evaluations: leave --eval_strategy no out")
+
+
+def _may_begin_anew(args: Arguments) -> bool:
+    """Returns whether the folders hold no more than an interrupted fine-tuning left, or may be overwritten."""
+    nothing = not args.output_dir.is_dir() or not any(args.output_dir.iterdir())
+    begun = (args.save_loc / "plan.json").is_file() and not (args.save_loc / "results.json").exists()
+    return nothing or begun or args.training.overwrite_output_dir
 
 
 def _prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
     """Refuses folders that are in use, before any work."""
     overwrite = args.training.overwrite_output_dir
+    resumes = (args.training.resume_from_checkpoint or "false").lower() != "false"
     if args.prune.save_pruned is not None and checkpoint is None:
         check_output("save_pruned", args.prune.save_pruned, overwrite)
-    runtime.prepare_folder("output_dir", args.output_dir, overwrite or checkpoint is not None)
+    runtime.prepare_folder("output_dir", args.output_dir, overwrite or resumes)
     runtime.prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     if (args.save_loc / "results.json").exists() and not (overwrite or checkpoint):
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
@@ -152,40 +190,56 @@ def _identity(job: Job) -> dict[str, Any]:
     digest = hashlib.sha256()
     for values in (*job.plan.kept, *job.plan.scale):
         digest.update(values.numpy().tobytes())
-    finetune = job.run.args.finetune
-    lora = {"lora_r": finetune.lora_r, "lora_alpha_ratio": finetune.lora_alpha_ratio}
+    lora = {} if job.lora is None else {"lora_r": job.lora.r, "lora_alpha_ratio": job.lora.alpha_ratio}
     return {
         "model": weights_digest(job.run.model),
         "mask": digest.hexdigest()[:16],
         "weight_update": job.run.args.prune.weight_update,
-        "full_ft": finetune.full_ft,
+        "full_ft": job.lora is None,
         "train_lm_head": job.train_lm_head,
-        **({} if finetune.full_ft else lora),
+        **lora,
     }
 
 
-def _before(job: Job, windows: Dataset) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _tuned(job: Job) -> tuple[Any, dict[str, Any]]:
+    """Prunes and fine-tunes; returns the trained model, and what was measured and is to be told."""
+    pruned, results = _before(job)
+    student, told = _train(job, pruned, results)
+    return student, results | told
+
+
+def _before(job: Job) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Measures the dense model, writes the pruned checkpoint, and returns that as loaded, with both's measurements."""
     run, plan, args = job.run, job.plan, job.run.args
     plan.save(args.save_loc / "plan.json")
     report.plot_widths(plan, args.save_loc / "widths.png")
     origin = {"mask": args.prune.mask_loc, "target_sparsity": None}
     results = pipeline.identity(run, plan) | origin
-    dense = perplexity(run.model, windows, args.training.per_device_eval_batch_size, "dense perplexity")
+    dense = perplexity(run.model, job.windows, args.training.per_device_eval_batch_size, "dense perplexity")
     job.teacher_cache = _teacher_cache(job)
-    if job.checkpoint is None or not (job.pruned_folder / "config.json").is_file():
-        narrow, update = pipeline.narrow(run, plan, keep_dense=job.needs_dense)
-        results |= update
-        save_pruned(narrow, plan, run.tokenizer, job.pruned_folder, args.training.overwrite_output_dir, results)
+    results |= _prune(job, results)
     pruned = job.load_pruned()
     job.identity["pruned checkpoint"] = weights_digest(pruned)
     if job.checkpoint is not None:
         check_identity("checkpoint", job.checkpoint, job.identity)
     if not job.needs_dense:
         run.model = pruned  # the dense one leaves the memory
-    results |= pipeline.measure(run, plan, pruned, windows)
+    results |= pipeline.measure(run, plan, pruned, job.windows)
     results["perplexity"] = {DENSE: dense, **results["perplexity"]}
     return pruned, results
+
+
+def _prune(job: Job, record: dict[str, Any]) -> dict[str, Any]:
+    """Writes the pruned checkpoint, unless the run goes on with it; returns what the weight update did."""
+    path = job.pruned_folder / UPDATE_NAME
+    if job.checkpoint is not None and (job.pruned_folder / "config.json").is_file():
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    narrow, update = pipeline.narrow(job.run, job.plan, keep_dense=job.needs_dense)
+    overwrite = job.run.args.training.overwrite_output_dir
+    save_pruned(narrow, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, record | update)
+    if update:
+        report.write_json(update, path)
+    return update
 
 
 def _teacher_cache(job: Job) -> Path | None:
@@ -195,11 +249,7 @@ def _teacher_cache(job: Job) -> Path | None:
         return None
     k, temperature = args.finetune.teacher_top_k, args.distill.distill_temp
     batch_size = args.training.per_device_eval_batch_size
-    return cache_teacher(args.finetune.teacher_cache, job.run.model, _train_blocks(job), k, temperature, batch_size)
-
-
-def _train_blocks(job: Job) -> Dataset:
-    return job.run.train_blocks(DEFAULT_TRAIN_SAMPLES)
+    return cache_teacher(args.finetune.teacher_cache, job.run.model, job.train_blocks, k, temperature, batch_size)
 
 
 def _teacher(job: Job) -> Teacher | None:
@@ -215,12 +265,12 @@ def _teacher(job: Job) -> Teacher | None:
 def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Trains; returns the trained model, and what is to be told of it."""
     args, training = job.run.args, job.run.args.training
-    blocks = _train_blocks(job)
-    student = _student(job, pruned)
-    measured = _training_speed(job, student, blocks)
+    set_seed(training.seed)  # LoRA's start is drawn
+    student = pruned.requires_grad_(True) if job.lora is None else add_lora(pruned, job.lora)
+    measured = _training_speed(job, student)
     weights = LossWeights(args.finetune.distill_ce_loss_alpha, args.finetune.distill_hidden_alpha)
     trainer = FinetuneTrainer(
-        student, training, blocks, job.run.choice_blocks(), _teacher(job), weights, job.identity,
+        student, training, job.train_blocks, job.choice_blocks, _teacher(job), weights, job.identity,
         args.finetune.early_stopping_patience,
     )  # fmt: skip
     begin = time.perf_counter()
@@ -229,39 +279,24 @@ def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[
     history = trainer.state.log_history
     report.plot_finetuning(history, args.save_loc / "finetune.png", results["perplexity"])
     report.write_json({"log": history}, args.save_loc / "finetune_log.json")
-    return student, measured | {"finetune": _told(job, trainer, len(blocks), seconds)}
+    return student, measured | {"finetune": _told(job, trainer, seconds)}
 
 
-def _student(job: Job, model: PreTrainedModel) -> Any:
-    """Returns the model with what is to be trained."""
-    finetune = job.run.args.finetune
-    set_seed(job.run.args.training.seed)  # LoRA's start is drawn
-    if finetune.full_ft:
-        return model.requires_grad_(True)
-    settings = LoraSettings(finetune.lora_r, finetune.lora_alpha_ratio, finetune.lora_dropout, job.train_lm_head)
-    return add_lora(model, settings)
-
-
-def _training_speed(job: Job, student: Any, blocks: Dataset) -> dict[str, Any]:
+def _training_speed(job: Job, student: Any) -> dict[str, Any]:
     """Times a training step beside that of the dense model, trained in the same way."""
-    batches, batch_size = job.run.args.evaluation.speed_batches, job.run.args.training.per_device_train_batch_size
-    if not batches:
+    args = job.run.args
+    if not args.evaluation.speed_batches:
         return {}
-    with _dense_student(job) as dense:
-        return {"training_speed_up": asdict(training_speed_up(dense, student, blocks, batch_size, batches))}
+    try:
+        with trainable(job.run.model, job.lora) as dense:
+            measured = training_speed_up(dense, student, job.train_blocks, args.training, args.evaluation.speed_batches)
+    except torch.cuda.OutOfMemoryError:
+        print("note: the dense model does not fit beside the pruned one in training: no speed-up of a training step")
+        return {}
+    return {"training_speed_up": asdict(measured)}
 
 
-@contextmanager
-def _dense_student(job: Job) -> Iterator[Any]:
-    """Yields the dense model as it would be trained, and leaves it as it was."""
-    dense = _student(job, job.run.model)
-    yield dense
-    if not job.run.args.finetune.full_ft:
-        dense.unload()
-    job.run.model.requires_grad_(False)
-
-
-def _told(job: Job, trainer: FinetuneTrainer, num_blocks: int, seconds: float) -> dict[str, Any]:
+def _told(job: Job, trainer: FinetuneTrainer, seconds: float) -> dict[str, Any]:
     """Returns the settings that were used, resolved, and how the training went."""
     args, training, state = job.run.args, job.run.args.training, trainer.state
     finetune, distill = args.finetune, args.distill.distill
@@ -279,7 +314,7 @@ def _told(job: Job, trainer: FinetuneTrainer, num_blocks: int, seconds: float) -
         "distill_hidden_alpha": finetune.distill_hidden_alpha if distill else 0.0,
         "learning_rate": training.learning_rate,
         "blocks_per_step": batch,
-        "train_blocks": num_blocks,
+        "train_blocks": len(job.train_blocks),
         "epochs": state.epoch,
         "steps": state.global_step,
         "best_step": state.best_global_step,
@@ -288,17 +323,17 @@ def _told(job: Job, trainer: FinetuneTrainer, num_blocks: int, seconds: float) -
     }  # fmt: skip
 
 
-def _write(job: Job, student: Any, results: dict[str, Any], windows: Dataset) -> None:
+def _write(job: Job, student: Any, results: dict[str, Any]) -> None:
     """Writes the adapter, merges it (in place), measures the merged model and writes that."""
     args, tokenizer = job.run.args, job.run.tokenizer
     merged = student
-    if not args.finetune.full_ft:
+    if job.lora is not None:
         with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
             save_adapter(student, folder, job.identity)
             card = adapter_card(job.plan, results, "adapter", str(job.pruned_folder))
             (folder / "README.md").write_text(card, encoding="utf-8")
         merged = merge(student)
-    value = perplexity(merged, windows, args.training.per_device_eval_batch_size, "fine-tuned perplexity")
+    value = perplexity(merged, job.windows, args.training.per_device_eval_batch_size, "fine-tuned perplexity")
     results["perplexity"][FINETUNED] = value
     config = copy.deepcopy(merged.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
@@ -307,16 +342,16 @@ def _write(job: Job, student: Any, results: dict[str, Any], windows: Dataset) ->
         (folder / "README.md").write_text(model_card(config, job.plan, results, "merged"), encoding="utf-8")
 
 
-def _verify(job: Job, results: dict[str, Any], windows: Dataset) -> None:
+def _verify(job: Job, results: dict[str, Any]) -> None:
     """Reads the adapter and the merged model again and compares them."""
-    if job.run.args.finetune.full_ft:
+    if job.lora is None:
         return
     tuned = load_adapter(job.load_pruned(), job.output / "adapter", job.identity)
-    results["finetune"]["adapter_merged_difference"] = _difference(tuned, _merged(job), windows)
+    results["finetune"]["adapter_merged_difference"] = _difference(tuned, _merged(job), job.windows)
 
 
 def _merged(job: Job) -> PreTrainedModel:
-    return _on_device(job.run, load_pruned(job.output / "merged", dtype=job.run.model.dtype))
+    return _on_device(job.run, load_pruned(job.output / "merged", dtype=job.dtype))
 
 
 def _on_device(run: Run, model: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,15 @@
 """Speed of one model over another: side by side in one run, on the same inputs, turn about."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainingArguments
 
 WARM_UP_BATCHES = 2
 
@@ -49,7 +51,7 @@ def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, m
 
 
 def training_speed_up(
-    reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, max_batches: int = 10
+    reference: Any, model: Any, blocks: Dataset, args: TrainingArguments, max_batches: int = 10
 ) -> SpeedUp:
     """Times a training step of both models: forward, backward, and AdamW over what has gradients.
 
@@ -57,13 +59,18 @@ def training_speed_up(
 
     Args:
         reference: The unpruned model; both must be on the same device.
+        args: Of the training: its batch size, precision and gradient checkpointing are those of both.
     """
     was_training = reference.training, model.training
     reference.train(), model.train()
-    sides = (reference, _TrainingStep(reference)), (model, _TrainingStep(model))
-    measured = _compare(*sides, blocks, batch_size, max_batches)
-    reference.train(was_training[0]), model.train(was_training[1])
-    return measured
+    sides = (reference, _TrainingStep(reference, args)), (model, _TrainingStep(model, args))
+    try:
+        with _checkpointing(args, reference, model):
+            return _compare(*sides, blocks, args.per_device_train_batch_size, max_batches)
+    finally:  # a step may have ended for lack of memory
+        for _, step in sides:
+            step.optimizer.zero_grad()
+        reference.train(was_training[0]), model.train(was_training[1])
 
 
 def _forward(model: Any, ids: torch.Tensor) -> None:
@@ -71,14 +78,35 @@ def _forward(model: Any, ids: torch.Tensor) -> None:
 
 
 class _TrainingStep:
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, args: TrainingArguments) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+        self.precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
     def __call__(self, model: Any, ids: torch.Tensor) -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast(ids.device.type, self.precision, enabled=self.precision is not None):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+@contextmanager
+def _checkpointing(args: TrainingArguments, *models: Any) -> Iterator[None]:
+    """Switches gradient checkpointing on as `Trainer` does, and off again."""
+    if not args.activation_checkpointing:
+        yield
+        return
+    given: Any = args.activation_checkpointing_kwargs
+    options = dict(given or {})
+    placed = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    for model in models:
+        model.activation_checkpointing_enable(options or None, **placed)
+    try:
+        yield
+    finally:
+        for model in models:
+            model.activation_checkpointing_disable()
 
 
 _Side = tuple[Any, Callable[[Any, torch.Tensor], None]]
