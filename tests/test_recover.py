@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 import lora_ft_vib
-from tvaprune import pipeline, recover
+from tvaprune import finetune_job, pipeline, recover
 from tvaprune.checkpoint import load_pruned
 from tvaprune.families import shape_of
 from tvaprune.masks import Masks, save_masks
@@ -406,7 +406,7 @@ def test_zero_shot_scores_stand_before_and_after(compare, source, tmp_path, comm
     monkeypatch.setattr(pipeline, "zero_shot_tasks", lambda args: "tasks" if args.evaluation.do_zero_eval else None)
     monkeypatch.setattr(pipeline, "zero_shot", score)
     monkeypatch.setattr(Run, "load", noted(Run.load, lambda run: run.model))
-    monkeypatch.setattr(recover, "load_pruned", noted(load_pruned))
+    monkeypatch.setattr(finetune_job, "load_pruned", noted(load_pruned))
     code, _, error = command(
         *source, *RUN, "--do_zero_eval", True, "--compare_dense", compare, "--output_dir", tmp_path / "out"
     )
