@@ -457,6 +457,9 @@ def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, t
     flags = ["--model_name_or_path", "dense", "--mask_loc", "mask_info_1.pkl", "--save_pruned", "pruned", "--use_cpu"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *flags])
+    with pytest.raises(InputError, match="cannot load allenai/c4 .*; --weight_update fold needs no text"):
+        stages.run_save(stages.Arguments.parse())
+    monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *flags, "--weight_update", "fold"])
     stages.run_save(stages.Arguments.parse())
     assert "checkpoint: pruned" in capsys.readouterr().out
     expected = sliced(model, plan_from_masks(masks, shape_of(model.config), 8))

@@ -214,7 +214,10 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
 def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
     begin, device, batch_size = time.perf_counter(), run.model.device, run.args.training.per_device_eval_batch_size
-    calibration, held_out = run.refit_blocks(), run.choice_blocks()
+    try:
+        calibration, held_out = run.refit_blocks(), run.choice_blocks()
+    except InputError as error:
+        raise InputError(f"{error}; --weight_update fold needs no text") from error
     stock: nn.Module = run.model
     stock.to("cpu")  # the copy is cut there: a GPU never holds the unpruned model twice
     try:
