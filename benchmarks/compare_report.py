@@ -172,7 +172,9 @@ def _tables(cells: Cells) -> list[str]:
         gaps = [f"{text}, {update}" for text in cells.texts for update in cells.updates]
         scores = [f"zero-shot, {update}" for update in cells.updates]
         lines += _header(["sparsity", "method", *gaps, *scores, "choosing", "update", "peak memory"])
-        lines += [_row(cells, model, sparsity, method) for sparsity in cells.sparsities for method in cells.methods]
+        places = [(sparsity, method) for sparsity in cells.sparsities for method in cells.methods]
+        measured = [place for place in places if cells.of(model=model, target_sparsity=place[0], method=place[1])]
+        lines += [_row(cells, model, sparsity, method) for sparsity, method in measured]
     return lines
 
 
@@ -257,6 +259,7 @@ def plot(cells: Cells, path: Path) -> None:
     for row, model in zip(panels, cells.models, strict=True):
         for axes, text in zip(row, cells.texts, strict=True):
             _panel(axes, cells, model, text, colours)
+    figure.supxlabel("sparsity of the decoder", fontsize="medium")
     handles = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
     handles += [Line2D([], [], color="0.3", linestyle=STYLES.get(u, ":"), label=u) for u in cells.updates]
     handles.append(Line2D([], [], color="0.6", linewidth=1, label=DENSE))
@@ -277,12 +280,11 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
             axes.plot(list(values), list(map(median, values.values())), STYLES.get(update, ":"), marker=".", **style)
             axes.fill_between(list(values), list(map(min, values.values())), list(map(max, values.values())),
                               color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
-    axes.set(yscale="log", title=f"{Path(model).name}, {text}", xlabel="sparsity of the decoder", ylabel="perplexity")
+    axes.set(yscale="log", title=f"{Path(model).name}, {text}", ylabel="perplexity")
     axes.set_xticks(cells.sparsities)
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(_tick))
     axes.grid(alpha=0.3, which="both")
-    axes.label_outer()
 
 
 def _tick(value: float, position: int | None) -> str:
