@@ -29,7 +29,7 @@ from tvaprune.evaluation.zeroshot import OFFLINE_GROUP, Score, ZeroShot
 from tvaprune.masks import Masks, load_masks, save_masks
 from tvaprune.memory import PeakMemory
 from tvaprune.pipeline import narrow
-from tvaprune.plan import KeepPlan, calibrate, describe_widths, plan_from_masks
+from tvaprune.plan import calibrate, describe_widths, plan_from_masks
 from tvaprune.report import write_json
 from tvaprune.run import Run
 
@@ -133,7 +133,7 @@ class Measurement:
         dense = self._once("dense", None, lambda: self._perplexities(self.base.model))["perplexity"]
         run = self._run(cell)
         plan = plan_from_masks(load_masks(self.grid.mask_path(cell)), run.shape, *run.plan_options)
-        (pruned, details), seconds, memory = self._timed(lambda: _narrowed(run, plan))
+        (pruned, details), seconds, memory = self._timed(lambda: narrow(run, plan, keep_dense=True))
         measured, limit = self._perplexities(pruned), self.args.zero_eval_limit
         zero_shot = None
         if self.grid.is_scored(cell):
@@ -228,11 +228,6 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Ma
         blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
         masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
     return {target: calibrate(masks, run.shape, target, *run.plan_options) for target in targets}
-
-
-def _narrowed(run: Run, plan: KeepPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Returns a narrower copy of the model, its weights updated as the run's flags say, and what the update did."""
-    return narrow(run, plan, keep_dense=True)
 
 
 if __name__ == "__main__":

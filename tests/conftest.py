@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tvaprune.families import shape_of
 from tvaprune.masks import Masks
 from tvaprune.plan import KeepPlan
+from tvaprune.runtime import run_command
 from tvaprune.units import PerUnit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,3 +116,17 @@ def full_plan():
 @pytest.fixture
 def input_ids():
     return torch.randint(0, TINY["vocab_size"], (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Returns a function that runs lora_ft_vib.py's main in this process: flags -> (exit code, stdout, stderr)."""
+    import lora_ft_vib
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *map(str, flags)])
+        code = run_command(lora_ft_vib.main)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

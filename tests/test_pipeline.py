@@ -10,12 +10,10 @@ import tiny
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import lora_ft_vib
 from tvaprune.config import gate_settings
 from tvaprune.masks import load_masks, save_masks
 from tvaprune.plan import KeepPlan
 from tvaprune.run import Arguments
-from tvaprune.runtime import run_command
 from tvaprune.units import PerUnit
 
 RUN = (
@@ -54,19 +52,6 @@ def pruned(checkpoint, text, tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     return output, result
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Returns a function that runs lora_ft_vib.py's main in this process: flags -> (exit code, stdout, stderr)."""
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *map(str, flags)])
-        code = run_command(lora_ft_vib.main)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_pruning_writes_exactly_these_files(pruned):

@@ -3,7 +3,6 @@
 import gc
 import math
 import shutil
-import sys
 import weakref
 
 import pytest
@@ -11,13 +10,11 @@ import tiny
 import torch
 from peft import PeftModel
 
-import lora_ft_vib
 from tvaprune import finetune_job, pipeline, recover
 from tvaprune.checkpoint import load_pruned
 from tvaprune.families import shape_of
 from tvaprune.masks import Masks, save_masks
 from tvaprune.run import Run
-from tvaprune.runtime import run_command
 from tvaprune.teacher import weights_digest
 
 RUN = (
@@ -73,19 +70,6 @@ def tuned(source, tmp_path_factory):
     result = tiny.run("lora_ft_vib.py", *source, *RUN, "--output_dir", output)
     assert result.returncode == 0, result.stderr
     return output, result
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Returns a function that runs lora_ft_vib.py's main in this process: flags -> (exit code, stdout, stderr)."""
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *map(str, flags)])
-        code = run_command(lora_ft_vib.main)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def files_in(folder):
