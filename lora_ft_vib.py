@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 from tvaprune import shipped
+from tvaprune.cli import run_command
 from tvaprune.errors import InputError
-from tvaprune.pipeline import run_evaluate, run_prune, run_save
-from tvaprune.recover import run_finetune
 from tvaprune.run import Arguments
-from tvaprune.runtime import run_command
+from tvaprune.stages.apply import run_apply
+from tvaprune.stages.finetune import run_finetune
+from tvaprune.stages.prune import run_prune
 
 
 def main() -> None:
@@ -21,10 +22,8 @@ def main() -> None:
         run_finetune(args)
     elif args.training.do_train:
         run_prune(args)
-    elif args.evaluation.do_zero_eval or (args.training.do_eval and has_mask):
-        run_evaluate(args)
-    elif args.prune.save_pruned is not None and has_mask:
-        run_save(args)
+    elif args.evaluation.do_zero_eval or (has_mask and (args.training.do_eval or args.prune.save_pruned is not None)):
+        run_apply(args)
     else:
         raise InputError(
             "nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc, or --do_train"

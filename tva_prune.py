@@ -2,9 +2,9 @@
 
 import sys
 
-from tvaprune.pipeline import run_prune
+from tvaprune.cli import run_command
 from tvaprune.run import Arguments
-from tvaprune.runtime import run_command
+from tvaprune.stages.prune import run_prune
 
 if __name__ == "__main__":
     sys.exit(run_command(lambda: run_prune(Arguments.parse())))

@@ -19,19 +19,21 @@ from compare_report import DENSE, PRUNED, write_report
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
-from tvaprune import runtime
-from tvaprune.baselines import SCORES, score_masks
-from tvaprune.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks
-from tvaprune.data import token_blocks
+from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks
+from tvaprune.choose.scores import SCORES, score_masks
+from tvaprune.cli import run_command
+from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
-from tvaprune.evaluation.perplexity import perplexity
-from tvaprune.evaluation.zeroshot import OFFLINE_GROUP, Score, ZeroShot
-from tvaprune.masks import Masks, load_masks, save_masks
-from tvaprune.memory import PeakMemory
-from tvaprune.pipeline import narrow
-from tvaprune.plan import calibrate, describe_widths, plan_from_masks
-from tvaprune.report import write_json
+from tvaprune.files import prepare_folder, write_json
+from tvaprune.measure import hardware
+from tvaprune.measure.memory import PeakMemory
+from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.zeroshot import OFFLINE_GROUP, Score, ZeroShot
+from tvaprune.plan.exact_cut import calibrate
+from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
+from tvaprune.plan.masks import Masks, load_masks, save_masks
 from tvaprune.run import Run
+from tvaprune.text.blocks import token_blocks
 
 MINIATURES = ("mistral_saves_tva/mini_mistral", "llama3_saves_tva/mini_llama3")
 METHODS = (VIB, VIB_ONCE, *SCORES)
@@ -85,7 +87,7 @@ def main() -> None:
     args = parse()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    runtime.prepare_folder("output", args.output, may_hold_files=True)
+    prepare_folder("output", args.output, may_hold_files=True)
     grids = [Grid(args, model) for model in args.models]
     with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
         for grid in grids:
@@ -132,7 +134,7 @@ class Measurement:
         choice = self._choice(cell)
         dense = self._once("dense", None, lambda: self._perplexities(self.base.model))["perplexity"]
         run = self._run(cell)
-        plan = plan_from_masks(load_masks(self.grid.mask_path(cell)), run.shape, *run.plan_options)
+        plan = plan_from_masks(load_masks(self.grid.mask_path(cell)), run.shape, run.rules)
         (pruned, details), seconds, memory = self._timed(lambda: narrow(run, plan, keep_dense=True))
         measured, limit = self._perplexities(pruned), self.args.zero_eval_limit
         zero_shot = None
@@ -150,9 +152,9 @@ class Measurement:
             "zero_shot": zero_shot,
             "seconds": {"choosing": choice["seconds"], "update": seconds, "perplexity": measured["seconds"]},
             "peak_memory": {"choosing": choice["peak_memory"], "update": memory},
-            "hardware": runtime.describe_device(run.args.training.device),
-            "versions": runtime.versions(),
-            "command": runtime.command_line(),
+            "hardware": hardware.describe_device(run.args.training.device),
+            "versions": hardware.versions(),
+            "command": hardware.command_line(),
         }
 
     def _choice(self, cell: Cell) -> dict[str, Any]:
@@ -222,13 +224,13 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Ma
     Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
     """
     if method in (VIB, VIB_ONCE):
-        (path,) = choose_masks(run).values()
+        (path,) = choose_masks(run).masks.values()
         masks = load_masks(path)
     else:
         blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
         masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
-    return {target: calibrate(masks, run.shape, target, *run.plan_options) for target in targets}
+    return {target: calibrate(masks, run.shape, target, run.rules) for target in targets}
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run_command(main, "the same command goes on where it was"))
+    sys.exit(run_command(main, "the same command goes on where it was"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.run import Arguments
+from tvaprune.flags.arguments import Arguments
 
 VIB, VIB_ONCE = "vib", "vib_once"
 PER_TARGET = (VIB, "wanda_sp")  # chosen anew for every target; what the others choose once is cut at all of them

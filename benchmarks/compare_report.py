@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from tvaprune.param_count import SPARSITY_DEFINITION
-from tvaprune.report import save_figure, write_json
+from tvaprune.files import write_json
+from tvaprune.models.parameters import SPARSITY_DEFINITION
+from tvaprune.report.plots import save_figure
 
 DENSE, PRUNED = "dense", "pruned"
 LEARNED = (VIB, VIB_ONCE)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from tvaprune.data import load_documents, token_blocks
+from tvaprune.text.blocks import load_documents, token_blocks
 
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 256  # longer than the Mistral's sliding window, so that the window is exercised

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from tvaprune.data import token_blocks
-from tvaprune.evaluation.perplexity import perplexity
-from tvaprune.report import table
-from tvaprune.runtime import load_model, run_command
+from tvaprune.cli import run_command
+from tvaprune.measure.perplexity import perplexity
+from tvaprune.models.load import load_model
+from tvaprune.report.tables import table
+from tvaprune.text.blocks import token_blocks
 
 DISCOUNT = 0.75
 PROMPTS = ("Return the number of", "Parameters\n----------\nx : ", "The following example shows how to")

@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tvaprune.families import shape_of
-from tvaprune.masks import Masks
-from tvaprune.plan import KeepPlan
-from tvaprune.runtime import run_command
-from tvaprune.units import PerUnit
+from tvaprune.cli import run_command
+from tvaprune.models.families import shape_of
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.plan.masks import Masks
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = {".git", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny
 
 from tvaprune import shipped
-from tvaprune.run import Arguments
+from tvaprune.flags.arguments import Arguments
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -52,7 +52,7 @@ def test_the_readmes_tree_names_every_module():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", commands("python -m tvaprune.describe"))
+@pytest.mark.parametrize("line", commands("python -m tvaprune.stages.describe"))
 def test_the_describe_command_runs(line):
     result = tiny.run(" ".join(shlex.split(line)[1:]))
     assert result.returncode == 0, result.stderr

@@ -1,77 +1,27 @@
-"""One command: its flags by the stage they belong to, the loaded model, and what follows from both."""
+"""One command: its flags, the loaded model, what follows from both, and what is refused before any work."""
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
-from tvaprune import runtime
-from tvaprune.config import (
-    RELEASED_MAX_WINDOW,
-    DataArguments,
-    DistillArguments,
-    EvalArguments,
-    FinetuneArguments,
-    ModelArguments,
-    PruneArguments,
-)
-from tvaprune.data import token_blocks
-from tvaprune.families import ModelShape, shape_of
-from tvaprune.plan import default_dim_multiple
-from tvaprune.runtime import FinetuneRunArguments, RunArguments
+from tvaprune.errors import InputError
+from tvaprune.files import check_output
+from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.settings import RELEASED_MAX_WINDOW
+from tvaprune.measure import hardware
+from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
+from tvaprune.models.families import ModelShape, shape_of
+from tvaprune.models.load import load_config, load_model
+from tvaprune.plan.masks import Masks, load_masks
+from tvaprune.plan.widths import WidthRules, default_dim_multiple
+from tvaprune.text.blocks import token_blocks
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
-
-
-@dataclass
-class Arguments:
-    """One command's flags, by the stage they belong to."""
-
-    source: ModelArguments
-    data: DataArguments
-    prune: PruneArguments
-    distill: DistillArguments
-    finetune: FinetuneArguments
-    evaluation: EvalArguments
-    training: RunArguments
-
-    @classmethod
-    def parse(cls, arguments: list[str] | None = None) -> "Arguments":
-        """Parses flags; ``None``: the command line's."""
-        stages = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
-        flags = runtime.peek((*stages, RunArguments), arguments)
-        is_finetuning = flags.mask_loc is not None and (flags.do_train or flags.finetune)
-        return cls(*runtime.parse((*stages, FinetuneRunArguments if is_finetuning else RunArguments), arguments))
-
-    @property
-    def output_dir(self) -> Path:
-        """Where checkpoints and masks go."""
-        return Path(str(self.training.output_dir))
-
-    @property
-    def save_loc(self) -> Path:
-        """Where results go."""
-        return Path(self.evaluation.save_loc or str(self.training.output_dir))
-
-    def at(self, target: float) -> "Arguments":
-        """Returns the flags of one of several targets, with folders of its own."""
-        args, name = copy.copy(self), f"sparsity_{target:g}"
-        args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
-        args.training = copy.copy(args.training)
-        args.prune.target_sparsity = [target]
-        if args.prune.save_pruned is not None:
-            args.prune.save_pruned = str(Path(args.prune.save_pruned) / name)
-        args.evaluation.save_loc = str(self.save_loc / name)
-        args.training.output_dir = str(self.output_dir / name)
-        return args
-
-    def each_target(self) -> dict[float, "Arguments"]:
-        """Returns the flags of every target, in ascending order; a single one keeps the folders as they are."""
-        targets = sorted(set(self.prune.target_sparsity))
-        return {targets[0]: self} if len(targets) == 1 else {target: self.at(target) for target in targets}
 
 
 @dataclass
@@ -87,7 +37,7 @@ class Run:
         """Loads the model that the flags name."""
         set_seed(args.training.seed)
         device = args.training.device
-        return cls(args, *runtime.load_model(args.source.model_name_or_path, args.source.dtype, device))
+        return cls(args, *load_model(args.source.model_name_or_path, args.source.dtype, device))
 
     @property
     def shape(self) -> ModelShape:
@@ -101,10 +51,10 @@ class Run:
         return max(1, default_dim_multiple(self.shape.hidden_size) if given is None else given)
 
     @property
-    def plan_options(self) -> tuple[int, int, bool, int]:
-        """What the widths must satisfy: the arguments of `plan_from_masks` and `calibrate`."""
+    def rules(self) -> WidthRules:
+        """What the widths must satisfy."""
         prune = self.args.prune
-        return self.dim_multiple, int(prune.keep_one_kv_head), prune.uniform, prune.tensor_parallel
+        return WidthRules(self.dim_multiple, int(prune.keep_one_kv_head), prune.uniform, prune.tensor_parallel)
 
     @property
     def window(self) -> int:
@@ -142,7 +92,63 @@ class Run:
             "block_size": self.args.data.block_size,
             "target_sparsity": max(self.args.prune.target_sparsity),
             "seed": self.args.training.seed,
-            "hardware": runtime.describe_device(self.args.training.device),
-            "versions": runtime.versions(),
-            "command": runtime.command_line(),
+            "hardware": hardware.describe_device(self.args.training.device),
+            "versions": hardware.versions(),
+            "command": hardware.command_line(),
         }
+
+
+def given_masks(args: Arguments) -> Masks | None:
+    """Reads ``--mask_loc``, and compares it with the model's config before the weights are read."""
+    path = args.prune.mask_loc
+    if path is None:
+        return None
+    masks = load_masks(path)
+    masks.check_fits(shape_of(load_config(args.source.model_name_or_path)), f"--mask_loc {path}")
+    return masks
+
+
+def given_checkpoint(
+    args: Arguments, last: Callable[[Path], Path | str | None] = get_last_checkpoint, may_be_none: bool = False
+) -> str | None:
+    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last of the output folder.
+
+    Args:
+        last: Finds that one.
+        may_be_none: Whether a run that has no checkpoint yet begins anew, in place of an error.
+    """
+    asked = args.training.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    found: Path | str | None = asked
+    if asked.lower() == "true":
+        found = last(args.output_dir) if args.output_dir.is_dir() else None
+        if found is None and may_be_none:
+            print(f"note: there is no checkpoint in {args.output_dir} yet: the run begins anew")
+            return None
+    if found is None or not Path(found).is_dir():
+        raise InputError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
+        )
+    return str(found)
+
+
+def check_results(args: Arguments, may_hold_some: bool) -> None:
+    """Refuses to replace results that nothing says to touch."""
+    if (args.save_loc / "results.json").exists() and not (args.training.overwrite_output_dir or may_hold_some):
+        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+
+
+def check_save(args: Arguments) -> None:
+    """Refuses a checkpoint folder that is in use, before the work begins."""
+    if args.prune.save_pruned is not None:
+        check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
+
+
+def zero_shot_tasks(args: Arguments) -> ZeroShot | None:
+    """Finds the tasks that the flags name, before any work: a wrong name fails at once."""
+    evaluation = args.evaluation
+    if not evaluation.do_zero_eval:
+        return None
+    names = evaluation.zero_eval_tasks or RELEASED_TASKS
+    return ZeroShot(names, args.data.data_dir, evaluation.num_fewshot, evaluation.zero_eval_limit)

@@ -6,9 +6,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from tvaprune.errors import InputError
-from tvaprune.evaluation.zeroshot import OFFLINE_GROUP
-from tvaprune.families import shape_of
-from tvaprune.masks import load_masks
+from tvaprune.measure.zeroshot import OFFLINE_GROUP
+from tvaprune.models.families import shape_of
+from tvaprune.plan.masks import load_masks
 
 MODEL = Path("mistral_saves_tva") / "mini_mistral"
 _ASKS_FOR_MORE = ("--model_name_or_path", "--mask_loc", "--do_train", "--finetune", "--do_eval", "--help", "-h")

@@ -120,7 +120,7 @@ def _shuffled(example: dict[str, Any], choices: list[str], rng: random.Random) -
 
 
 def _build(examples: Callable[[list[Docstring], random.Random], Iterator[dict[str, Any]]]) -> DatasetDict:
-    from tvaprune.data import load_documents  # here, so that the harness can list the tasks without it
+    from tvaprune.text.blocks import load_documents  # here, so that the harness can list the tasks without it
 
     docstrings = [docstring for document in load_documents("python_docs", "test") if (docstring := parse(document))]
     rng = random.Random(0)

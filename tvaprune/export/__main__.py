@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from tvaprune.checkpoint import load_pruned
+from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.cli import run_command
 from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
 from tvaprune.export.verify import require
-from tvaprune.runtime import run_command
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime"), "vanilla": ()}
 

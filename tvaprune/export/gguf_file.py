@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tvaprune.checkpoint import base_type, layer_widths
+from tvaprune.checkpoint.folder import base_type, layer_widths
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require

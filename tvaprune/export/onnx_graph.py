@@ -13,8 +13,9 @@ from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from tvaprune.checkpoint import CONFIG_NAME, layer_widths, new_folder
+from tvaprune.checkpoint.folder import CONFIG_NAME, layer_widths
 from tvaprune.export.verify import NUM_CACHED, fixed_prompt, reference_logits, report_difference
+from tvaprune.files import new_folder
 
 MODEL_NAME = "model.onnx"
 WITH_PAST_NAME = "model_with_past.onnx"

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tvaprune.auto_classes import PREFIX
-from tvaprune.checkpoint import config_of_widths, layer_widths, new_folder, write_checkpoint
+from tvaprune.checkpoint.folder import config_of_widths, layer_widths, write_checkpoint
 from tvaprune.errors import InputError
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference
+from tvaprune.files import new_folder
+from tvaprune.models.auto_classes import PREFIX
 
 
 def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwrite: bool, verify: bool) -> None:

@@ -1,0 +1,430 @@
+"""The pruned checkpoint: in memory = saved and reloaded, in every tool that opens it."""
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import CLOSE, ROWS, generate, logits, make_plan, sliced
+from support.folders import (
+    LLAMA3_ROPE,
+    edit_config,
+    no_heads_in_layer_0,
+    read_config,
+    tokenizer,
+    uneven,
+    uniform,
+    with_units,
+)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from tvaprune.checkpoint import folder as checkpoint
+from tvaprune.checkpoint.folder import layer_widths, load_pruned, save_pruned
+from tvaprune.errors import InputError
+from tvaprune.models.families import FAMILIES
+from tvaprune.models.modeling_pruned import layer_config
+from tvaprune.plan.widths import WidthRules
+
+GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
+
+
+def nothing_in_layer_1(plan):
+    return with_units(with_units(plan, "attn", 1, 0), "inter", 1, 0)
+
+
+CASES = (uneven, no_heads_in_layer_0, nothing_in_layer_1, uniform)
+
+
+@pytest.fixture(scope="session")
+def make_pruned(make_model, make_masks):
+    """Returns a function: row, case -> the narrower model in memory and its plan."""
+
+    def make(row, case=uneven, **values):
+        model = make_model(ROWS[row][0], **(ROWS[row][1] | values))
+        plan = case(make_plan(model, make_masks))
+        return sliced(model, plan), plan
+
+    return make
+
+
+@pytest.fixture
+def folder(make_pruned, tmp_path):
+    """A checkpoint whose layers differ in width, the first without attention."""
+    narrow, plan = make_pruned("mistral GQA, window shorter than the input", no_heads_in_layer_0)
+    return save_pruned(narrow, plan, tokenizer(), tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("row", ROWS)
+def test_a_saved_and_reloaded_model_is_the_sliced_one(row, case, make_pruned, input_ids, tmp_path):
+    narrow, plan = make_pruned(row, case)
+    expected, before = logits(narrow, input_ids), copy.deepcopy(narrow.state_dict())
+    save_pruned(narrow, plan, None, tmp_path / "pruned")
+    loaded = load_pruned(tmp_path / "pruned")
+    assert torch.equal(logits(loaded, input_ids), expected)
+    assert all(
+        torch.equal(value, before[name]) for name, value in narrow.state_dict().items()
+    )  # saving changes nothing
+    heads, channels = layer_widths(loaded.config)
+    assert heads == [count or 1 for count in plan.num_key_value_heads]
+    assert channels == [count or 32 for count in plan.intermediate_size]
+    if plan.shape.tie_word_embeddings:
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    loaded.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1.0  # control: the comparison sees one weight
+    assert not torch.equal(logits(loaded, input_ids), expected)
+
+
+def test_every_family_has_classes_of_its_own():
+    assert set(checkpoint.auto_map("llama")) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for model_type in FAMILIES:
+        config = AutoConfig.for_model(f"pruned_{model_type}")
+        assert type(config).__name__ == checkpoint.auto_map(model_type)["AutoConfig"].split(".")[1]
+
+
+def test_the_folder_is_a_hugging_face_folder(folder):
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_pruned.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["pruned"]  # nothing temporary stays
+    config = read_config(folder)
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling_pruned.PrunedMistralConfig",
+        "AutoModel": "modeling_pruned.PrunedMistralModel",
+        "AutoModelForCausalLM": "modeling_pruned.PrunedMistralForCausalLM",
+    }
+    assert config["model_type"] == "pruned_mistral"
+    assert config["architectures"] == ["PrunedMistralForCausalLM"]
+    assert {key for row in config["per_layer_config"].values() for key in row} <= set(checkpoint.PER_LAYER)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["rope_scaling"] is None
+    assert (config["head_dim"], config["sliding_window"], config["tie_word_embeddings"]) == (6, 4, False)
+
+
+def test_the_widths_are_read_without_transformers_5(folder):
+    """transformers 4 hands ``per_layer_config`` over as the plain dictionary of the file."""
+    loaded = load_pruned(folder)
+
+    class Plain:
+        def __init__(self, values):
+            self.__dict__ |= values
+
+    plain = Plain(read_config(folder))
+    for index, layer in enumerate(loaded.model.layers):
+        assert layer_config(plain, index).intermediate_size == layer.mlp.up_proj.out_features
+        assert layer_config(plain, index).num_key_value_heads * 6 == layer.self_attn.k_proj.out_features
+    assert plain.intermediate_size == max(layer.mlp.up_proj.out_features for layer in loaded.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("row", "values", "stock"),
+    [
+        ("llama GQA", {}, "MistralForCausalLM"),  # whatever hidden width is left, no multiple of 2 heads for sure
+        ("llama GQA", {"hidden_size": 12}, "LlamaForCausalLM"),
+        ("llama tied, with biases", {}, "PrunedLlamaForCausalLM"),
+        ("mistral GQA, window shorter than the input", {}, "MistralForCausalLM"),
+        ("qwen2 tied", {}, "Qwen2ForCausalLM"),
+        ("qwen3 untied", {}, "Qwen3ForCausalLM"),
+    ],
+)
+def test_equal_widths_give_a_stock_checkpoint(row, values, stock, make_pruned, input_ids, tmp_path):
+    narrow, plan = make_pruned(row, uniform)
+    width = plan.hidden_size // 2 * 2 - (not values)  # odd, but where the row asks for even
+    narrow_plan = replace(
+        plan,
+        kept=replace(plan.kept, hidden=plan.kept.hidden[:width]),
+        scale=replace(plan.scale, hidden=plan.scale.hidden[:width]),
+    )
+    narrow, _ = make_pruned(row, lambda _: narrow_plan)
+    save_pruned(narrow, narrow_plan, None, tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert type(loaded).__name__ == stock
+    assert (tmp_path / "pruned" / "modeling_pruned.py").exists() == stock.startswith("Pruned")
+    assert "per_layer_config" not in read_config(tmp_path / "pruned")
+    assert torch.equal(logits(loaded, input_ids), logits(narrow, input_ids))
+    if row == "llama GQA":
+        assert read_config(tmp_path / "pruned").get("sliding_window") is None
+
+
+def test_scaled_rotary_settings_survive(make_pruned, input_ids, tmp_path):
+    narrow, plan = make_pruned("llama GQA", uneven, rope_parameters=LLAMA3_ROPE)
+    save_pruned(narrow, plan, None, tmp_path / "pruned")
+    config = read_config(tmp_path / "pruned")
+    assert config["rope_theta"] == 5000.0
+    assert config["rope_scaling"] == {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    expected = logits(narrow, input_ids)
+    assert torch.equal(logits(load_pruned(tmp_path / "pruned"), input_ids), expected)
+    edit_config(tmp_path / "pruned", rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    assert not torch.allclose(logits(load_pruned(tmp_path / "pruned"), input_ids), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("row", ["llama MHA", "mistral GQA, window shorter than the input", "qwen2 tied", "qwen3 tied"])
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_generation_with_any_cache_equals_generation_without(row, implementation, make_pruned, input_ids, tmp_path):
+    narrow, plan = make_pruned(row, no_heads_in_layer_0)
+    loaded = load_pruned(save_pruned(narrow, plan, None, tmp_path / "pruned"))
+    mask = torch.ones_like(input_ids)
+    mask[0, :8] = 0  # left padding
+    tokens, scores = generate(loaded, input_ids, mask, use_cache=False)
+    loaded.generation_config.cache_implementation = None if implementation == "dynamic" else implementation
+    cached_tokens, cached_scores = generate(loaded, input_ids, mask, use_cache=True)
+    assert torch.equal(tokens, cached_tokens)
+    torch.testing.assert_close(scores, cached_scores, **CLOSE)
+    alone_tokens, alone_scores = generate(loaded, input_ids[:1, 8:], mask[:1, 8:], use_cache=True)
+    assert torch.equal(alone_tokens, tokens[:1])
+    torch.testing.assert_close(alone_scores, scores[:1], **CLOSE)
+
+
+def test_set_attn_implementation_reaches_every_layer(folder, input_ids):
+    loaded = load_pruned(folder)
+    expected = logits(loaded, input_ids)
+    loaded.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {"eager"}
+    torch.testing.assert_close(logits(loaded, input_ids), expected, **CLOSE)
+    with torch.no_grad():
+        output = loaded(input_ids=input_ids, output_attentions=True, output_hidden_states=True)
+    assert len(output.attentions) == 3 and len(output.hidden_states) == 4
+
+
+def test_the_decoder_alone_loads_as_auto_model(folder, input_ids):
+    decoder = AutoModel.from_pretrained(folder).eval()
+    assert type(decoder).__name__ == "PrunedMistralModel"
+    with torch.no_grad():
+        hidden = decoder(input_ids=input_ids).last_hidden_state
+        assert torch.equal(load_pruned(folder).lm_head(hidden), logits(load_pruned(folder), input_ids))
+
+
+def test_pipeline_generates(folder):
+    generator = pipeline("text-generation", model=load_pruned(folder), tokenizer=AutoTokenizer.from_pretrained(folder))
+    (answer,) = generator("w5 w6 w7", max_new_tokens=4, do_sample=False)
+    assert answer["generated_text"].startswith("w5 w6 w7")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_lora_trains_saves_reloads_and_merges(targets, folder, input_ids, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    base = load_pruned(folder)
+    stock = logits(base, input_ids)
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # LoRA's B starts at zero: the first step moves it, the second A
+        tuned(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+    trained = logits(tuned.eval(), input_ids)
+    assert not torch.allclose(trained, stock, atol=1e-3)
+    tuned.save_pretrained(tmp_path / "lora")
+    again = PeftModel.from_pretrained(load_pruned(folder), tmp_path / "lora").eval()
+    assert torch.equal(logits(again, input_ids), trained)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "merged"), input_ids), trained, **CLOSE)
+
+
+def test_lm_eval_scores_it_by_its_path(folder):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=1, dtype="float32")
+    request = Instance("loglikelihood", {}, ("w5 w6", " w7 w8"), 0)
+    ((found, greedy),) = harness.loglikelihood([request], disable_tqdm=True)
+    scores = logits(load_pruned(folder), torch.tensor([[5, 6, 7, 8]]))[0].log_softmax(-1)
+    assert found == pytest.approx(float(scores[1, 7] + scores[2, 8]), abs=1e-4)
+    assert isinstance(greedy, bool)
+
+
+def test_push_to_hub_uploads_what_loads(folder, input_ids, tmp_path, monkeypatch):
+    from huggingface_hub import ModelCard
+    from transformers.utils import hub
+
+    def upload(self, source, repo_id, *args, **kwargs):
+        os.rename(source, tmp_path / "uploaded")
+        os.mkdir(source)
+
+    class NoHub:
+        def create_repo(self, repo_id, **options):
+            return argparse.Namespace(repo_id=repo_id)
+
+    monkeypatch.setattr(hub, "hf_api", NoHub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# pruned"))
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    loaded = load_pruned(folder)
+    loaded.push_to_hub("someone/pruned")
+    again, saved = read_config(tmp_path / "uploaded"), read_config(folder)
+    for key in ("auto_map", "per_layer_config", "rope_theta", "rope_scaling", "rope_parameters", "model_type"):
+        assert again[key] == saved[key]
+    assert (tmp_path / "uploaded" / "modeling_pruned.py").read_text() == (folder / "modeling_pruned.py").read_text()
+    assert torch.equal(logits(load_pruned(tmp_path / "uploaded"), input_ids), logits(loaded, input_ids))
+
+
+WITHOUT_TVAPRUNE = """
+import importlib.util, sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+assert importlib.util.find_spec("tvaprune") is None
+folder, inputs, outputs = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(torch.load(inputs), use_cache=False).logits
+torch.save(logits, outputs)
+model.save_pretrained(folder + "-again")
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True).eval()
+with torch.no_grad():
+    assert torch.equal(again(torch.load(inputs), use_cache=False).logits, logits)
+assert len(AutoModel.from_pretrained(folder, trust_remote_code=True).layers) == 3
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert pipeline("text-generation", model=model, tokenizer=tokenizer)("w5 w6", max_new_tokens=3)
+"""
+
+
+def test_a_process_without_tvaprune_loads_it_by_its_remote_code(folder, input_ids, tmp_path):
+    torch.save(input_ids, tmp_path / "inputs.pt")
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_TVAPRUNE)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-P", script, folder, tmp_path / "inputs.pt", tmp_path / "logits.pt"]
+    result = subprocess.run([*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    if "find_spec" in result.stderr:
+        pytest.skip("tvaprune is installed in this environment, not run from a checkout")
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(load_pruned(folder), input_ids))
+    again = read_config(tmp_path / "pruned-again")
+    assert again["rope_theta"] == 10000.0 and len(again["auto_map"]) == 3
+
+
+def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_path):
+    narrow, plan = make_pruned("llama GQA", no_heads_in_layer_0)
+    record = {
+        "model": "meta-llama/Llama-3.2-1B",
+        "mask": "best/mask_info_12.5.pkl",
+        "weight_update": "fold",
+        "dataset_name": "wikitext2",
+        "split": "validation",
+        "window": 64,
+        "perplexity": {"dense": 9.25, "pruned": 12.5},
+        "command": "python lora_ft_vib.py",
+        "versions": {"torch": "2.13.0"},
+    }
+    card = (save_pruned(narrow, plan, None, tmp_path / "pruned", record=record) / "README.md").read_text()
+    heads = " ".join(map(str, plan.num_key_value_heads))
+    for text in (
+        "base_model: meta-llama/Llama-3.2-1B\n",
+        f"| KV heads per layer | 3 | {heads} |",
+        f"| sparsity of the decoder layers | 0 | {plan.sparsity:.4f} |",
+        "| perplexity (wikitext2 validation, windows of 64) | 9.25 | 12.50 |",
+        "- mask: best/mask_info_12.5.pkl",
+        'from_pretrained("pruned", trust_remote_code=True)',
+        "tvaprune.export --format gguf pruned",
+    ):
+        assert text in card
+    stock, plan = make_pruned("mistral GQA, window shorter than the input", uniform)
+    card = (save_pruned(stock, plan, None, tmp_path / "stock") / "README.md").read_text()
+    assert "trust_remote_code" not in card and "was not measured" in card
+
+
+def test_an_existing_folder_is_replaced_only_if_it_is_a_checkpoint_and_the_flag_says_so(folder, make_pruned):
+    narrow, plan = make_pruned("llama MHA")
+    with pytest.raises(InputError, match="--save_pruned .*: is not empty; replace it with --overwrite_output_dir"):
+        save_pruned(narrow, plan, None, folder)
+    assert read_config(folder)["model_type"] == "pruned_mistral"
+    save_pruned(narrow, plan, None, folder, overwrite=True)
+    assert read_config(folder)["model_type"] == "pruned_llama"
+    assert not (folder / "tokenizer.json").exists()
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="holds something else than a checkpoint; give another folder"):
+        save_pruned(narrow, plan, None, folder, overwrite=True)
+    with pytest.raises(InputError, match="is a file; give a folder"):
+        save_pruned(narrow, plan, None, folder / "README.md")
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_in_place(folder, make_pruned, monkeypatch):
+    narrow, plan = make_pruned("llama MHA")
+
+    def full(path, *args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_complete_config", full)  # the weights are written by then
+    for name, overwrite in (("pruned", True), ("other", False)):
+        with pytest.raises(InputError, match="cannot be written .*No space left on device.*; nothing was left there"):
+            save_pruned(narrow, plan, None, folder.with_name(name), overwrite)
+    assert [path.name for path in folder.parent.iterdir()] == ["pruned"]
+    assert read_config(folder)["model_type"] == "pruned_mistral"
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def widen(folder):
+    edit_config(folder, hidden_size=read_config(folder)["hidden_size"] + 1)
+
+
+def change_layer(folder):
+    layers = read_config(folder)["per_layer_config"]
+    edit_config(folder, per_layer_config=layers | {"0": layers.get("0", {}) | {"intermediate_size": 3}})
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"not a pruned checkpoint \(no config.json\)"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: edit_config(folder, model_type="gpt2"), r"not a pruned checkpoint \(its type is 'gpt2'\)"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"not a pruned checkpoint \(no \*.safetensors\)"),
+        (cut, "not a whole safetensors file"),
+        (drop_tensor, r"'model.layers.1.mlp.up_proj.weight' is missing in the weights and \(\d+, \d+\) by config.json"),
+        (widen, r"is \(\d+, \d+\) in the weights and \(\d+, \d+\) by config.json \(\d+ such tensors\)"),
+        (change_layer, r"'model.layers.0.mlp.*\(3 such tensors\); the checkpoint is damaged"),
+        (lambda folder: edit_config(folder, num_hidden_layers=-1), "config.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(breaks, message, folder):
+    load_pruned(folder)
+    breaks(folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_pruned(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, tmp_path, monkeypatch, capsys):
+    from tvaprune.models.families import shape_of
+    from tvaprune.plan.keep_plan import plan_from_masks
+    from tvaprune.plan.masks import save_masks
+    from tvaprune.stages import apply as stages
+
+    model = make_model("mistral", **GQA)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    masks = make_masks(shape_of(model.config))
+    save_masks(masks, tmp_path / "mask_info_1.pkl")
+    flags = ["--model_name_or_path", "dense", "--mask_loc", "mask_info_1.pkl", "--save_pruned", "pruned", "--use_cpu"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *flags])
+    with pytest.raises(InputError, match="cannot load allenai/c4 .*; --weight_update fold needs no text"):
+        stages.run_apply(stages.Arguments.parse())
+    monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *flags, "--weight_update", "fold"])
+    stages.run_apply(stages.Arguments.parse())
+    assert "checkpoint: pruned" in capsys.readouterr().out
+    expected = sliced(model, plan_from_masks(masks, shape_of(model.config), WidthRules(8)))
+    assert torch.equal(logits(load_pruned("pruned"), input_ids), logits(expected, input_ids))
+    assert "- mask: mask_info_1.pkl" in (tmp_path / "pruned" / "README.md").read_text()
+    with pytest.raises(InputError, match="--save_pruned pruned: is not empty"):
+        stages.run_apply(stages.Arguments.parse())

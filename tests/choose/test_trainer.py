@@ -1,0 +1,240 @@
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from tvaprune.choose import gates
+from tvaprune.choose.gated_model import GatedModel
+from tvaprune.choose.objective import PruningObjective
+from tvaprune.choose.settings import gate_settings
+from tvaprune.choose.trainer import GateTrainer
+from tvaprune.errors import InputError
+from tvaprune.flags.arguments import RunArguments
+from tvaprune.flags.settings import DistillArguments, PruneArguments
+from tvaprune.plan.keep_plan import plan_from_masks
+from tvaprune.plan.masks import best_mask, load_masks
+from tvaprune.plan.widths import WidthRules
+
+
+def settings(num_steps=8, distill=True, **prune):
+    prune = {"lagrangian_warmup_epochs": 0.25, "dim_multiple": 4} | prune
+    arguments = PruneArguments(target_sparsity=[0.3], **prune)
+    return gate_settings(arguments, DistillArguments(distill=distill), num_steps, num_steps, 5.0, 4)
+
+
+def blocks(count=64, length=12):
+    ids = torch.randint(0, 47, (count, length), generator=torch.Generator().manual_seed(3))
+    return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+
+
+def train(model, folder, resume=None, stop_after=None, **options):
+    torch.manual_seed(0)
+    args = RunArguments(
+        output_dir=str(folder), max_steps=8, eval_steps=4, logging_steps=1, learning_rate=1.0, disable_tqdm=True,
+        use_cpu=True, per_device_train_batch_size=4, save_total_limit=4, **({"save_steps": 4} | options),
+    )  # fmt: skip
+    trainer = GateTrainer(GatedModel(model, -2.0), settings(), args, blocks(), blocks(8), {"model": "tiny"})
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.score_mask()
+    trainer.gated.detach_gates()
+    return trainer
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_the_objective_is_the_sum_of_its_three_terms(make_model, input_ids, distill):
+    model = make_model("mistral")
+    chosen = settings(distill=distill)
+    objective = PruningObjective(GatedModel(model, -3.0), chosen)
+    with torch.no_grad():
+        objective.lagrangian.lambda_1.fill_(2.0)
+        objective.lagrangian.lambda_2.fill_(3.0)
+    parts = objective(input_ids, beta=5.0, target=0.25)
+    masks = objective.gated.masks()
+    # att_mul 256, inter_mul 1, emb_mult 30, and the hidden gate twice in each of 3 layers (method: section 3)
+    kl = masks.mu.map(gates.information_loss, masks.log_variance)
+    information = sum(256 * a + 1 * i + 2 * kl.hidden for a, i in zip(kl.attn, kl.inter, strict=True)) + 30 * kl.hidden
+    gap = parts["expected_sparsity"] - 0.25
+    expected = parts["task_loss"] + 1e-6 * information + 2.0 * gap + 3.0 * gap**2
+    torch.testing.assert_close(parts["loss"], expected)
+    objective.gated.detach_gates()
+
+
+def test_the_teacher_is_the_ungated_model_and_gates_of_one_lose_nothing(make_model, input_ids):
+    objective = PruningObjective(GatedModel(make_model("llama"), -60.0), settings(distill=True))
+    with torch.no_grad():
+        for mu in objective.gated.mu:
+            mu.fill_(1.0)
+    assert float(objective(input_ids, beta=5.0, target=0.0)["task_loss"].detach()) < 1e-6
+    with torch.no_grad():
+        objective.gated.mu[0][:9] = 0.5  # all of them would cancel in the norms
+    assert float(objective(input_ids, beta=5.0, target=0.0)["task_loss"].detach()) > 1e-3
+    objective.gated.detach_gates()
+
+
+def test_gates_are_minimised_multipliers_maximised_and_the_model_stays(make_model, tmp_path):
+    model = make_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = train(model, tmp_path)
+    groups = trainer.optimizer.param_groups
+    assert [group["maximize"] for group in groups] == [False, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    history = [row for row in trainer.state.log_history if "lambda_1" in row]
+    # Ascent on lambda_1 * (s - t): lambda_1 goes to the side of the gap. At step 0, s = t.
+    assert history[1]["lambda_1"] * (history[1]["expected_sparsity"] - history[1]["target_sparsity"]) > 0
+
+
+def test_only_the_gates_rate_decays(make_model, tmp_path):
+    gates_rate, multipliers_rate = train(make_model("llama"), tmp_path).lr_scheduler.get_last_lr()
+    assert (gates_rate, multipliers_rate) == (0.0, 0.1)
+
+
+def test_a_resumed_run_continues_bit_for_bit(make_model, tmp_path):
+    whole = train(make_model("mistral"), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "parted" / "checkpoint-4")
+    parted = train(make_model("mistral"), tmp_path / "parted", resume=str(tmp_path / "parted" / "checkpoint-4"))
+    states = whole.model.state_dict(), parted.model.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    optimizers = [trainer.optimizer.state_dict()["state"] for trainer in (whole, parted)]
+    for index, moments in optimizers[0].items():
+        assert all(torch.equal(moments[key], optimizers[1][index][key]) for key in moments)
+    last = [[row for row in trainer.state.log_history if "task_loss" in row][-1] for trainer in (whole, parted)]
+    assert last[0]["task_loss"] == last[1]["task_loss"]
+    fresh = train(make_model("mistral"), tmp_path / "fresh", seed=7).model.state_dict()  # negative control
+    assert not torch.equal(states[0]["gated.mu.0"], fresh["gated.mu.0"])
+
+
+def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(make_model, input_ids):
+    objective = PruningObjective(GatedModel(make_model("llama"), -3.0), settings())
+    with torch.no_grad():
+        for log_variance in objective.gated.log_variance:
+            log_variance.add_(3 * torch.randn_like(log_variance))
+    before = objective.masks()
+    noisy = [float(objective(input_ids, 5.0, 0.3)["loss"].detach()) for _ in range(2)]
+    assert noisy[0] != noisy[1]  # control
+    settled_mu = [mu.detach().clone() for mu in objective.gated.mu]
+    objective.settle()
+    parts = [objective(input_ids, 5.0, 0.3) for _ in range(2)]
+    assert parts[0]["loss"].detach() == parts[1]["loss"].detach()
+    parts[0]["loss"].backward()
+    chosen = [values < 0 for values in objective.masks().log_alpha]
+    sizes = objective.settings.rules
+    kept = plan_from_masks(objective.masks(), objective.gated.shape, sizes).full_scale()
+    assert 0 < sum(int((scale == 0).sum()) for scale in kept)
+    for mu, scale in zip(objective.gated.mu, kept, strict=True):
+        assert torch.equal(mu.grad != 0, scale != 0)
+    assert all(values.grad is None for values in objective.gated.log_variance)
+    with torch.no_grad():
+        for mu in objective.gated.mu:
+            mu.mul_(0.01)  # would have moved log_alpha by 9; as momentum does, it moves the means of cut units too
+    assert all(torch.equal(a, b < 0) for a, b in zip(chosen, objective.masks().log_alpha, strict=True))
+    for values, first, scale in zip(objective.masks().mu, settled_mu, kept, strict=True):
+        torch.testing.assert_close(values, torch.where(scale != 0, 0.01 * first, first))
+    assert not all(
+        torch.equal(a, b < 0) for a, b in zip(chosen, before.log_alpha, strict=True)
+    )  # the exact cut is not 0
+    objective.gated.detach_gates()
+
+
+def test_gates_settle_for_the_last_share_of_the_steps(make_model, tmp_path):
+    trainer = train(make_model("llama"), tmp_path)
+    history = [row for row in trainer.state.log_history if "expected_sparsity" in row]
+    assert settings().num_settle_steps == 3  # a third of 8
+    assert len({row["expected_sparsity"] for row in history[5:]}) == 1
+    assert len({row["expected_sparsity"] for row in history[:5]}) == 5
+    assert len({row["lambda_1"] for row in history[4:]}) <= 2  # the multipliers rest as well
+    assert trainer.model.settled
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulated"])
+def test_a_run_interrupted_after_it_settled_goes_on_bit_for_bit(make_model, tmp_path, options):
+    whole = train(make_model("llama"), tmp_path / "whole", save_steps=6, **options)  # settles at step 5
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+    resumed = train(
+        make_model("llama"),
+        tmp_path / "again",
+        resume=str(tmp_path / "again" / "checkpoint-6"),
+        save_steps=6,
+        **options,
+    )
+    state, again = whole.model.state_dict(), resumed.model.state_dict()
+    assert state["settled"] and all(torch.equal(state[name], again[name]) for name in state)
+    before = load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors")
+    assert any(not torch.equal(state[name], value) for name, value in before.items() if ".mu." in name)  # control
+
+
+def test_a_target_that_rises_beyond_the_choice_is_refused():
+    with pytest.raises(InputError, match="--lagrangian_warmup_epochs is 0.9: .* 7 steps, .* stands after 5 of 8"):
+        settings(lagrangian_warmup_epochs=0.9)
+    assert settings(lagrangian_warmup_epochs=0.9, settle_share=0.0).num_warmup_steps == 7
+    few = gate_settings(PruneArguments(), DistillArguments(), 10, 1000, 5.0, 4)  # --max_steps 10 of an epoch of 1,000
+    assert few.num_warmup_steps == 3 and few.num_settle_steps == 3
+
+
+def test_cross_entropy_joins_the_distillation_by_its_weight(make_model, input_ids):
+    model = make_model("llama")
+    losses = {}
+    for weight in (0.0, 0.5):
+        objective = PruningObjective(GatedModel(model, -60.0), settings(gate_ce_weight=weight))
+        with torch.no_grad():
+            for mu in objective.gated.mu:
+                mu.fill_(1.0)
+        losses[weight] = float(objective(input_ids, 5.0, 0.0)["task_loss"].detach())
+        objective.gated.detach_gates()
+    with torch.no_grad():
+        cross_entropy = float(model(input_ids=input_ids, labels=input_ids).loss)
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * cross_entropy, rel=1e-4)
+
+
+def test_a_checkpoint_holds_the_gates_and_not_the_model(make_model, tmp_path):
+    train(make_model("llama"), tmp_path)
+    weights = (tmp_path / "checkpoint-4" / "model.safetensors").stat().st_size
+    assert weights < 4 * sum(p.numel() for p in make_model("llama").parameters()) / 4
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_model, tmp_path):
+    train(make_model("llama"), tmp_path / "a")
+    other = make_model("llama", hidden_size=40)
+    with pytest.raises(InputError, match="gates of another model"):
+        train(other, tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-4"))
+
+
+def test_the_best_mask_is_kept_alone_and_cuts_exactly_at_zero(make_model, tmp_path):
+    model = make_model("llama")
+    trainer = train(model, tmp_path)
+    (mask,) = (tmp_path / "best").glob("*.pkl")
+    assert sorted(path.suffix for path in (tmp_path / "best").iterdir()) == [".json", ".pkl"]
+    assert mask == best_mask(tmp_path / "best")
+    plan = plan_from_masks(load_masks(mask), trainer.gated.shape, WidthRules(4))
+    assert plan.sparsity == pytest.approx(0.3, abs=0.02)  # a multiple of 4 in a width of 36 is coarse
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make_model, tmp_path):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(InputError, match="the loss is nan at step 0; use --dtype"):
+        train(model, tmp_path)
+
+
+def test_gradient_checkpointing_changes_nothing(make_model, tmp_path):
+    plain = train(make_model("llama"), tmp_path / "plain").model.state_dict()
+    recomputed = train(make_model("llama"), tmp_path / "recomputed", activation_checkpointing=True).model.state_dict()
+    for name, value in plain.items():
+        torch.testing.assert_close(value, recomputed[name])
+
+
+def test_accumulated_batches_give_the_same_sparsity_schedule(make_model, tmp_path):
+    trainer = train(make_model("llama"), tmp_path, gradient_accumulation_steps=2)
+    targets = [row["target_sparsity"] for row in trainer.state.log_history if "target_sparsity" in row]
+    assert targets[-1] == pytest.approx(0.3)
+    assert targets == sorted(targets) or targets == sorted(targets, reverse=True)
+
+
+def test_half_precision_weights_train_full_precision_gates(make_model, tmp_path):
+    trainer = train(make_model("mistral").bfloat16(), tmp_path)
+    masks = trainer.gated.masks()
+    assert all(values.dtype == torch.float32 and bool(values.isfinite().all()) for values in masks.log_variance)
+    assert best_mask(tmp_path / "best") is not None

@@ -1,0 +1,244 @@
+"""The closed-form update: against numpy, at its limits, and on every kind of model."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from support.families import ROWS, logits, make_plan, sliced
+
+from tvaprune.cut.refit import refit
+from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
+from tvaprune.losses import distillation_loss
+
+
+def windows(count, seed, length=16):
+    """Text with a pattern, so that inputs are correlated as those of real text are."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 47, (count, length), generator=generator)
+    ids[:, 1::2] = (ids[:, ::2] * 3 + 1) % 47
+    return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+
+
+CALIBRATION, HELD_OUT = windows(24, seed=1), windows(8, seed=2)
+
+
+@pytest.fixture(params=ROWS.values(), ids=ROWS)
+def model(request, make_model):
+    model_type, values = request.param
+    return make_model(model_type, **values)
+
+
+def divergence(model, dense):
+    """KL from the dense predictions on the held-out windows."""
+    ids = HELD_OUT[:]["input_ids"]
+    return float(distillation_loss(logits(model, ids), logits(dense, ids)))
+
+
+def weights_differ(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_the_solution_is_numpys_least_squares():
+    generator = np.random.default_rng(0)
+    inputs, outputs = generator.normal(size=(50, 4)), generator.normal(size=(50, 3))
+    centre = generator.normal(size=(3, 4))
+    lam = 0.1 * np.trace(inputs.T @ inputs) / 4
+    # The minimum of |y - W xhat|^2 + lam |W - centre|^2 as one ordinary problem: sqrt(lam) I below the inputs.
+    stacked = np.vstack([inputs, math.sqrt(lam) * np.eye(4)])
+    expected = np.linalg.lstsq(stacked, np.vstack([outputs, math.sqrt(lam) * centre.T]), rcond=None)[0].T
+    gram, cross = torch.tensor(inputs.T @ inputs), torch.tensor(outputs.T @ inputs)
+    found = Ridge(gram, 0.1).solve(torch.tensor(centre), cross)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert (found - Ridge(gram, 0.2).solve(torch.tensor(centre), cross)).abs().max() > 1e-3
+
+
+def test_a_strength_without_end_and_inputs_of_zero_return_the_centre():
+    centre, cross = torch.randn(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
+    full = torch.eye(4, dtype=torch.float64)
+    assert torch.equal(Ridge(full, math.inf).solve(centre, cross), centre)
+    assert torch.equal(Ridge(0 * full, 1e-4).solve(centre, 0 * cross), centre)
+    assert not torch.allclose(Ridge(full, 1e-4).solve(centre, cross), centre)
+
+
+def test_an_error_that_is_no_number_is_never_the_smallest():
+    assert nearest([math.nan, 2.0, 1.0, math.inf]) == 2
+    assert nearest([math.nan, math.inf]) == 0
+    assert nearest([1.0, 1.0]) == 0
+
+
+def test_a_dead_channel_stays_at_its_centre():
+    inputs = torch.eye(4, dtype=torch.float64)
+    inputs[2, 2] = 0.0
+    centre, cross = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 4), 3.0, dtype=torch.float64)
+    cross[0, 2] = 0.0
+    found = Ridge(inputs, 1e-6).solve(centre, cross)
+    torch.testing.assert_close(found, torch.tensor([[3.0, 3.0, 1.0, 3.0]], dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_moments_of_tokens_and_the_error_of_weights():
+    inputs, targets, weight = torch.randn(2, 5, 4), torch.randn(2, 5, 3), torch.randn(3, 4).double()
+    moments = Moments.zeros(4, 3, torch.device("cpu"))
+    for row in range(2):  # in batches
+        moments.add(inputs[row : row + 1], targets[row : row + 1])
+    x, y = inputs.flatten(0, 1).double(), targets.flatten(0, 1).double()
+    torch.testing.assert_close(moments.inputs, x.T @ x, rtol=1e-5, atol=1e-5)
+    missed = (y - x @ weight.T).square().sum() - y.square().sum()
+    assert moments.error(weight) == pytest.approx(float(missed), rel=1e-4)
+
+
+def test_with_nothing_pruned_it_returns_the_dense_weights(model, full_plan):
+    same = copy.deepcopy(model)
+    refit(model, same, full_plan(model), CALIBRATION, HELD_OUT)
+    assert weights_differ(model, same) < 1e-4
+
+
+def test_infinite_strength_is_the_fold(model, make_masks, input_ids):
+    plan = make_plan(model, make_masks)
+    folded = sliced(model, plan)
+    same = copy.deepcopy(folded)
+    report = refit(model, same, plan, CALIBRATION, HELD_OUT, strengths=(math.inf,))
+    assert weights_differ(folded, same) == 0.0
+    refit(model, same, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(folded, same) > 1e-3  # control
+    assert set(report.strengths.values()) == {None}
+
+
+@pytest.mark.parametrize("empty_layer", [None, 0], ids=["", "no attention in layer 0"])
+def test_it_comes_nearer_to_the_dense_model_than_the_fold(model, make_masks, empty_layer):
+    plan = make_plan(model, make_masks, 1, empty_layer)
+    folded = sliced(model, plan)
+    refitted, dense = copy.deepcopy(folded), copy.deepcopy(model)
+    report = refit(model, refitted, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(model, dense) == 0.0
+    assert [name for name, _ in refitted.named_parameters()] == [name for name, _ in folded.named_parameters()]
+    assert sum(p.numel() for p in refitted.parameters()) == plan.num_parameters
+    divergences = [divergence(narrow, model) for narrow in (folded, refitted)]
+    assert divergences[0] == pytest.approx(report.divergences[0], rel=1e-4)
+    assert divergences[1] == pytest.approx(min(report.divergences), rel=1e-4)
+    assert divergences[1] < 0.9 * divergences[0]
+
+
+def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_model, make_masks, monkeypatch):
+    """Judged by the calibration windows themselves, no strength is worse than infinity."""
+    import tvaprune.cut.refit as module
+
+    model, seen = make_model("llama", attention_bias=True, mlp_bias=True), []
+    plan = make_plan(model, make_masks)
+    original = module.fit_linear
+
+    def watched(linear, ridges, fit, held, *outputs):
+        before = augmented(linear, slice(None))
+        result = original(linear, ridges, fit, fit, *outputs)
+        project = outputs[0] if outputs else torch.Tensor.__getitem__
+        own = Moments(fit.inputs, project(fit.cross, slice(None)))
+        seen.append((own.error(augmented(linear, slice(None))), own.error(before)))
+        return result
+
+    monkeypatch.setattr(module, "fit_linear", watched)
+    refit(model, sliced(model, plan), plan, CALIBRATION, HELD_OUT, strengths=(1e-3,))
+    assert len(seen) == 3 * 7 + 1
+    assert all(after < before for after, before in seen)
+
+
+def test_biases_are_refitted_and_none_is_added(make_model, make_masks):
+    model = make_model("llama", attention_bias=True, mlp_bias=True)
+    plan = make_plan(model, make_masks)
+    folded = sliced(model, plan)
+    refitted = copy.deepcopy(folded)
+    refit(model, refitted, plan, CALIBRATION, HELD_OUT)
+    layers = zip(folded.model.layers, refitted.model.layers, strict=True)
+    assert all((a.mlp.down_proj.bias - b.mlp.down_proj.bias).abs().max() > 1e-4 for a, b in layers)
+    plain = make_model("llama")
+    narrow = sliced(plain, make_plan(plain, make_masks))
+    refit(plain, narrow, make_plan(plain, make_masks), CALIBRATION, HELD_OUT)
+    assert not [name for name, _ in narrow.named_parameters() if name.endswith("bias")]
+
+
+def test_tied_embeddings_stay_tied_and_exact(make_model, make_masks):
+    model = make_model("qwen2", tie_word_embeddings=True)
+    plan = make_plan(model, make_masks)
+    folded = sliced(model, plan)
+    refitted = copy.deepcopy(folded)
+    report = refit(model, refitted, plan, CALIBRATION, HELD_OUT)
+    assert refitted.lm_head.weight is refitted.model.embed_tokens.weight
+    assert torch.equal(refitted.model.embed_tokens.weight, folded.model.embed_tokens.weight)
+    assert "lm_head" not in report.strengths and report.share > 0
+
+
+def test_it_is_deterministic_and_does_not_depend_on_the_batch(make_model, make_masks):
+    model = make_model("mistral", sliding_window=4)
+    plan = make_plan(model, make_masks)
+
+    def refitted(batch_size):
+        narrow = sliced(model, plan)
+        refit(model, narrow, plan, CALIBRATION, HELD_OUT, batch_size)
+        return narrow
+
+    first = refitted(8)
+    assert weights_differ(first, refitted(8)) == 0.0
+    assert weights_differ(first, refitted(5)) < 1e-3
+    assert weights_differ(first, sliced(model, plan)) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_stay_so(dtype, make_model, make_masks):
+    model = make_model("llama").to(dtype)
+    plan = make_plan(model, make_masks)
+    narrow = sliced(model, plan)
+    report = refit(model, narrow, plan, CALIBRATION, HELD_OUT)
+    assert {parameter.dtype for parameter in narrow.parameters()} == {dtype}
+    assert all(math.isfinite(value) for value in report.divergences)
+
+
+def test_weights_that_overflow_fall_back_to_the_fold(make_model, make_masks, monkeypatch):
+    import tvaprune.cut.refit as module
+
+    model = make_model().half()
+    plan = make_plan(model, make_masks)
+    folded, narrow = sliced(model, plan), sliced(model, plan)
+    original = module.fit_linear
+
+    def overflowing(linear, *rest):
+        strength = original(linear, *rest)
+        linear.weight[0, 0] = math.inf
+        return strength
+
+    monkeypatch.setattr(module, "fit_linear", overflowing)
+    report = refit(model, narrow, plan, CALIBRATION, HELD_OUT)
+    assert report.share == 0.0 and not math.isfinite(report.divergences[-1])
+    assert weights_differ(folded, narrow) == 0.0
+
+
+def test_the_model_stops_where_its_predictions_are_nearest(make_model, make_masks):
+    model = make_model()
+    plan = make_plan(model, make_masks)
+    folded, whole, half = (sliced(model, plan) for _ in range(3))
+    refit(model, whole, plan, CALIBRATION, HELD_OUT, shares=(1.0,))
+    report = refit(model, half, plan, CALIBRATION, HELD_OUT, shares=(0.5,))
+    for a, b, c in zip(folded.parameters(), half.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(b, (a + c) / 2)
+    assert report.divergences == pytest.approx([divergence(half, model)], rel=1e-4)
+
+
+def test_models_in_training_mode_are_read_in_evaluation_mode(make_model, make_masks):
+    model = make_model("llama", attention_dropout=0.5)
+    plan = make_plan(model, make_masks)
+    expected, narrow = sliced(model, plan), sliced(model, plan).train()
+    refit(model, expected, plan, CALIBRATION, HELD_OUT)
+    refit(model.train(), narrow, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(expected, narrow) == 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_dense_model_on_the_cpu_serves_a_pruned_one_on_the_gpu(make_model, make_masks):
+    model = make_model("llama")
+    plan = make_plan(model, make_masks)
+    near, far = sliced(model, plan), sliced(model, plan).cuda()
+    refit(model, near, plan, CALIBRATION, HELD_OUT)
+    refit(model, far, plan, CALIBRATION, HELD_OUT)
+    assert weights_differ(near, far.cpu()) < 1e-2

@@ -1,0 +1,186 @@
+import copy
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from tvaprune.cut.fold import fold
+from tvaprune.cut.slice import NoAttention, apply_plan, head_features
+from tvaprune.models.families import shape_of
+from tvaprune.models.parameters import total_parameters
+
+
+def halved(plan, layers=None):
+    """Keeps every second unit; ``layers``: KV heads of each layer, from the end."""
+    kept = plan.kept.map(lambda v: v[1::2])
+    if layers is not None:
+        kept = replace(kept, attn=tuple(v[len(v) - n :] for v, n in zip(plan.kept.attn, layers, strict=True)))
+    return replace(plan, kept=kept, scale=kept.map(lambda v: torch.linspace(0.5, 1.5, len(v))))
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Peak bytes of a model's parameters, present and replaced, and of what operations returned, while alive."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.peak = model, 0
+        self.tensors = [weakref.ref(p) for p in model.parameters()]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.tensors.append(weakref.ref(output))
+        alive = [t for t in (ref() for ref in self.tensors) if t is not None] + list(self.model.parameters())
+        self.peak = max(self.peak, sum({t.data_ptr(): t.untyped_storage().nbytes() for t in alive}.values()))
+        return output
+
+
+@pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_slicing_and_folding_hold_at_most_one_weight_beyond_the_dense_model(values, make_model, full_plan):
+    def peak_beyond_dense(keep_references):
+        model = make_model(num_hidden_layers=4, hidden_size=64, intermediate_size=96, vocab_size=80, **values)
+        held = list(model.parameters()) if keep_references else []
+        sizes = [p.nbytes for p in model.parameters()]
+        plan = halved(full_plan(model))
+        with MemoryMeter(model) as meter:
+            fold(apply_plan(model, plan), plan)
+        assert sum(p.nbytes for p in model.parameters()) < 0.6 * sum(sizes)
+        return (meter.peak - sum(sizes)) / max(sizes), len(held)
+
+    beyond, _ = peak_beyond_dense(keep_references=False)
+    assert 0 < beyond <= 1
+    assert peak_beyond_dense(keep_references=True)[0] > 2  # control: a second model would be seen
+
+
+def test_dense_parameters_are_released(make_model, full_plan):
+    model = make_model()
+    dense = [weakref.ref(p) for p in model.parameters()]
+    apply_plan(model, halved(full_plan(model)))
+    assert not any(ref() is not None for ref in dense)
+
+
+def test_config_follows_where_all_layers_agree(make_model, full_plan):
+    model = make_model()  # hidden 36, 2 KV heads, groups of 2, head_dim 6, 52 channels
+    apply_plan(model, halved(full_plan(model)))
+    config = model.config
+    assert (config.hidden_size, config.intermediate_size) == (18, 26)
+    assert (config.num_key_value_heads, config.num_attention_heads, config.head_dim) == (1, 2, 6)
+
+
+def test_config_keeps_what_layers_disagree_on_and_every_module_knows_its_own_size(make_model, full_plan):
+    model = make_model()
+    plan = halved(full_plan(model), layers=(2, 0, 1))
+    plan = replace(
+        plan,
+        kept=replace(plan.kept, inter=tuple(v[: 20 + i] for i, v in enumerate(plan.kept.inter))),
+        scale=replace(plan.scale, inter=tuple(v[: 20 + i] for i, v in enumerate(plan.scale.inter))),
+    )
+    apply_plan(model, plan)
+    config = model.config
+    assert (config.hidden_size, config.intermediate_size) == (18, 52)
+    assert (config.num_key_value_heads, config.num_attention_heads, config.head_dim) == (2, 4, 6)
+    assert [type(layer.self_attn) is NoAttention for layer in model.model.layers] == [False, True, False]
+    assert [layer.mlp.intermediate_size for layer in model.model.layers] == [20, 21, 22]
+    assert model.model.embed_tokens.embedding_dim == model.lm_head.in_features == 18
+    for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
+
+
+@pytest.mark.parametrize("num_heads", [0, 1], ids=["no layer has attention", "one KV head"])
+def test_config_never_says_zero_heads(num_heads, make_model, full_plan):
+    model = make_model()
+    apply_plan(model, halved(full_plan(model), layers=(num_heads,) * 3))
+    assert model.config.num_key_value_heads == (1 if num_heads else 2)
+    assert model.config.num_attention_heads == (2 if num_heads else 4)
+
+
+def test_weights_are_those_of_the_kept_units_in_order(make_model, full_plan):
+    dense = make_model(attention_bias=True)
+    plan = halved(full_plan(dense))  # KV head 1 of 2: query heads 2 and 3 of 4, features 12 ... 23 of 24
+    narrow = apply_plan(copy.deepcopy(dense), plan)
+    hidden, inter = plan.kept.hidden, plan.kept.inter[0]
+    old, new = dense.model.layers[0], narrow.model.layers[0]
+    assert torch.equal(new.self_attn.q_proj.weight, old.self_attn.q_proj.weight[12:24][:, hidden])
+    assert torch.equal(new.self_attn.q_proj.bias, old.self_attn.q_proj.bias[12:24])
+    assert torch.equal(new.self_attn.k_proj.weight, old.self_attn.k_proj.weight[6:12][:, hidden])
+    assert torch.equal(new.self_attn.v_proj.bias, old.self_attn.v_proj.bias[6:12])
+    assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight[hidden][:, 12:24])
+    assert torch.equal(new.self_attn.o_proj.bias, old.self_attn.o_proj.bias[hidden])
+    assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[hidden][:, inter])
+    assert torch.equal(new.input_layernorm.weight, old.input_layernorm.weight[hidden])
+    assert torch.equal(narrow.lm_head.weight, dense.lm_head.weight[:, hidden])
+
+
+def test_folding_multiplies_each_factor_in_once(make_model, full_plan):
+    dense = make_model()
+    plan = halved(full_plan(dense))
+    narrow = apply_plan(copy.deepcopy(dense), plan)
+    folded = fold(copy.deepcopy(narrow), plan)
+    hidden, attn, inter = plan.scale.hidden, plan.scale.attn[0], plan.scale.inter[0]
+    old, new = narrow.model.layers[0], folded.model.layers[0]
+    torch.testing.assert_close(folded.model.embed_tokens.weight, narrow.model.embed_tokens.weight * hidden)
+    expected = old.self_attn.o_proj.weight * hidden[:, None] * attn.repeat_interleave(12)
+    torch.testing.assert_close(new.self_attn.o_proj.weight, expected)
+    torch.testing.assert_close(new.mlp.down_proj.weight, old.mlp.down_proj.weight * hidden[:, None] * inter)
+    touched = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    rest = [name for name, _ in narrow.named_parameters() if not name.endswith(touched)]
+    assert all(torch.equal(folded.get_parameter(name), narrow.get_parameter(name)) for name in rest)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stand_in_returns_zeros_or_the_bias_scaled(bias, make_model, full_plan):
+    dense = make_model(attention_bias=bias)
+    plan = halved(full_plan(dense), layers=(0, 1, 1))
+    narrow = fold(apply_plan(copy.deepcopy(dense), plan), plan)
+    output, weights = narrow.model.layers[0].self_attn(hidden_states=torch.randn(2, 3, 18), attention_mask=None)
+    expected = torch.zeros(18)
+    if bias:
+        expected = dense.model.layers[0].self_attn.o_proj.bias[plan.kept.hidden] * plan.scale.hidden
+    assert weights is None
+    torch.testing.assert_close(output, expected.expand(2, 3, 18))
+    shape = shape_of(dense.config)
+    assert plan.num_parameters == total_parameters(18, [0, 1, 1], [26] * 3, shape)
+
+
+def test_a_stand_in_tells_the_cache_how_many_tokens_passed(make_model, full_plan, input_ids):
+    model = make_model()
+    plan = halved(full_plan(model), layers=(0, 1, 0))
+    apply_plan(model, plan)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=input_ids, past_key_values=cache)
+        assert [cache.get_seq_length(i) for i in range(3)] == [11, 11, 11]
+        model(input_ids=input_ids[:, :1], past_key_values=cache)
+    assert [cache.get_seq_length(i) for i in range(3)] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slicing_and_folding_keep_the_dtype(dtype, make_model, full_plan):
+    model = make_model(tie_word_embeddings=True).to(dtype)
+    plan = halved(full_plan(model))
+    fold(apply_plan(model, plan), plan)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_slicing_keeps_what_requires_gradients(requires_grad, make_model, full_plan):
+    model = make_model().requires_grad_(requires_grad)
+    apply_plan(model, halved(full_plan(model)))
+    assert {p.requires_grad for p in model.parameters()} == {requires_grad}
+
+
+def test_a_sliced_model_trains(make_model, full_plan, input_ids):
+    model = make_model()
+    plan = halved(full_plan(model), layers=(0, 2, 1))
+    fold(apply_plan(model, plan), plan)
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == ["model.layers.0.input_layernorm.weight"]  # nothing reads that norm any more
+
+
+def test_head_features():
+    assert head_features(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert head_features(torch.tensor([], dtype=torch.int64), 3).tolist() == []

@@ -1,0 +1,354 @@
+"""The exports: the tensors and fields that were written, read back independently, and the tool's own verification."""
+
+import importlib.util
+import json
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from support.families import CLOSE, ROWS, logits, make_plan, sliced
+from support.folders import LLAMA3_ROPE, edit_config, no_heads_in_layer_0, read_config, tokenizer, uneven, uniform
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tvaprune.checkpoint.folder import load_pruned, save_pruned
+from tvaprune.errors import InputError
+from tvaprune.export.__main__ import export
+from tvaprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
+from tvaprune.export.verify import require
+
+gguf = pytest.importorskip("gguf")
+MISTRAL = "mistral GQA, window shorter than the input"
+
+
+@pytest.fixture
+def make_folder(make_model, make_masks, tmp_path):
+    """Returns a function: row, case -> the narrower model in memory and its checkpoint."""
+
+    def make(row="llama GQA", case=uneven, words=None, **values):
+        model = make_model(ROWS[row][0], **(ROWS[row][1] | values))
+        plan = case(make_plan(model, make_masks))
+        narrow = sliced(model, plan)
+        return narrow, save_pruned(narrow, plan, words, tmp_path / "pruned")
+
+    return make
+
+
+def fields_of(path):
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def tensors_of(path):
+    """The tensors in the layout of torch, dequantised."""
+    reader = gguf.GGUFReader(path)
+    return {t.name: torch.tensor(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+
+
+def halves(rows, head_dim):
+    """Undoes llama.cpp's order of q and k rows, head by head, from its definition: 2j and 2j + 1 were j and j + D/2."""
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).reshape(rows.shape)
+
+
+NAMES = {
+    "blk.{}.attn_norm.weight": "input_layernorm.weight",
+    "blk.{}.attn_v.weight": "self_attn.v_proj.weight",
+    "blk.{}.attn_output.weight": "self_attn.o_proj.weight",
+    "blk.{}.ffn_norm.weight": "post_attention_layernorm.weight",
+    "blk.{}.ffn_gate.weight": "mlp.gate_proj.weight",
+    "blk.{}.ffn_up.weight": "mlp.up_proj.weight",
+    "blk.{}.ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+@pytest.mark.parametrize("case", [uneven, no_heads_in_layer_0])
+@pytest.mark.parametrize("row", ["llama MHA", "llama GQA", "llama odd widths", MISTRAL])
+def test_a_gguf_file_holds_the_tensors_of_the_checkpoint(row, case, make_folder, tmp_path, capsys):
+    _, folder = make_folder(row, case)
+    export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    stored, tensors = load_pruned(folder), tensors_of(tmp_path / "model.gguf")
+    weights = stored.state_dict()
+    layers = range(3)
+    for index in layers:
+        prefix = f"model.layers.{index}."
+        for name, source in NAMES.items():
+            assert torch.equal(tensors.pop(name.format(index)), weights[prefix + source])
+        for kind in "qk":
+            written = tensors.pop(f"blk.{index}.attn_{kind}.weight")
+            expected = weights[f"{prefix}self_attn.{kind}_proj.weight"]
+            assert torch.equal(halves(written, stored.config.head_dim), expected)
+            assert not expected.any() or not torch.equal(written, expected)  # control: there is an order to undo
+    assert torch.equal(tensors.pop("token_embd.weight"), weights["model.embed_tokens.weight"])
+    assert torch.equal(tensors.pop("output.weight"), weights["lm_head.weight"])
+    assert torch.equal(tensors.pop("output_norm.weight"), weights["model.norm.weight"])
+    assert not tensors
+    fields = fields_of(tmp_path / "model.gguf")
+    assert fields["general.architecture"] == "deci"
+    config = [stored.config.per_layer_config[index] for index in layers]
+    assert list(fields["deci.attention.head_count"]) == [layer.num_attention_heads for layer in config]
+    assert list(fields["deci.attention.head_count_kv"]) == [layer.num_key_value_heads for layer in config]
+    assert list(fields["deci.feed_forward_length"]) == [layer.intermediate_size for layer in config]
+    assert 0 not in fields["deci.attention.head_count_kv"]
+    assert fields["deci.attention.key_length"] == fields["deci.rope.dimension_count"] == stored.config.head_dim
+    assert fields["deci.context_length"] == (4 if row == MISTRAL else 64)  # the window
+    assert ("no sliding window" in capsys.readouterr().out) == (row == MISTRAL)
+
+
+@pytest.mark.parametrize(
+    ("row", "architecture"),
+    [(MISTRAL, "llama"), ("qwen2 untied", "qwen2"), ("qwen3 tied", "qwen3"), ("llama tied, with biases", "llama")],
+)
+def test_a_uniform_model_keeps_its_architecture(row, architecture, make_folder, tmp_path):
+    _, folder = make_folder(row, uniform)
+    export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    fields, tensors = fields_of(tmp_path / "model.gguf"), tensors_of(tmp_path / "model.gguf")
+    assert fields["general.architecture"] == architecture
+    assert fields[f"{architecture}.attention.head_count_kv"] == 1
+    assert fields[f"{architecture}.feed_forward_length"] == 16
+    weights = load_pruned(folder).state_dict()
+    assert ("output.weight" in tensors) == (not ROWS[row][1].get("tie_word_embeddings", False))
+    query = weights["model.layers.1.self_attn.q_proj.weight"]
+    if architecture == "llama":
+        query = query.unflatten(0, (-1, 2, 3)).transpose(1, 2).flatten(0, 2)
+    assert torch.equal(tensors["blk.1.attn_q.weight"], query)
+    if "model.layers.1.self_attn.k_proj.bias" in weights:
+        bias = weights["model.layers.1.self_attn.k_proj.bias"]
+        written = tensors["blk.1.attn_k.bias"]
+        assert torch.equal(halves(written, 6) if architecture == "llama" else written, bias)
+    if architecture == "qwen3":
+        assert torch.equal(tensors["blk.1.attn_q_norm.weight"], weights["model.layers.1.self_attn.q_norm.weight"])
+
+
+@pytest.mark.parametrize("row", ["qwen2 untied", "qwen3 tied", "llama tied, with biases"])
+def test_what_deci_lacks_is_refused(row, make_folder, tmp_path):
+    _, folder = make_folder(row, uneven)
+    with pytest.raises(InputError, match="'deci' has neither biases nor norms on q and k; export --format vanilla"):
+        export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_precisions(outtype, make_folder, tmp_path):
+    _, folder = make_folder(hidden_size=96, intermediate_size=96)
+    export("gguf", folder, tmp_path / "model.gguf", outtype, verify=False)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["output_norm.weight"] == "F32"
+    widths = {name: tensor.shape[-1] for name, tensor in tensors_of(tmp_path / "model.gguf").items()}
+    matrices = {name: kind for name, kind in types.items() if "norm" not in name}
+    for name, kind in matrices.items():
+        assert kind == ("F16" if outtype == "q8_0" and widths[name] % 32 else outtype.upper())
+    exact = load_pruned(folder).model.layers[0].mlp.up_proj.weight.detach()
+    written = tensors_of(tmp_path / "model.gguf")["blk.0.ffn_up.weight"]
+    assert 0 < (written - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_scaled_rotary_frequencies_are_written_as_factors(make_folder, tmp_path):
+    _, folder = make_folder(rope_parameters=LLAMA3_ROPE)
+    export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    factors = tensors_of(tmp_path / "model.gguf")["rope_freqs.weight"]
+    frequencies = 5000.0 ** (-torch.arange(0, 6, 2) / 6)
+    torch.testing.assert_close(frequencies / factors, load_pruned(folder).model.rotary_emb.inv_freq)
+    assert 1.0 <= factors.min() < 2.0 and factors.max() == pytest.approx(8.0)  # the slower, the nearer to the factor
+    assert fields_of(tmp_path / "model.gguf")["deci.rope.freq_base"] == 5000.0
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+    edit_config(folder, rope_parameters=rope, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(InputError, match="rotary scaling 'linear' is not supported"):
+        export("gguf", folder, tmp_path / "other.gguf", "f32", verify=False)
+
+
+TEXT = [
+    "keeps or drops what it carries, 1234 times; the gate's unit",
+    "naïve café über alles",
+    "  two  spaces\n\nlines",
+]
+
+
+def byte_level(split=None, **options):
+    words = Tokenizer(models.BPE())
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None, **options)
+    words.pre_tokenizer = last
+    if split is not None:
+        words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), last])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    words.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece():
+    """A BPE with byte fallback and a prefix space, as Llama-2's and Mistral's fast tokenizers are."""
+    words = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<unk>", "<s>", "</s>"]
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=specials + alphabet)
+    words.train_from_iterator(TEXT, trainer)
+    content = json.loads(words.to_str())
+    made = dict.fromkeys("".join(pair) for pair in content["model"]["merges"])
+    vocabulary = content["model"]["vocab"]
+    splits = [(token[:i], token[i:]) for token in made for i in range(1, len(token))]  # as conversion from the original
+    content["model"]["merges"] = [pair for pair in splits if all(part in vocabulary for part in pair)]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in specials]
+    words = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(("split", "name"), [(None, "gpt-2"), *SPLITS.items()])
+def test_a_byte_level_tokenizer_is_written_whole(split, name, make_folder, tmp_path):
+    words = byte_level(split)
+    _, folder = make_folder(words=words, vocab_size=310)  # ten rows more than tokens
+    export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    fields = fields_of(tmp_path / "model.gguf")
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", name)
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert tokens[: len(words)] == words.convert_ids_to_tokens(list(range(len(words))))
+    assert len(tokens) == len(set(tokens)) == 310
+    types = fields["tokenizer.ggml.token_type"]
+    assert types[:3] == [3, 3, 1] and types[len(words) :] == [5] * (310 - len(words))
+    assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]) == (0, 1)
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert apply_merges(fields["tokenizer.ggml.merges"], list("keeps")) == words.tokenize("keeps")
+
+
+def apply_merges(merges, pieces):
+    """Byte-pair encoding by its definition: the pair of lowest rank first."""
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+    while True:
+        pairs = [(ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairwise(pieces))]
+        rank, place = min(pairs, default=(len(ranks), 0))
+        if rank == len(ranks):
+            return pieces
+        pieces = [*pieces[:place], pieces[place] + pieces[place + 1], *pieces[place + 2 :]]
+
+
+def join_by_score(scores, pieces):
+    """SentencePiece as llama.cpp does it: the neighbours whose union scores highest first, the leftmost of equals."""
+    while True:
+        unions = [(-scores[a + b], place) for place, (a, b) in enumerate(pairwise(pieces)) if a + b in scores]
+        if not unions:
+            return pieces
+        _, place = min(unions)
+        pieces = [*pieces[:place], pieces[place] + pieces[place + 1], *pieces[place + 2 :]]
+
+
+def test_a_sentencepiece_tokenizer_is_written_with_scores_that_merge_the_same(make_folder, tmp_path):
+    words = sentencepiece()
+    _, folder = make_folder(words=words, vocab_size=len(words))
+    export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    fields = fields_of(tmp_path / "model.gguf")
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
+    types = fields["tokenizer.ggml.token_type"]
+    assert types[:4] == [2, 3, 3, 6] and types[3:259] == [6] * 256 and set(types[259:]) == {1}
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    choose = random.Random(0)
+    texts = [*TEXT, *("".join(choose.choices("".join(TEXT), k=30)) for _ in range(50))]
+    expected = [words.tokenize(text) for text in texts]
+    pieces = [list("▁" + text.replace(" ", "▁")) for text in texts]
+    assert [join_by_score(scores, row) for row in pieces] == expected
+    backwards = {token: -score for token, score in scores.items()}
+    assert [join_by_score(backwards, row) for row in pieces] != expected  # control
+
+
+def test_merges_that_are_not_sentencepiece_s_are_refused(make_folder, tmp_path):
+    words = sentencepiece()
+    _, folder = make_folder(words=words, vocab_size=len(words))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = next("".join(pair) for pair in content["model"]["merges"] if len("".join(pair)) > 2)
+    kept = [pair for pair in content["model"]["merges"] if "".join(pair) != token]
+    content["model"]["merges"] = [*kept, [token[0], token[1:]]]
+    content["model"]["vocab"] |= {token[1:]: 0, token[:-1]: 0}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="joins other pieces than SentencePiece does"):
+        export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_name_is_refused(make_folder, tmp_path):
+    _, folder = make_folder(words=byte_level(r"\p{N}+|\p{L}+"), vocab_size=300)
+    with pytest.raises(InputError, match="llama.cpp has no name for this tokenizer's way to split text"):
+        export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    tokenizer().save_pretrained(folder)
+    with pytest.raises(InputError, match="a tokenizer of type WordLevel is not supported"):
+        tokenizer_fields(folder, load_pruned(folder).config)
+
+
+@pytest.mark.parametrize("row", ["llama GQA", "llama odd widths", MISTRAL, "qwen2 tied", "qwen3 untied"])
+def test_vanilla_is_a_stock_model_of_the_same_function(row, make_folder, input_ids, tmp_path, capsys):
+    narrow, folder = make_folder(row, no_heads_in_layer_0)
+    export("vanilla", folder, tmp_path / "vanilla")
+    assert "verified" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "vanilla").eval()
+    assert not type(loaded).__name__.startswith("Pruned")
+    assert "per_layer_config" not in read_config(tmp_path / "vanilla")
+    torch.testing.assert_close(logits(loaded, input_ids), logits(narrow, input_ids), **CLOSE)
+    assert sum(p.numel() for p in loaded.parameters()) > sum(p.numel() for p in narrow.parameters())
+
+
+def test_vanilla_refuses_what_no_stock_config_holds(make_folder, tmp_path):
+    def odd_width(plan):
+        hidden = {"hidden": plan.kept.hidden[:21]}, {"hidden": plan.scale.hidden[:21]}
+        return replace(plan, kept=replace(plan.kept, **hidden[0]), scale=replace(plan.scale, **hidden[1]))
+
+    _, folder = make_folder("llama tied, with biases", odd_width)
+    with pytest.raises(InputError, match="a stock Llama config needs a hidden width"):
+        export("vanilla", folder, tmp_path / "vanilla")
+
+
+def test_a_wrong_export_is_never_left_as_a_result(make_folder, tmp_path, monkeypatch):
+    from tvaprune.checkpoint import folder as checkpoint
+
+    _, folder = make_folder()
+    padded = checkpoint._padded
+    monkeypatch.setattr(checkpoint, "_padded", lambda source, shape, empty: padded(source, shape, empty) * 0.9)
+    with pytest.raises(InputError, match="the written model's logits are off by"):
+        export("vanilla", folder, tmp_path / "vanilla")
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    export("vanilla", folder, tmp_path / "vanilla", verify=False)  # as asked
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of its own parts
+@pytest.mark.parametrize("row", ["llama GQA", MISTRAL])
+def test_onnx_runtime_gives_the_same_logits(row, make_folder, input_ids, tmp_path, capsys):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    narrow, folder = make_folder(row, no_heads_in_layer_0, words=tokenizer())
+    export("onnx", folder, tmp_path / "onnx")
+    assert capsys.readouterr().out.count("verified") == 2
+    files = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert {"model.onnx", "model_with_past.onnx", "config.json", "tokenizer.json"} <= files
+    session = ort.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    found = torch.tensor(session.run(["logits"], {"input_ids": input_ids.numpy()})[0])
+    torch.testing.assert_close(found, logits(narrow, input_ids), **CLOSE)
+    step = ort.InferenceSession(tmp_path / "onnx" / "model_with_past.onnx")
+    heads = [node.shape[1] for node in step.get_inputs() if node.name.endswith(".key")]
+    assert heads == [layer.num_key_value_heads for layer in load_pruned(folder).config.per_layer_config]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("row", ["llama GQA", "llama MHA"])
+def test_llama_cpp_gives_the_same_logits(row, make_folder, tmp_path, capsys):
+    _, folder = make_folder(row, no_heads_in_layer_0, words=byte_level(), vocab_size=310, hidden_size=96, head_dim=16)
+    export("gguf", folder, tmp_path / "model.gguf", "f32")
+    assert capsys.readouterr().out.count("in llama.cpp: largest difference") == 2
+
+
+def test_what_is_in_use_or_missing_is_said_in_one_line(make_folder, tmp_path, monkeypatch):
+    _, folder = make_folder()
+    (tmp_path / "model.gguf").write_text("mine")
+    with pytest.raises(InputError, match="is there; give a new .gguf file, or replace it: --overwrite_output_dir"):
+        export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    assert (tmp_path / "model.gguf").read_text() == "mine"
+    export("gguf", folder, tmp_path / "model.gguf", "f32", overwrite=True, verify=False)
+    with pytest.raises(InputError, match="is not empty; replace it with --overwrite_output_dir"):
+        export("vanilla", folder, folder)
+    with pytest.raises(InputError, match="not a pruned checkpoint"):
+        export("vanilla", tmp_path, tmp_path / "vanilla")
+    with pytest.raises(InputError, match=r"--format onnx needs not_there: pip install 'tvaprune\[onnx\]'"):
+        require("onnx", "torch", "not_there")

@@ -1,0 +1,283 @@
+"""The comparison: the whole command on a tiny model, and its figures against cells written by hand."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from support import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+import compare  # noqa: E402
+from compare_report import Cells, orders_of, ratios, worst_change, write_report  # noqa: E402
+
+from tvaprune.cli import run_command  # noqa: E402
+from tvaprune.measure.zeroshot import Score  # noqa: E402
+
+FIRST, SECOND = "first", "second"
+
+
+@pytest.fixture(scope="module")
+def flags(make_model, tmp_path_factory):
+    """The flags of a small grid: one learned and one scored method, two sparsities, one seed."""
+    folder = tmp_path_factory.mktemp("compare")
+    checkpoint = tiny.save_checkpoint(make_model("llama"), folder / "tiny")
+    first = tiny.write_text(folder / "first.txt", 2400)
+    second = folder / "second.txt"
+    choose = random.Random(1)
+    second.write_text("\n\n".join(" ".join(choose.choices(tiny.WORDS[:6], k=12)) for _ in range(300)))
+    return [
+        "--models", checkpoint, "--dataset", first, "--second_text", second, "--methods", "vib", "magnitude",
+        "--weight_updates", "none", "fold", "refit", "--sparsities", 0.3, 0.5, "--seeds", 0, "--block_size", 16,
+        "--train_samples", 16, "--calibration_samples", 8, "--max_eval_samples", 6, "--zero_eval_sparsities",
+        "--threads", 1, "--dim_multiple", 4, "--use_cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(flags, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compared") / "out"
+    result = tiny.run("benchmarks/compare.py", *flags, "--output", output)
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def files_of(output):
+    return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+
+
+def names(methods=("magnitude", "vib")):
+    return [f"{method}-{sparsity}-0" for method in methods for sparsity in (0.3, 0.5)]
+
+
+def test_it_writes_exactly_these_files(compared):
+    output, result = compared
+    own = [name for name in files_of(output) if "/gates/" not in name]
+    cells = [f"{m}-{u}-{s}-0.json" for m in ("magnitude", "vib") for u in ("fold", "none", "refit") for s in (0.3, 0.5)]
+    masks = [f"{name}.{kind}" for name in names() for kind in ("json", "pkl")]
+    assert own == sorted(
+        ["compare.json", "compare.md", "compare.png", "tiny/dense.json"]
+        + [f"tiny/cells/{name}" for name in cells]
+        + [f"tiny/masks/{name}" for name in masks]
+    )
+    assert sorted(path.name for path in (output / "tiny" / "gates").iterdir()) == names(["vib"])
+    assert "tiny magnitude fold 0.5 seed 0: " in result.stdout  # a line for each cell
+    assert (output / "compare.md").read_text() in result.stdout
+
+
+def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
+    output, _ = compared
+    dense = tiny.read_json(output / "tiny" / "dense.json")["perplexity"]
+    for path in (output / "tiny" / "cells").iterdir():
+        cell = tiny.read_json(path)
+        assert abs(cell["sparsity"] - cell["target_sparsity"]) < 0.05
+        text = cell["second_text"]
+        assert {name: value["dense"] for name, value in cell["perplexity"].items()} == dense
+        assert all(value["pruned"] != value["dense"] for value in cell["perplexity"].values())
+        assert set(cell["windows"].values()) == {6}
+        assert cell["block_size"] == 16 and cell["calibration_samples"] == 8 and cell["split"] == "test"
+        assert cell["flags"] == ["--dim_multiple", "4", "--use_cpu"]
+        assert min(*cell["seconds"].values(), *cell["peak_memory"].values()) > 0
+        assert {"hardware", "versions", "command", "widths", "method", "weight_update", "seed"} <= set(cell)
+        assert cell["zero_shot"] is None
+    updates = ("none", "fold", "refit")
+    vib = [tiny.read_json(output / "tiny" / "cells" / f"vib-{u}-0.5-0.json")["perplexity"][text] for u in updates]
+    assert len({value["pruned"] for value in vib}) == 3  # the update is applied
+    magnitude = [tiny.read_json(output / "tiny" / "cells" / f"magnitude-{u}-0.5-0.json") for u in ("none", "fold")]
+    assert magnitude[0]["perplexity"] == magnitude[1]["perplexity"]  # control: the means of a score are one
+
+
+def times(folder):
+    return {name: (folder / name).stat().st_mtime_ns for name in files_of(folder)}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Returns a function that runs the command in this process: flags, output -> (exit code, stdout, stderr)."""
+
+    def run(flags, output):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags), "--output", str(output)])
+        code = run_command(compare.main)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_an_interrupted_comparison_goes_on_and_a_finished_one_computes_nothing(compared, flags, command):
+    output, _ = compared
+    lost = output / "tiny" / "cells" / "magnitude-fold-0.5-0.json"
+    before, content = times(output / "tiny"), tiny.read_json(lost)
+    lost.unlink()
+    code, out, error = command(flags, output)
+    assert code == 0, error
+    assert out.count("seed 0: ") == 1
+    after = times(output / "tiny")
+    assert [name for name in after if after[name] != before[name]] == ["cells/magnitude-fold-0.5-0.json"]
+    assert tiny.read_json(lost)["perplexity"] == content["perplexity"]
+    code, out, error = command(flags, output)
+    assert code == 0 and "seed 0: " not in out
+    assert times(output / "tiny") == after
+
+
+def refusal(command, flags, output):
+    code, _, error = command(flags, output)
+    assert code == 2
+    (line,) = (line for line in error.splitlines() if line.startswith("compare.py: "))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model": ', "not a file of this comparison (JSONDecodeError); remove it, or give another --output"),
+        ("[1, 2]", "not a file of this comparison (TypeError)"),
+        ('{"model": "another"}', "not a file of this comparison (KeyError)"),
+    ],
+)
+def test_a_broken_cell_is_refused_in_one_line(text, words, flags, tmp_path, command):
+    path = tmp_path / "tiny" / "cells" / "vib-none-0.3-0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    line = refusal(command, flags, tmp_path)
+    assert f"{path}: " in line and words in line
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--max_eval_samples", 5), "made with --max_eval_samples 6; give the same flags, or another --output"),
+        (("--second_text", "python_docs"), "made with --second_text "),
+        (("--dim_multiple", 8), "made with --flags "),
+    ],
+)
+def test_cells_of_other_settings_are_refused(change, words, compared, flags, command):
+    assert words in refusal(command, [*flags, *change], compared[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--weight_updates", "melt"), "invalid choice: 'melt'"),
+        (("--no_such_flag", 1), "no_such_flag"),
+        (("--models", "a/tiny", "b/tiny"), "two have the same name"),
+        (("--models", "nowhere"), "--model_name_or_path nowhere: cannot be loaded"),
+        (("--dataset", "python_docs", "--second_text", "python_docs"), "is the --dataset too"),
+        (("--sparsities", 1.5), "--target_sparsity is 1.5"),
+    ],
+)
+def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
+    assert words in refusal(command, [*flags, *change], tmp_path)
+    assert files_of(tmp_path) == []
+
+
+def test_the_zero_shot_average_by_hand():
+    class Tasks:
+        def run(self, models, tokenizer, on_score, max_length):
+            assert list(models.values()) == ["model"] and (tokenizer, max_length) == ("tokenizer", 16)
+            for task, value, examples in (("one", 0.5, 20), ("two", 0.8, 10)):
+                on_score(task, *models, Score("acc", value, None, {}, 0.25, {"num_examples": examples}, [], []))
+
+    measurement = object.__new__(compare.Measurement)
+    measurement.tasks, measurement.base = Tasks(), SimpleNamespace(tokenizer="tokenizer")
+    measurement.args = SimpleNamespace(block_size=16)
+    found = measurement._zero_shot("model")
+    assert found["average"] == pytest.approx(0.65)
+    assert found["num_examples"] == 30 and found["tasks"] == {"one": 0.5, "two": 0.8}
+
+
+def cell(method, update, gaps, model="m/one", sparsity=0.5, seed=0, **values):
+    """A cell whose log perplexity on each text is the dense 0 plus a gap."""
+    return {
+        "model": model, "method": method, "weight_update": update, "target_sparsity": sparsity, "seed": seed,
+        "perplexity": {t: {"dense": 1.0, "pruned": math.exp(g)} for t, g in zip((FIRST, SECOND), gaps, strict=True)},
+        "windows": {FIRST: 4, SECOND: 5}, "zero_shot": None, "block_size": 16, "split": "test", "train_samples": 1,
+        "calibration_samples": 2, "dataset": FIRST, "command": "compare", "hardware": "none",
+        "seconds": {"choosing": 1.5, "update": 0.5, "perplexity": 1.0},
+        "peak_memory": {"choosing": 2**20, "update": 2**21},
+    } | values  # fmt: skip
+
+
+HAND_MADE = [
+    # medians of three seeds: vib 0.4 folded, 0.3 refitted; flap 2.0 and 1.0; taylor 1.5 and 1.2
+    *(cell("vib", "fold", (gap, 0.8), seed=seed) for seed, gap in enumerate((0.9, 0.4, 0.3))),
+    *(cell("vib", "refit", (gap, 0.6), seed=seed) for seed, gap in enumerate((0.1, 0.3, 0.5))),
+    *(cell("flap", "fold", (2.0, 1.0), seed=seed) for seed in range(3)),
+    *(cell("flap", "refit", (1.0, 1.2), seed=seed) for seed in range(3)),
+    *(cell("taylor", "fold", (1.5, 3.0), seed=seed) for seed in range(3)),
+    *(cell("taylor", "refit", (1.2, 0.4), seed=seed) for seed in range(3)),
+]
+
+
+def test_the_figures_by_hand():
+    first, second = ratios(Cells(HAND_MADE), "m/one")
+    assert (first["text"], first["method"], first["target_sparsity"]) == (FIRST, "vib", 0.5)
+    # first text: 0.3 / 1.0 (flap is the best refitted), 0.3 / 1.5 (taylor the best folded), (0.4 - 0.3) / 0.4 closed
+    assert (first["best_refitted"], first["best_folded"]) == ("flap", "taylor")
+    assert [first[name] for name in ("to_refitted", "to_folded", "closed")] == pytest.approx([0.3, 0.2, 0.25])
+    # second text: 0.6 / 0.4, 0.6 / 1.0, (0.8 - 0.6) / 0.8
+    assert (second["best_refitted"], second["best_folded"]) == ("taylor", "flap")
+    assert [second[name] for name in ("to_refitted", "to_folded", "closed")] == pytest.approx([1.5, 0.6, 0.25])
+
+
+def test_the_worst_change_by_hand():
+    # first text: only vib's seed 2 gets worse, from 0.3 to 0.5; second: flap's every seed, from 1.0 to 1.2
+    cells = Cells(HAND_MADE)
+    first, second = (worst_change(cells, text) for text in (FIRST, SECOND))
+    assert first["change"] == pytest.approx(math.exp(0.2) - 1)
+    assert (first["method"], first["seed"]) == ("vib", 2)
+    assert second["change"] == pytest.approx(math.exp(0.2) - 1)
+    assert second["method"] == "flap"
+    assert worst_change(Cells([row for row in HAND_MADE if row["weight_update"] == "fold"]), FIRST) is None
+
+
+def test_the_order_of_the_methods_by_hand():
+    rows = orders_of(Cells(HAND_MADE), "m/one")
+    assert {row["weight_update"]: row["orders"] for row in rows} == {
+        "fold": {FIRST: ["vib", "taylor", "flap"], SECOND: ["vib", "flap", "taylor"]},
+        "refit": {FIRST: ["vib", "flap", "taylor"], SECOND: ["taylor", "vib", "flap"]},
+    }
+
+
+def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
+    other = [row | {"model": "m/two"} for row in HAND_MADE if row["seed"] == 0 and row["method"] != "vib"]
+    scored = cell("vib", "fold", (0.9, 0.8), zero_shot={"dense": {"average": 0.6}, "pruned": {"average": 0.55}})
+    write_report([scored, *HAND_MADE[1:], *other], tmp_path)
+    assert files_of(tmp_path) == ["compare.json", "compare.md", "compare.png"]
+    text = (tmp_path / "compare.md").read_text()
+    assert "| 0.5 | vib | 0.400 (0.300 to 0.900) | 0.300 (0.100 to 0.500) | 0.800 (0.800 to 0.800) |" in text
+    assert "| 0.550 | - | 1.5 s | 0.5 s | 1 MiB |" in text
+    assert "| one | 0.5 | first | vib | 0.300 (flap) | 0.200 (taylor) | 0.250 |" in text
+    assert "at most 0.30" in text and "at most 0.15" in text and "at least 0.33" in text
+    assert "first: +22.14% (one, vib, 0.5, seed 2); sought: at most +1%" in text
+    assert "Order at 0.5, one, refit: first: vib, flap, taylor; second: taylor, vib, flap." in text
+    assert "Order at 0.5, two, fold: first: taylor, flap; second: flap, taylor." in text
+    assert "| 0.5 | flap | 2.000 |" in text.split("## two")[1]  # one seed: no spread
+    report = tiny.read_json(tmp_path / "compare.json")
+    assert [row["to_refitted"] for row in report["figures"]] == pytest.approx([0.3, 1.5])
+    assert len(report["cells"]) == 22
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        ([], []),
+        (["model"], ["--models", "model"]),
+        (["model", "text"], ["--models", "model", "--dataset", "text"]),
+        (["model", "--seeds", "3"], ["--models", "model", "--seeds", "3"]),
+        (["--seeds", "3", "4"], ["--seeds", "3", "4"]),
+    ],
+)
+def test_compare_sh_hands_its_arguments_on(arguments, passed, tmp_path):
+    python = tmp_path / "python"  # says that the requirements are there, and prints what it is asked to run
+    python.write_text('#!/bin/sh\n[ "$1" = - ] || printf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", "script/compare.sh", *arguments], cwd=tiny.ROOT, capture_output=True, text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert result.stdout.splitlines() == ["benchmarks/compare.py", *passed], result.stderr

@@ -1,0 +1,312 @@
+"""Whole commands on a tiny checkpoint: what they write, what they print, and what they refuse."""
+
+import math
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from support import tiny
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tvaprune.choose.settings import gate_settings
+from tvaprune.flags.arguments import Arguments
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.plan.masks import load_masks, save_masks
+
+RUN = (
+    "--block_size",
+    16,
+    "--ctx_length",
+    16,
+    "--max_eval_samples",
+    8,
+    "--speed_batches",
+    2,
+    "--use_cpu",
+    "--dim_multiple",
+    4,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory):
+    return tiny.save_checkpoint(make_model("llama"), tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, text, tmp_path_factory):
+    """The output of one gate training, as a subprocess."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    flags = ("--max_train_samples", 32, "--per_device_train_batch_size", 4, "--save_steps", 4, "--target_sparsity", 0.4,
+             "--logging_steps", 2)  # fmt: skip
+    result = tiny.run(
+        "tva_prune.py", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output, *RUN, *flags
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def test_pruning_writes_exactly_these_files(pruned):
+    output, _ = pruned
+    files = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    (mask,) = (output / "best").glob("mask_info_*.pkl")
+    own = [name for name in files if not name.startswith("checkpoint-")]
+    assert own == sorted(
+        [f"best/{mask.name}", f"best/{mask.stem}.json", "plan.json", "results.json", "training.png",
+         "training_log.json", "widths.png"]
+    )  # fmt: skip
+    assert {name.split("/")[0] for name in files if name.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-8"}
+
+
+def test_pruning_prints_what_it_did(pruned):
+    output, result = pruned
+    wanted = ("perplexity", "dense ->", "(target 0.4)", "kept KV heads", "speed-up", "mask_info_", "training.png")
+    for words in wanted:
+        assert words in result.stdout
+    assert "sparsity 0." in result.stderr and "lambda" in result.stderr  # the progress bar
+    results = tiny.read_json(output / "results.json")
+    assert results["widths"]["decoder_sparsity"] == pytest.approx(0.4, abs=0.02)
+    assert results["parameters"]["pruned"] < results["parameters"]["dense"]
+    assert {"seed", "versions", "hardware", "command", "window", "split", "sparsity_definition"} <= set(results)
+    record = tiny.read_json(next((output / "best").glob("*.json")))
+    assert {"model", "dataset_name", "target_sparsity", "decoder_sparsity", "seed", "versions", "settings"} <= set(
+        record
+    )
+
+
+def test_evaluating_the_mask_repeats_its_perplexity(pruned, checkpoint, text, tmp_path):
+    output, _ = pruned
+    (mask,) = (output / "best").glob("*.pkl")
+    flags = ("--do_eval", "--overwrite_output_dir", "--save_loc", tmp_path / "results", "--output_dir", tmp_path / "o")
+    result = tiny.run(
+        "lora_ft_vib.py", "--model_name_or_path", checkpoint, "--dataset_name", text, "--mask_loc", mask, *flags, *RUN
+    )
+    assert result.returncode == 0, result.stderr
+    again = tiny.read_json(tmp_path / "results" / "results.json")["perplexity"]
+    first = tiny.read_json(output / "results.json")["perplexity"]
+    assert again == pytest.approx(first)
+    assert abs(math.log(first["pruned"] / first["dense"])) > 1e-4  # negative control: pruning changes the score
+    plan = KeepPlan.load(tmp_path / "results" / "plan.json")
+    assert plan.num_parameters == tiny.read_json(output / "results.json")["parameters"]["pruned"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_mask(pruned, checkpoint, text, tmp_path, command):
+    """A run from its middle checkpoint ends as the whole run did."""
+    output, _ = pruned
+    shutil.copytree(output / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+    flags = ("--max_train_samples", 32, "--per_device_train_batch_size", 4, "--save_steps", 4, "--target_sparsity", 0.4)
+    code, _, error = command(
+        "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out",
+        *RUN, *flags, "--resume_from_checkpoint", "True",
+    )  # fmt: skip
+    assert code == 0, error
+    (first,), (again,) = (list((folder / "best").glob("*.pkl")) for folder in (output, tmp_path / "out"))
+    assert first.name == again.name
+    pairs = zip(load_masks(first).log_variance, load_masks(again).log_variance, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"])
+def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 2)
+    code, out, error = command(
+        "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out",
+        *RUN, "--prune_method", method, "--max_train_samples", 8,
+    )  # fmt: skip
+    assert code == 0, error
+    assert tiny.read_json(tmp_path / "out" / "results.json")["prune_method"] == method
+    assert list((tmp_path / "out" / "best").glob("mask_info_*.pkl"))
+
+
+def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, command):
+    output = tmp_path / "out"
+    flags = (
+        "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output, *RUN,
+        "--max_train_samples", 16, "--per_device_train_batch_size", 4, "--save_pruned", tmp_path / "saved",
+        "--refit_samples", 8, "--target_sparsity",
+    )  # fmt: skip
+    assert command(*flags, 0.3, 0.2)[0] == 0
+    code, _, error = command(*flags, 0.4, 0.2)
+    assert "is not empty; replace it with --overwrite_output_dir" in tiny.refusal(code, error)
+    code, out, error = command(*flags, 0.4, 0.2, "--overwrite_output_dir")
+    assert code == 0, error
+    assert sorted(path.name for path in output.glob("sparsity_*")) == ["sparsity_0.2", "sparsity_0.4"]
+    assert out.count("(target 0.2)") == out.count("(target 0.4)") == 1
+    masks = {}
+    for target in (0.2, 0.4):
+        results = tiny.read_json(output / f"sparsity_{target}" / "results.json")
+        assert results["widths"]["decoder_sparsity"] == pytest.approx(target, abs=0.03)
+        assert results["target_sparsity"] == target and results["weight_update"] == "refit"
+        assert results["refit"]["calibration_blocks"] == 8
+        masks[target] = load_masks(results["mask"])
+        assert (tmp_path / "saved" / f"sparsity_{target}" / "config.json").is_file()
+    assert len(list(output.rglob("mask_info_*.pkl"))) == 2
+    for low, high in zip(masks[0.2].log_alpha, masks[0.4].log_alpha, strict=True):
+        assert torch.equal(low.argsort(stable=True), high.argsort(stable=True))  # the same gates, cut elsewhere
+
+
+@pytest.mark.parametrize("options", [("--refit_offload", "True"), ()])
+def test_the_update_is_the_users_choice(pruned, checkpoint, text, tmp_path, command, options):
+    (mask,) = (pruned[0] / "best").glob("*.pkl")
+    base = ("--model_name_or_path", checkpoint, "--mask_loc", mask, "--dataset_name", text, "--output_dir", tmp_path)
+    values = {}
+    for level in ("none", "fold", "refit"):
+        flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level, *options)
+        code, _, error = command(*base, *RUN, *flags)
+        assert code == 0, error
+        values[level] = tiny.read_json(tmp_path / level / "results.json")
+    assert len({result["perplexity"]["pruned"] for result in values.values()}) == 3
+    assert len({result["perplexity"]["dense"] for result in values.values()}) == 1
+    report = values["refit"]["refit"]
+    assert report["divergences"][report["shares"].index(report["share"])] == min(report["divergences"])
+    assert "refit" not in values["fold"]
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_flap_folds_its_bias_where_the_architecture_has_one(biases, make_model, text, tmp_path, command):
+    model = tiny.save_checkpoint(make_model("llama", attention_bias=biases, mlp_bias=biases), tmp_path / "model")
+    scores = []
+    for update in ("fold", "none"):
+        code, _, error = command(
+            "--do_train", "--model_name_or_path", model, "--dataset_name", text, "--output_dir", tmp_path / update,
+            *RUN, "--prune_method", "flap", "--max_train_samples", 8, "--weight_update", update,
+        )  # fmt: skip
+        assert code == 0, error
+        scores.append(tiny.read_json(tmp_path / update / "results.json")["perplexity"]["pruned"])
+    assert (scores[0] == scores[1]) == (not biases)  # with factors of 1 there is nothing else to fold
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def masks_that_cannot_be_used(folder, good):
+    """Yields (file, words of the refusal)."""
+    truncated, foreign, evil, other = (folder / f"{name}.pkl" for name in ("truncated", "foreign", "evil", "other"))
+    truncated.write_bytes(good.read_bytes()[:500])
+    foreign.write_bytes(pickle.dumps({"weights": [1, 2]}))
+    evil.write_bytes(pickle.dumps(Evil()))
+    masks = load_masks(good)
+    wide = masks.mu.map(lambda values: torch.cat([values, values]))
+    save_masks(type(masks)(mu=wide, log_variance=PerUnit(*(wide.hidden, wide.attn, wide.inter))), other)
+    yield folder / "missing.pkl", "there is no such file"
+    yield truncated, "not a readable mask file"
+    yield foreign, "is no gate of a mask file"
+    yield evil, "asks to run builtins.print"
+    yield other, "give the mask of this model"
+
+
+def test_masks_that_cannot_be_used_are_refused_in_one_line(pruned, checkpoint, text, tmp_path, command):
+    (good,) = (pruned[0] / "best").glob("*.pkl")
+    for mask, words in masks_that_cannot_be_used(tmp_path, good):
+        code, out, error = command(
+            "--do_eval", "--model_name_or_path", checkpoint, "--dataset_name", text, "--mask_loc", mask, *RUN,
+            "--output_dir", tmp_path / "out",
+        )  # fmt: skip
+        assert words in tiny.refusal(code, error)
+        assert "executed" not in out
+        assert not (tmp_path / "out" / "results.json").exists()
+
+
+def empty(folder):
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--target_sparsity", 1.5), "--target_sparsity is 1.5"),
+        (("--target_sparsity", 0), "give a number between 0 and 1"),
+        (("--model_name_or_path", "nowhere"), "--model_name_or_path nowhere: cannot be loaded"),
+        (("--dataset_name", "nowhere.txt"), "neither a file or folder nor one of"),
+        (("--prune_method", "best"), "invalid choice: 'best'"),
+        (("--no_such_flag", 1), "no_such_flag"),
+        (("--dim_multiple", -8), "--dim_multiple is -8"),
+        (("--settle_share", 1), "--settle_share is 1.0"),
+        (("--beta", "nan"), "--beta is nan"),
+        (("--refit_samples", 0), "--refit_samples is 0"),
+        (("--vib_learning_rate", -0.1), "--vib_learning_rate is -0.1"),
+        (("--resume_from_checkpoint", "True"), "no checkpoint there"),
+        (("--output_dir", "/proc/none"), "cannot be written"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(flags, words, checkpoint, text, tmp_path, command):
+    base = {"--model_name_or_path": checkpoint, "--dataset_name": text, "--output_dir": tmp_path / "out"}
+    base |= {flags[0]: flags[1]}
+    code, _, error = command("--do_train", *RUN, *(item for pair in base.items() for item in pair))
+    assert words in tiny.refusal(code, error)
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_a_folder_in_use_is_not_touched(checkpoint, text, tmp_path, command):
+    output = empty(tmp_path / "out")
+    (output / "mine.txt").write_text("mine")
+    base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output)
+    code, _, error = command("--do_train", *RUN, *base)
+    assert "is not empty" in tiny.refusal(code, error)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_goes_on_only_with_the_target_that_it_began_with(pruned, checkpoint, text, tmp_path, command):
+    shutil.copytree(pruned[0], tmp_path / "out")
+    base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
+    code, _, error = command("--do_train", *base, *RUN, "--target_sparsity", 0.3, "--resume_from_checkpoint", "True")
+    assert "has target_sparsity 0.4, not 0.3; give the flags that it began with" in tiny.refusal(code, error)
+
+
+def test_results_of_a_training_do_not_replace_others_unasked(pruned, checkpoint, text, tmp_path, command):
+    base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
+    code, _, error = command("--do_train", *base, *RUN, "--save_loc", pruned[0])
+    assert "holds results.json; --overwrite_output_dir replaces it" in tiny.refusal(code, error)
+
+
+def test_results_are_not_overwritten_unasked(pruned, checkpoint, text, command):
+    output, _ = pruned
+    (mask,) = (output / "best").glob("*.pkl")
+    before = (output / "results.json").read_bytes()
+    code, _, error = command("--do_eval", "--mask_loc", mask, "--model_name_or_path", checkpoint, "--save_loc", output)
+    assert code == 2 and "--overwrite_output_dir replaces it" in error
+    assert (output / "results.json").read_bytes() == before
+
+
+def test_models_that_cannot_be_pruned_are_refused(checkpoint, text, tmp_path, command):
+    unsupported, no_weights = tmp_path / "gpt2", tmp_path / "no_weights"
+    shutil.copytree(checkpoint, unsupported)
+    shutil.copytree(checkpoint, no_weights)
+    (no_weights / "model.safetensors").unlink()
+    (unsupported / "model.safetensors").unlink()
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=47)).save_pretrained(unsupported)
+    for model, words in (
+        (unsupported, "the model's type is 'gpt2', supported are llama"),
+        (no_weights, "cannot be loaded"),
+    ):
+        base = ("--model_name_or_path", model, "--dataset_name", text, "--output_dir", tmp_path / "out")
+        code, _, error = command("--do_train", *RUN, *base)
+        assert words in tiny.refusal(code, error)
+
+
+def test_nothing_to_do_is_said(checkpoint, command):
+    code, _, error = command("--model_name_or_path", checkpoint)
+    assert code == 2 and "nothing to do: give --do_eval, --do_zero_eval" in error
+
+
+def test_no_flag_of_the_user_is_overwritten(monkeypatch, checkpoint, tmp_path):
+    flags = ("--num_train_epochs", 3, "--save_steps", 7, "--lagrangian_warmup_epochs", 0.3, "--vib_learning_rate", 0.02,
+             "--gradient_accumulation_steps", 2, "--beta", 4, "--initial_log_variance", -7,
+             "--output_dir", tmp_path)  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["tva_prune.py", *map(str, flags)])
+    args = Arguments.parse()
+    assert (args.training.num_train_epochs, args.training.save_steps) == (3, 7)
+    settings = gate_settings(args.prune, args.distill, 100, 50, 10.0, 8)
+    assert (settings.vib_learning_rate, settings.beta, settings.initial_log_variance) == (0.02, 4, -7)
+    assert settings.num_warmup_steps == 15

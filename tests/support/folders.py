@@ -1,0 +1,57 @@
+"""Pruned folders: plans for them, a tokenizer, and edits of their config."""
+
+import json
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def with_units(plan, kind, layer, count):
+    """The plan with the first ``count`` units of one layer, at factors that are felt."""
+
+    def put(values, value):
+        return replace(values, **{kind: tuple(value if i == layer else v for i, v in enumerate(getattr(values, kind)))})
+
+    return replace(
+        plan, kept=put(plan.kept, torch.arange(count)), scale=put(plan.scale, torch.linspace(0.5, 1.5, count))
+    )
+
+
+def uneven(plan):
+    """KV heads and channels differ between the layers."""
+    return plan
+
+
+def no_heads_in_layer_0(plan):
+    return with_units(plan, "attn", 0, 0)
+
+
+def uniform(plan):
+    for layer in range(3):
+        plan = with_units(with_units(plan, "attn", layer, 1), "inter", layer, 16)
+    return plan
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(47)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1", pad_token="w2")
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit_config(folder, **values):
+    (folder / "config.json").write_text(json.dumps(read_config(folder) | values))

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+
+from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+
+# Vocabulary of two, three positions; the last one predicts nothing.
+TEACHER = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0], [5.0, -5.0]]])
+STUDENT = torch.tensor([[[math.log(3.0), 0.0], [math.log(3.0), 0.0], [-5.0, 5.0]]])
+# Position 0: teacher (1/2, 1/2), student (3/4, 1/4): 1/2 log(2/3) + 1/2 log 2 = 1/2 log(4/3)
+FIRST = 0.5 * math.log(4 / 3)
+
+
+def test_loss_by_hand():
+    assert distillation_loss(STUDENT, TEACHER).item() == pytest.approx(FIRST / 2, abs=1e-6)  # position 1 agrees: 0
+
+
+def test_it_is_the_teachers_expectation():
+    # The other way round: 3/4 log(3/2) + 1/4 log(1/2) differs from 1/2 log(4/3)
+    expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+    assert distillation_loss(TEACHER, STUDENT).item() == pytest.approx(expected, abs=1e-6)
+    assert expected != pytest.approx(FIRST / 2, abs=1e-3)
+
+
+def test_temperature_divides_the_logits_and_its_square_multiplies_the_loss():
+    # T = 2: the student at position 0 has sqrt(3) : 1, p = 0.633975; 1/2 log(1/2 / p) + 1/2 log(1/2 / (1 - p)), times 4
+    p = math.sqrt(3) / (math.sqrt(3) + 1)
+    expected = 4 * (0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p))) / 2
+    assert distillation_loss(STUDENT, TEACHER, temperature=2.0).item() == pytest.approx(expected, abs=1e-6)
+    assert expected != pytest.approx(FIRST / 2, abs=1e-3)
+
+
+def test_positions_of_ignored_labels_do_not_count():
+    # labels[:, i + 1] is what position i predicts
+    only_first = torch.tensor([[7, 1, -100]])
+    only_second = torch.tensor([[7, -100, 1]])
+    assert distillation_loss(STUDENT, TEACHER, labels=only_first).item() == pytest.approx(FIRST, abs=1e-6)
+    assert distillation_loss(STUDENT, TEACHER, labels=only_second).item() == pytest.approx(0.0, abs=1e-6)
+    all_counted = torch.tensor([[-100, 1, 1]])  # the first label is predicted by nothing
+    assert distillation_loss(STUDENT, TEACHER, labels=all_counted).item() == pytest.approx(FIRST / 2, abs=1e-6)
+
+
+def test_nothing_to_predict_is_a_loss_of_zero():
+    assert distillation_loss(STUDENT, TEACHER, labels=torch.full((1, 3), -100)).item() == 0.0
+
+
+def test_the_last_position_never_counts():
+    changed = STUDENT.clone()
+    changed[:, -1] += torch.tensor([9.0, 0.0])
+    assert distillation_loss(changed, TEACHER) == distillation_loss(STUDENT, TEACHER)
+    changed[:, 0] += torch.tensor([9.0, 0.0])  # control
+    assert distillation_loss(changed, TEACHER) > distillation_loss(STUDENT, TEACHER) + 0.1
+
+
+def test_the_gradient_is_the_difference_of_the_probabilities():
+    student = STUDENT.clone().requires_grad_()
+    distillation_loss(student, TEACHER).backward()
+    # d KL / d logits = softmax(student) - softmax(teacher) = (3/4, 1/4) - (1/2, 1/2), over two positions
+    expected = torch.tensor([[[0.125, -0.125], [0.0, 0.0], [0.0, 0.0]]])
+    torch.testing.assert_close(student.grad, expected)
+
+
+# Vocabulary of three: teacher (1/2, 1/4, 1/4), student (1/4, 1/4, 1/2); the second position predicts nothing.
+TEACHER_OF_3 = torch.tensor([[[0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]]).log()
+STUDENT_OF_3 = torch.tensor([[[0.25, 0.25, 0.5], [1.0, 1.0, 1.0]]]).log()
+
+
+def of_top(k, temperature=1.0, labels=None):
+    return top_k_distillation_loss(STUDENT_OF_3, *top_k(TEACHER_OF_3, k, temperature), temperature, labels).item()
+
+
+def test_with_one_token_kept_the_others_count_as_one():
+    # Token 0 and the rest: teacher (1/2, 1/2), student (1/4, 3/4)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert of_top(1) == pytest.approx(expected, abs=1e-6)
+    # The full KL: 1/2 log 2 + 1/4 log 1 + 1/4 log(1/2) = 1/4 log 2
+    assert expected != pytest.approx(0.25 * math.log(2), abs=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [3, 9])
+def test_with_the_whole_vocabulary_kept_it_is_the_full_loss(k, temperature):
+    expected = distillation_loss(STUDENT_OF_3, TEACHER_OF_3, temperature).item()
+    assert of_top(k, temperature) == pytest.approx(expected, abs=1e-6)
+    assert of_top(1, temperature) < expected - 1e-3  # control: less is kept
+
+
+def test_the_more_tokens_are_kept_the_more_of_the_loss_is_seen():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 11, generator=generator) for _ in range(2))
+    losses = [top_k_distillation_loss(student, *top_k(teacher, k)).item() for k in range(1, 12)]
+    assert losses == sorted(losses)
+    assert losses[-1] == pytest.approx(distillation_loss(student, teacher).item(), abs=1e-6)
+
+
+def test_kept_tokens_of_ignored_labels_do_not_count():
+    assert of_top(1, labels=torch.tensor([[0, -100]])) == 0.0
+    assert of_top(1, labels=torch.tensor([[-100, 0]])) == pytest.approx(of_top(1))
+
+
+def test_a_token_that_the_teacher_is_sure_of_gives_a_finite_gradient():
+    student = torch.zeros(1, 2, 3, requires_grad=True)
+    teacher = torch.tensor([[[100.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    top_k_distillation_loss(student, *top_k(teacher, 1)).backward()
+    # softmax(student) - softmax(teacher) = (1/3, 1/3, 1/3) - (1, 0, 0)
+    torch.testing.assert_close(student.grad[0, 0], torch.tensor([-2 / 3, 1 / 3, 1 / 3]))
+
+
+def test_hidden_states_are_compared_by_direction_on_the_kept_dims():
+    teacher = (torch.tensor([[[3.0, 9.0, 4.0]]]), torch.tensor([[[1.0, 7.0, 0.0]]]))
+    kept = torch.tensor([0, 2])  # of the teacher: (3, 4) and (1, 0)
+    student = (torch.tensor([[[6.0, 8.0]]]), torch.tensor([[[1.0, 1.0]]]))  # the first is twice the teacher's
+    expected = (0 + (1 - math.sqrt(0.5))) / 2
+    assert hidden_loss(student, teacher, kept).item() == pytest.approx(expected, abs=1e-6)
+    assert hidden_loss(student, teacher, torch.tensor([0, 1])).item() != pytest.approx(expected, abs=1e-3)

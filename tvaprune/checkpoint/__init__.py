@@ -1,0 +1,1 @@
+"""The pruned folder, out and in, and its card."""

@@ -1,0 +1,165 @@
+"""The README.md of a pruned checkpoint: what it is, how it was made, how each tool loads it."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from tvaprune.plan.keep_plan import KeepPlan
+
+_LOADING = """## Load it
+
+transformers (4.57 or later{remote_note}):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{remote_argument})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+- PEFT, Trainer: as any model; name LoRA's `target_modules` or use `"all-linear"`.
+- lm-evaluation-harness: `lm_eval --model hf --model_args pretrained={name}{remote_option}`
+- vLLM{vllm_note}: `vllm serve {name}{remote_flag}` (not run on a GPU by the authors)
+- llama.cpp: `python -m tvaprune.export --format gguf {name} {name}.gguf`, then `llama-cli -m {name}.gguf`
+- ONNX Runtime: `python -m tvaprune.export --format onnx {name} {name}-onnx`
+- any other engine: `python -m tvaprune.export --format vanilla {name} {name}-vanilla` pads every layer with zeros to
+  the widest one: the same function, without the savings
+"""
+
+
+_ADAPTER = """---
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, pruned, tvaprune]
+---
+
+# {name}
+
+A LoRA adapter that recovers the quality of a pruned model. It belongs to the pruned checkpoint `{base}`, and to no
+other.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "{name}")
+```
+"""
+
+
+def adapter_card(plan: KeepPlan, record: dict[str, Any], name: str, base: str) -> str:
+    """Returns the card of a LoRA adapter.
+
+    Args:
+        record: As for `model_card`.
+        base: The pruned checkpoint that it belongs to.
+    """
+    origin = [*_origin(plan, record), *_tuning(record)]
+    lines = [_ADAPTER.format(name=name, base=base), "## How it was made", "", *(f"- {k}: {v}" for k, v in origin), ""]
+    return "\n".join(lines)
+
+
+def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any], name: str) -> str:
+    """Returns the card.
+
+    Args:
+        config: The checkpoint's config.
+        plan: What was kept.
+        record: The run's record and, where it was measured, its results; each entry may be missing.
+        name: The folder's name.
+    """
+    base = record.get("model")
+    return "\n".join(
+        [
+            _front_matter(base),
+            f"# {name}",
+            "",
+            f"A narrower {_named(base)}, pruned by TVA-Prune{_and_tuned(record)}: whole hidden dims, KV groups and MLP "
+            "channels are gone, and what stays is a plain dense model.",
+            "",
+            "| | dense | pruned |",
+            "|---|---|---|",
+            *_size_rows(plan),
+            *_perplexity_rows(record),
+            "",
+            _loading(config, name),
+            "## How it was made",
+            "",
+            *(f"- {key}: {value}" for key, value in [*_origin(plan, record), *_tuning(record)]),
+            "",
+        ]
+    )
+
+
+def _front_matter(base: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, tvaprune]"]
+    if base and not Path(base).is_dir() and base.count("/") == 1:  # the hub takes a repository's name here, not a path
+        lines += [f"base_model: {base}", "base_model_relation: finetune"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _named(base: str | None) -> str:
+    return f"`{base}`" if base else "model"
+
+
+def _size_rows(plan: KeepPlan) -> list[str]:
+    shape = plan.shape
+    return [
+        f"| hidden dims | {shape.hidden_size} | {plan.hidden_size} |",
+        f"| KV heads per layer | {shape.num_key_value_heads} | {' '.join(map(str, plan.num_key_value_heads))} |",
+        f"| MLP channels per layer | {shape.intermediate_size} | {' '.join(map(str, plan.intermediate_size))} |",
+        f"| sparsity of the decoder layers | 0 | {plan.sparsity:.4f} |",
+        f"| query heads per KV head, head dim | {shape.group_size}, {shape.head_dim} | the same |",
+    ]
+
+
+def _perplexity_rows(record: dict[str, Any]) -> list[str]:
+    values = record.get("perplexity")
+    if not values:
+        return ["", "Its perplexity was not measured when it was saved."]
+    where = f"{record['dataset_name']} {record['split']}, windows of {record['window']}"
+    pruned = f"{values['pruned']:.2f}"
+    if "finetuned" in values:
+        pruned = f"{values['finetuned']:.2f}, before fine-tuning {pruned}"
+    return [f"| perplexity ({where}) | {values['dense']:.2f} | {pruned} |"]
+
+
+def _loading(config: PretrainedConfig, name: str) -> str:
+    stock = not getattr(config, "auto_map", None)
+    return _LOADING.format(
+        name=name,
+        remote_note="" if stock else "; the modeling file comes with the weights",
+        remote_argument="" if stock else ", trust_remote_code=True",
+        remote_option="" if stock else ",trust_remote_code=True",
+        remote_flag="" if stock else " --trust-remote-code",
+        vllm_note="" if stock else " 0.28 or later",
+    )
+
+
+def _origin(plan: KeepPlan, record: dict[str, Any]) -> list[tuple[str, Any]]:
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    rows = [
+        ("mask", record.get("mask")),
+        ("weights updated by", record.get("weight_update")),
+        ("widths are multiples of", plan.dim_multiple),
+        ("command", f"`{record['command']}`" if "command" in record else None),
+        ("versions", versions or None),
+    ]
+    return [(key, value) for key, value in rows if value is not None]
+
+
+def _and_tuned(record: dict[str, Any]) -> str:
+    told = record.get("finetune")
+    if told is None:
+        return ""
+    how = "full fine-tuning" if told["method"] == "full" else "LoRA, merged"
+    return f" and fine-tuned ({how})"
+
+
+def _tuning(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns how the weights were trained, where they were."""
+    told = dict(record.get("finetune") or {})
+    settings = ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+    return [("fine-tuned by", settings), ("trained on", record["dataset_name"])] if told else []

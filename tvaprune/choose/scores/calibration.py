@@ -1,0 +1,113 @@
+"""What a score may look at: the model, the calibration text, and what flows into chosen projections.
+
+KV heads and MLP channels write through ``o_proj`` and ``down_proj``; most scores are read off their inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tvaprune.models.families import ModelShape, family_of, shape_of
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a score may look at.
+
+    Attributes:
+        model: The unpruned model.
+        blocks: Calibration windows.
+        target: Share of the decoder layers' parameters that will go.
+        seed: Of a method's draws.
+        batch_size: Windows per forward pass.
+    """
+
+    model: PreTrainedModel
+    blocks: Dataset
+    target: float
+    seed: int
+    batch_size: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """The unpruned model's sizes."""
+        return shape_of(self.model.config)
+
+    def batches(self, description: str | None) -> Iterator[torch.Tensor]:
+        """Yields token ids of shape ``(batch, length)`` on the model's device; ``None`` shows no progress bar."""
+        device = next(self.model.parameters()).device
+        starts = range(0, len(self.blocks), self.batch_size)
+        for start in tqdm(starts, desc=description, disable=description is None, leave=False, unit="batch"):
+            yield self.blocks[start : start + self.batch_size]["input_ids"].to(device)
+
+
+def output_projections(model: PreTrainedModel) -> list[tuple[Any, Any]]:
+    """Returns each layer's ``o_proj`` and ``down_proj``: what its KV heads and its MLP channels write through."""
+    family = family_of(model.config)
+    layers = getattr(getattr(model, family.decoder), family.layers)
+    return [
+        (getattr(getattr(layer, family.attention), family.output), getattr(getattr(layer, family.mlp), family.down))
+        for layer in layers
+    ]
+
+
+class InputSums:
+    """Running sums over the inputs of one linear layer; shapes ``(in_features,)``, float64."""
+
+    def __init__(self, linear: Any) -> None:
+        self.linear = linear
+        self.total = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        self.squares = torch.zeros_like(self.total)
+        self.count = 0
+
+    def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook: adds a batch, shape ``(batch, length, in_features)``."""
+        x = args[0].detach().flatten(0, -2).double()
+        self.total += x.sum(0)
+        self.squares += x.square().sum(0)
+        self.count += len(x)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of each feature."""
+        return self.total / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Variance of each feature around its mean."""
+        return (self.squares / self.count - self.mean.square()).clamp(min=0)
+
+    def wanda(self) -> torch.Tensor:
+        """Returns Wanda's ``|W| * ||x||`` averaged over the rows of each column; the norm is per token."""
+        return self.linear.weight.double().abs().mean(0) * (self.squares / self.count).sqrt()
+
+
+class _AllRead(Exception):
+    """The last linear layer of interest has its input: the rest of the forward pass is not needed."""
+
+
+@torch.inference_mode()
+def read_inputs(calibration: Calibration, linears: Sequence[Any], description: str | None) -> list[InputSums]:
+    """Returns the input sums of linear layers, given in the order of the forward pass."""
+    sums = [InputSums(linear) for linear in linears]
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise _AllRead
+
+    handles = [entry.linear.register_forward_pre_hook(entry.add) for entry in sums]
+    handles.append(linears[-1].register_forward_pre_hook(stop))
+    try:
+        for ids in calibration.batches(description):
+            with suppress(_AllRead):
+                calibration.model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums

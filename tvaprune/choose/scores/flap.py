@@ -1,0 +1,66 @@
+"""FLAP: a unit whose output hardly fluctuates is replaced by its mean.
+
+Source: An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models (AAAI 2024), and its released
+code where the two differ.
+"""
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from tvaprune.choose.scores.calibration import Calibration, InputSums, output_projections, read_inputs
+from tvaprune.choose.scores.ranking import by_head, per_unit
+from tvaprune.cut.slice import head_features
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
+
+
+def flap_scores(calibration: Calibration) -> PerUnit:
+    """Scores a unit by the variance of its input times the squared norm of its weights, compared over all layers.
+
+    The paper's WIFV metric and AL-AM structure: scores are standardised over the input features of each module, then
+    averaged over a KV head's features, and one threshold serves all heads and channels of all layers; a head counts
+    against the target with all its parameters, as everywhere here. As in the released code the metric of ``o_proj`` is
+    squared before it is standardised.
+    """
+    shape = calibration.shape
+    linears = [linear for pair in output_projections(calibration.model) for linear in pair]
+    sums = read_inputs(calibration, linears, "FLAP")
+    attn = [by_head(_standardised(_fluctuation(entry).square()), shape) for entry in sums[0::2]]
+    inter = [_standardised(_fluctuation(entry)) for entry in sums[1::2]]
+    return per_unit(shape, attn, inter)
+
+
+def _fluctuation(entry: InputSums) -> torch.Tensor:
+    return entry.variance * entry.linear.weight.double().square().sum(0)
+
+
+def _standardised(score: torch.Tensor) -> torch.Tensor:
+    return (score - score.mean()) / score.std().clamp(min=torch.finfo(score.dtype).tiny)
+
+
+@torch.no_grad()
+def compensate_bias(model: PreTrainedModel, plan: KeepPlan, blocks: Dataset, batch_size: int = 4) -> PreTrainedModel:
+    """Adds the mean contribution of the units that a plan removes to the biases of an unpruned model, in place.
+
+    The paper's baseline bias compensation, ``b += sum_j E[x_j] W[:, j]`` over the removed input features ``j`` of
+    ``o_proj`` and ``down_proj``. Where these carry no bias nothing is added: an architecture gets no new parameters.
+    Comes before `tvaprune.cut.slice.apply_plan`, which cuts the biases with everything else.
+    """
+    calibration = Calibration(model, blocks, plan.sparsity, 0, batch_size)
+    features = plan.shape.head_dim * plan.shape.group_size
+    kept: list[tuple[torch.Tensor, ...]] = [
+        (head_features(attn, features), inter) for attn, inter in zip(plan.kept.attn, plan.kept.inter, strict=True)
+    ]
+    sites = [
+        (linear, indices)
+        for pair, layer in zip(output_projections(model), kept, strict=True)
+        for linear, indices in zip(pair, layer, strict=True)
+        if linear.bias is not None
+    ]
+    if sites:
+        sums = read_inputs(calibration, [linear for linear, _ in sites], "FLAP's bias")
+        for entry, (linear, indices) in zip(sums, sites, strict=True):
+            lost = entry.mean.index_fill(0, indices.to(entry.mean.device), 0.0)
+            linear.bias.copy_(linear.bias.double() + linear.weight.double() @ lost)
+    return model

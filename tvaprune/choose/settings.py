@@ -1,0 +1,84 @@
+"""The settings of one gate training, resolved: what depends on the target, the family or the run's length."""
+
+from dataclasses import dataclass
+
+from tvaprune.errors import InputError
+from tvaprune.flags.settings import SHORT_RUN_STEPS, DistillArguments, PruneArguments
+from tvaprune.plan.widths import WidthRules
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """The settings of one gate training, every default resolved. Same names as the flags."""
+
+    target_sparsity: float
+    vib_learning_rate: float
+    reg_learning_rate: float
+    kl_factor: float
+    att_mul: float
+    inter_mul: float
+    emb_mult: float
+    num_warmup_steps: int
+    num_settle_steps: int
+    beta: float
+    beta_start: float
+    beta_warmup_share: float
+    initial_log_variance: float
+    rules: WidthRules
+    gate_noise: str
+    gate_ce_weight: float
+    distill: bool
+    distill_temp: float
+
+
+def gate_settings(
+    prune: PruneArguments,
+    distill: DistillArguments,
+    num_steps: int,
+    steps_per_epoch: float,
+    family_beta: float,
+    rules: WidthRules,
+) -> GateSettings:
+    """Resolves the defaults that depend on the target, the family and the length of the run.
+
+    The released values serve runs of some 4,000 steps; under `SHORT_RUN_STEPS` a faster start takes their place.
+
+    Raises:
+        InputError: If the target would still rise where the choice must stand.
+    """
+    short, sparsity = num_steps < SHORT_RUN_STEPS, max(prune.target_sparsity)
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    beta = given(prune.beta, family_beta)
+    warmup_epochs = given(prune.lagrangian_warmup_epochs, 0.3 if short else 0.2 if sparsity > 0.6 else 0.1)
+    num_warmup_steps, num_settle_steps = round(warmup_epochs * steps_per_epoch), round(prune.settle_share * num_steps)
+    if num_warmup_steps > num_steps - num_settle_steps:
+        if prune.lagrangian_warmup_epochs is not None:
+            raise InputError(
+                f"--lagrangian_warmup_epochs is {warmup_epochs}: the target rises for {num_warmup_steps} steps, but "
+                f"the choice stands after {num_steps - num_settle_steps} of {num_steps}; give less, or a smaller "
+                "--settle_share"
+            )
+        num_warmup_steps = (num_steps - num_settle_steps) // 2  # a run of few steps, as --max_steps makes it
+    return GateSettings(
+        target_sparsity=sparsity,
+        vib_learning_rate=given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
+        reg_learning_rate=prune.reg_learning_rate,
+        kl_factor=prune.kl_factor,
+        att_mul=given(prune.att_mul, 512 if sparsity > 0.6 else 256),
+        inter_mul=prune.inter_mul,
+        emb_mult=prune.emb_mult,
+        num_warmup_steps=num_warmup_steps,
+        num_settle_steps=num_settle_steps,
+        beta=beta,
+        beta_start=given(prune.beta_start, 0.5 if short else beta),
+        beta_warmup_share=prune.beta_warmup_share,
+        initial_log_variance=given(prune.initial_log_variance, -5.0 if short else -9.0),
+        rules=rules,
+        gate_noise=prune.gate_noise,
+        gate_ce_weight=prune.gate_ce_weight,
+        distill=distill.distill,
+        distill_temp=distill.distill_temp,
+    )

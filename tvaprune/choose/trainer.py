@@ -1,0 +1,194 @@
+"""Gate training on `transformers.Trainer`, and the best mask on disk.
+
+Checkpoints hold gates, multipliers, optimizer, schedule, random states and the place in the data: `Trainer` resumes.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from tvaprune.choose.controller import beta_at, expected_sparsity, target_at
+from tvaprune.choose.gated_model import GatedModel
+from tvaprune.choose.objective import PruningObjective
+from tvaprune.choose.settings import GateSettings
+from tvaprune.errors import InputError
+from tvaprune.measure.perplexity import perplexity
+from tvaprune.plan.exact_cut import calibrate
+from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
+from tvaprune.plan.masks import keep_best
+
+# A mask is scored once the expected sparsity is this near to the target. Wider than the released [-0.008, +0.001]: the
+# threshold makes every scored mask exact, so the band only leaves out gates that have not parted yet.
+BAND = 0.03
+
+
+class GateTrainer(Trainer):
+    """Trains the gates and keeps the best mask near the target under ``<output_dir>/best``.
+
+    Args:
+        gated: The model with its gates.
+        settings: Resolved settings.
+        record: What is written beside each mask: model, data, seed, versions.
+        eval_blocks: Windows on which masks are compared.
+    """
+
+    def __init__(
+        self,
+        gated: GatedModel,
+        settings: GateSettings,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_blocks: Dataset,
+        record: dict[str, Any],
+    ) -> None:
+        objective = PruningObjective(gated, settings)
+        super().__init__(
+            model=objective, args=args, train_dataset=train_dataset, eval_dataset=eval_blocks, data_collator=_stack
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+        self.gated, self.settings, self.record = gated, settings, record
+        self.best_folder = Path(str(args.output_dir)) / "best"
+        with torch.no_grad():
+            self.start = float(expected_sparsity(gated.masks().log_alpha, settings.beta_start, gated.shape))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_GateProgress)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Returns AdamW with two groups: the gates are minimised, the multipliers maximised."""
+        objective = self._objective
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [*objective.gated.mu, *objective.gated.log_variance], "lr": self.settings.vib_learning_rate},
+                {
+                    "params": list(objective.lagrangian.parameters()),
+                    "lr": self.settings.reg_learning_rate,
+                    "maximize": True,
+                },
+            ],
+            weight_decay=0.0,
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Returns ``--lr_scheduler_type`` (released: linear) for the gates, a constant rate for the multipliers."""
+        optimizer = self.optimizer if optimizer is None else optimizer
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        gates_only = get_scheduler(self.args.lr_scheduler_type, optimizer, warmup, num_training_steps).lr_lambdas[0]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [gates_only, lambda step: 1.0])
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
+        """Returns the objective of a batch at the schedule of this step."""
+        if self.state.global_step >= self._num_choosing_steps and not self._objective.settled:
+            self._objective.settle()
+        self._used = self._schedule()  # the log comes after the step counter has moved on
+        parts = model(**inputs, **self._used)
+        if not torch.isfinite(parts["loss"]):
+            raise InputError(
+                f"the loss is {parts['loss'].item()} at step {self.state.global_step}; use --dtype float32 or "
+                "bfloat16, or lower --vib_learning_rate; the last checkpoint is in --output_dir"
+            )
+        self._parts = {name: value.detach() for name, value in parts.items()}
+        return parts["loss"]
+
+    @property
+    def _objective(self) -> PruningObjective:
+        objective: PruningObjective = self.accelerator.unwrap_model(self.model)
+        return objective
+
+    @property
+    def _num_choosing_steps(self) -> int:
+        return self.state.max_steps - self.settings.num_settle_steps
+
+    def _schedule(self) -> dict[str, float]:
+        settings, step = self.settings, self.state.global_step
+        beta = beta_at(step, self._num_choosing_steps, settings.beta_start, settings.beta, settings.beta_warmup_share)
+        target = target_at(step, settings.num_warmup_steps, self.start, settings.target_sparsity)
+        return {"beta": beta, "target": target}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the sparsity, its target and the multipliers to the training logs."""
+        if "loss" in logs:
+            lagrangian = self._objective.lagrangian
+            logs |= {
+                "task_loss": float(self._parts["task_loss"]),
+                "expected_sparsity": float(self._parts["expected_sparsity"]),
+                "target_sparsity": self._used["target"],
+                "beta": self._used["beta"],
+                "lambda_1": float(lagrangian.lambda_1.detach()),
+                "lambda_2": float(lagrangian.lambda_2.detach()),
+            }
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores the mask of this step if it is near the target, and keeps it if it is the best."""
+        schedule = self._schedule()
+        with torch.no_grad():
+            sparsity = expected_sparsity(self.gated.masks().log_alpha, schedule["beta"], self.gated.shape)
+        rising = self.state.global_step < self.settings.num_warmup_steps
+        if self._objective.settled:
+            return self.score_mask()
+        if rising or not abs(float(sparsity) - self.settings.target_sparsity) <= BAND:  # NaN is not near
+            return {}
+        return self.score_mask()
+
+    def score_mask(self) -> dict[str, float]:
+        """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
+        settings = self.settings
+        masks = self._objective.masks()
+        if not self._objective.settled:
+            masks = calibrate(masks, self.gated.shape, settings.target_sparsity, settings.rules)
+        plan = plan_from_masks(masks, self.gated.shape, settings.rules)
+        with self.gated.using(plan.full_scale()):
+            value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
+        metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
+        if self.args.should_save:
+            context = {"step": self.state.global_step, "settings": asdict(settings)}
+            keep_best(self.best_folder, masks, value, self.record | describe_widths(plan) | context)
+        self.log(dict(metrics))
+        return metrics
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads gates and multipliers; the frozen model is not in the checkpoint."""
+        path = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        if not path.is_file():
+            raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds no {SAFE_WEIGHTS_NAME}; give a "
+                             "checkpoint-* folder of a gate training")  # fmt: skip
+        objective = self._objective
+        state = load_file(path)
+        own = objective.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds the gates of another model; "
+                             "give the model that the run began with")  # fmt: skip
+        objective.load_state_dict(state, strict=False)
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+
+
+class _GateProgress(ProgressCallback):
+    """One bar with the figures that matter, in place of a printed dictionary per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "expected_sparsity" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['task_loss']:.3f}, sparsity {logs['expected_sparsity']:.3f}"
+                f" -> {logs['target_sparsity']:.3f}, lambda {logs['lambda_1']:.2f} {logs['lambda_2']:.2f}"
+            )
+        if "eval_perplexity" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: mask at {logs['eval_sparsity']:.4f} sparsity, "
+                f"perplexity {logs['eval_perplexity']:.3f}"
+            )

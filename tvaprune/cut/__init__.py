@@ -1,0 +1,1 @@
+"""Keep plan -> narrower model: `slice`, `fold`, `refit`, in this order by `narrow`."""

@@ -1,0 +1,59 @@
+"""Keep plan -> narrower model, its weights updated as asked: cut, fold, refit."""
+
+import copy
+import time
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tvaprune.choose.scores.flap import compensate_bias
+from tvaprune.cut.fold import fold
+from tvaprune.cut.refit import refit
+from tvaprune.cut.slice import apply_plan
+from tvaprune.errors import InputError
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.run import Run
+
+
+def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Slices the model by the plan and updates its weights as ``--weight_update`` says.
+
+    Args:
+        keep_dense: Whether ``run.model`` is needed again on its device; else it may be cut itself (``none``, ``fold``)
+            or stay on the CPU (``refit`` with ``--refit_offload``).
+
+    Returns:
+        The narrower model, and what the refit did, for the results.
+    """
+    if run.args.prune.weight_update == "refit":
+        return _refitted(run, plan, keep_dense)
+    model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
+    if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
+        compensate_bias(model, plan, run.refit_blocks())
+    model = apply_plan(model, plan)
+    return (fold(model, plan) if folds else model), {}
+
+
+def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
+    begin, device, batch_size = time.perf_counter(), run.model.device, run.args.training.per_device_eval_batch_size
+    try:
+        calibration, held_out = run.refit_blocks(), run.choice_blocks()
+    except InputError as error:
+        raise InputError(f"{error}; --weight_update fold needs no text") from error
+    stock: nn.Module = run.model
+    stock.to("cpu")  # the copy is cut there: a GPU never holds the unpruned model twice
+    try:
+        model = fold(apply_plan(copy.deepcopy(run.model), plan), plan)
+        moved: nn.Module = model
+        moved.to(device)
+        if not run.args.prune.refit_offload:
+            stock.to(device)
+        done = refit(run.model, model, plan, calibration, held_out, batch_size)
+    finally:
+        if keep_dense:
+            stock.to(device)
+    blocks = {"calibration_blocks": len(calibration), "held_out_blocks": len(held_out)}
+    return model, {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}

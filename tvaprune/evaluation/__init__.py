@@ -1,1 +1,0 @@
-"""Measures of the model object they are given; they know nothing of pruning."""

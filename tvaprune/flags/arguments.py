@@ -1,0 +1,154 @@
+"""One command's flags, by the stage they belong to, on top of transformers' TrainingArguments."""
+
+import copy
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from tvaprune.errors import InputError
+from tvaprune.flags.settings import (
+    RELEASED_BATCH,
+    DataArguments,
+    DistillArguments,
+    EvalArguments,
+    FinetuneArguments,
+    ModelArguments,
+    PruneArguments,
+)
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments with this project's defaults."""
+
+    output_dir: str = field(default="out", metadata={"help": "Folder of checkpoints, masks and the log."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace what an earlier run left in the output folder."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training blocks."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Blocks a device takes at a step."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When masks are scored."})
+    eval_steps: float = field(default=50, metadata={"help": "Steps between two scorings of the mask."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    disable_tqdm: bool | None = field(
+        default=False, metadata={"help": "Print logs as lines in place of a progress bar."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(),
+        metadata={"help": "Pin the memory of batches; default: where there is a GPU."},
+    )
+    report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
+
+    def __post_init__(self) -> None:
+        """Keeps `--do_eval` as it was given: transformers sets it wherever `eval_strategy` is not no."""
+        given = self.do_eval
+        super().__post_init__()
+        self.do_eval = given
+
+
+@dataclass
+class FinetuneRunArguments(RunArguments):
+    """The same with the released defaults of fine-tuning, and the best adapter kept."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training blocks."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks a device takes at a time."})
+    gradient_accumulation_steps: int = field(
+        default=0, metadata={"help": f"Batches a step; 0: as many as make {RELEASED_BATCH} blocks."}
+    )
+    eval_steps: float = field(default=0.1, metadata={"help": "Steps between two validation perplexities, or share."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or share of the run."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best adapter, not the last."})
+    metric_for_best_model: str | None = field(default="perplexity", metadata={"help": "What best means."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Go on with the count of early stopping."}
+    )
+
+    def __post_init__(self) -> None:
+        """Resolves the accumulation, once the number of devices is known."""
+        super().__post_init__()
+        if self.gradient_accumulation_steps == 0:
+            blocks = self.train_batch_size * self.world_size
+            self.gradient_accumulation_steps = max(1, round(RELEASED_BATCH / blocks))
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong with the flags in one line."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see --help")
+
+
+def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
+    """Parses the command line into dataclasses.
+
+    Raises:
+        InputError: If a flag is unknown, or a value cannot be used.
+    """
+    try:
+        return tuple(_Parser(classes).parse_args_into_dataclasses(arguments))
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def peek(classes: tuple[Any, ...], arguments: list[str] | None = None) -> Namespace:
+    """Returns the flags' values as they are, unchecked: for what decides how the rest is read."""
+    return _Parser(classes).parse_args(arguments)
+
+
+@dataclass
+class Arguments:
+    """One command's flags, by the stage they belong to."""
+
+    source: ModelArguments
+    data: DataArguments
+    prune: PruneArguments
+    distill: DistillArguments
+    finetune: FinetuneArguments
+    evaluation: EvalArguments
+    training: RunArguments
+
+    @classmethod
+    def parse(cls, arguments: list[str] | None = None) -> "Arguments":
+        """Parses flags; ``None``: the command line's."""
+        stages = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
+        flags = peek((*stages, RunArguments), arguments)
+        is_finetuning = flags.mask_loc is not None and (flags.do_train or flags.finetune)
+        return cls(*parse((*stages, FinetuneRunArguments if is_finetuning else RunArguments), arguments))
+
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints and masks go."""
+        return Path(str(self.training.output_dir))
+
+    @property
+    def save_loc(self) -> Path:
+        """Where results go."""
+        return Path(self.evaluation.save_loc or str(self.training.output_dir))
+
+    def at(self, target: float) -> "Arguments":
+        """Returns the flags of one of several targets, with folders of its own."""
+        args, name = copy.copy(self), f"sparsity_{target:g}"
+        args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
+        args.training = copy.copy(args.training)
+        args.prune.target_sparsity = [target]
+        if args.prune.save_pruned is not None:
+            args.prune.save_pruned = str(Path(args.prune.save_pruned) / name)
+        args.evaluation.save_loc = str(self.save_loc / name)
+        args.training.output_dir = str(self.output_dir / name)
+        return args
+
+    def each_target(self) -> dict[float, "Arguments"]:
+        """Returns the flags of every target, in ascending order; a single one keeps the folders as they are."""
+        targets = sorted(set(self.prune.target_sparsity))
+        return {targets[0]: self} if len(targets) == 1 else {target: self.at(target) for target in targets}

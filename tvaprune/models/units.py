@@ -1,0 +1,62 @@
+"""One tensor per kind of prunable unit: the shape that gates, masks, scores and plans share."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tvaprune.models.families import ModelShape
+
+
+@dataclass(frozen=True)
+class PerUnit:
+    """A value for every prunable unit of a model.
+
+    Attributes:
+        hidden: Shape ``(hidden_size,)``: one set for the whole model.
+        attn: Per layer, shape ``(num_key_value_heads,)``: a KV head with the query heads that share it.
+        inter: Per layer, shape ``(intermediate_size,)``: an MLP channel.
+    """
+
+    hidden: torch.Tensor
+    attn: tuple[torch.Tensor, ...]
+    inter: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def full(cls, shape: ModelShape, value: float) -> "PerUnit":
+        """Returns the same value for every unit of a model (float32, CPU)."""
+        layers = range(shape.num_hidden_layers)
+        return cls(
+            hidden=torch.full((shape.hidden_size,), value),
+            attn=tuple(torch.full((shape.num_key_value_heads,), value) for _ in layers),
+            inter=tuple(torch.full((shape.intermediate_size,), value) for _ in layers),
+        )
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields the tensors: hidden, then the layers' attn, then the layers' inter."""
+        yield self.hidden
+        yield from self.attn
+        yield from self.inter
+
+    def map(self, function: Callable[..., torch.Tensor], *others: "PerUnit") -> "PerUnit":
+        """Applies ``function`` to each tensor, with the tensors of ``others`` at the same place."""
+        return PerUnit(
+            hidden=function(self.hidden, *(other.hidden for other in others)),
+            attn=tuple(map(function, self.attn, *(other.attn for other in others))),
+            inter=tuple(map(function, self.inter, *(other.inter for other in others))),
+        )
+
+    def fits(self, shape: ModelShape) -> bool:
+        """Tells whether the values are those of a model of this shape."""
+        layers = shape.num_hidden_layers
+        return (
+            tuple(self.hidden.shape) == (shape.hidden_size,)
+            and [tuple(v.shape) for v in self.attn] == [(shape.num_key_value_heads,)] * layers
+            and [tuple(v.shape) for v in self.inter] == [(shape.intermediate_size,)] * layers
+        )
+
+    def describe(self) -> str:
+        """Returns the sizes in a few words, for messages."""
+        heads = sorted({len(v) for v in self.attn})
+        channels = sorted({len(v) for v in self.inter})
+        return f"{len(self.hidden)} hidden, {len(self.attn)} layers of {heads} KV heads and {channels} MLP channels"

@@ -1,0 +1,5 @@
+"""Decide, and write the decision down.
+
+In: masks. Out: `keep_plan.KeepPlan`, the indices that stay and their factors, under `widths.WidthRules`; the threshold
+for an exact sparsity is `exact_cut.calibrate`.
+"""

@@ -1,0 +1,161 @@
+"""Masks -> keep plan: which units stay and by what their weights are multiplied. Every way of choosing ends here.
+
+The dimension adjustment (TVA-Prune, eq. 4-5), and the plan as JSON.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvaprune.errors import InputError
+from tvaprune.models.families import ModelShape
+from tvaprune.models.parameters import decoder_sparsity, total_parameters
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.masks import Masks
+from tvaprune.plan.widths import NO_RULES, WidthRules, Widths
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """What is kept of a model.
+
+    Attributes:
+        kept: Ascending indices of the kept units (int64).
+        scale: The factor of each kept unit, aligned with ``kept`` (float32).
+        shape: The unpruned model's sizes.
+        dim_multiple: What hidden and MLP widths were adjusted to; 1 is no adjustment.
+    """
+
+    kept: PerUnit
+    scale: PerUnit
+    shape: ModelShape
+    dim_multiple: int
+
+    @property
+    def hidden_size(self) -> int:
+        """Kept hidden dims."""
+        return len(self.kept.hidden)
+
+    @property
+    def num_key_value_heads(self) -> tuple[int, ...]:
+        """Kept KV heads per layer."""
+        return tuple(len(indices) for indices in self.kept.attn)
+
+    @property
+    def intermediate_size(self) -> tuple[int, ...]:
+        """Kept MLP channels per layer."""
+        return tuple(len(indices) for indices in self.kept.inter)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the decoder layers' parameters that goes."""
+        return float(decoder_sparsity(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape))
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters that stay, embeddings and lm_head included."""
+        return total_parameters(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape)
+
+    def full_scale(self) -> PerUnit:
+        """Returns the factors at the unpruned sizes, 0 where a unit goes: what the masked model multiplies by."""
+        zeros = PerUnit.full(self.shape, 0.0)
+        return zeros.map(lambda full, kept, scale: full.index_copy(0, kept, scale), self.kept, self.scale)
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON, under a temporary name first."""
+        layers = range(self.shape.num_hidden_layers)
+        content = {
+            "shape": asdict(self.shape),
+            "dim_multiple": self.dim_multiple,
+            "sparsity": self.sparsity,
+            "hidden": {"kept": self.kept.hidden.tolist(), "scale": self.scale.hidden.tolist()},
+            "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
+            "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
+        }
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _check(self) -> None:
+        """Raises `ValueError` unless every layer is there, with ascending indices and a factor for each."""
+        full = PerUnit.full(self.shape, 0.0)
+        layers = (len(self.kept.attn), len(self.scale.attn), len(self.kept.inter), len(self.scale.inter))
+        if set(layers) != {self.shape.num_hidden_layers}:
+            raise ValueError("layers are missing")
+        for kept, scale, units in zip(self.kept, self.scale, full, strict=True):
+            inside = not len(kept) or (kept[0] >= 0 and kept[-1] < len(units))
+            if len(kept) != len(scale) or not inside or not bool((kept.diff() > 0).all()):
+                raise ValueError("indices are not those of the model's units")
+
+    @classmethod
+    def load(cls, path: Path) -> "KeepPlan":
+        """Reads a plan.
+
+        Raises:
+            InputError: If the file is no plan.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+
+            def units(name: str, dtype: torch.dtype) -> PerUnit:
+                attn, inter = ([torch.tensor(row[name], dtype=dtype) for row in content[k]] for k in ("attn", "inter"))
+                return PerUnit(torch.tensor(content["hidden"][name], dtype=dtype), tuple(attn), tuple(inter))
+
+            shape = ModelShape(**content["shape"])
+            plan = cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
+            plan._check()
+            return plan
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run"
+            ) from error
+
+
+def plan_from_masks(
+    masks: Masks,
+    shape: ModelShape,
+    rules: WidthRules = NO_RULES,
+) -> KeepPlan:
+    """Cuts at ``log_alpha = 0``, then adjusts the widths: the units of smallest ``log_alpha`` fill or leave (eq. 5).
+
+    Args:
+        min_key_value_heads: KV heads that every layer keeps at least; 0 lets a layer lose its attention.
+        uniform: Every layer keeps as many KV heads, and as many channels: its own best.
+        tensor_parallel: KV heads and channels are multiples of this in every layer.
+
+    Raises:
+        InputError: If ``tensor_parallel`` does not divide the unpruned widths.
+    """
+
+    def counts(scores: Sequence[torch.Tensor]) -> list[int]:
+        return [int((log_alpha < 0).sum()) for log_alpha in scores]
+
+    def indices(log_alpha: torch.Tensor, width: int) -> torch.Tensor:
+        return torch.argsort(log_alpha, stable=True)[:width].sort().values
+
+    detached = Masks(*(values.map(lambda v: v.detach().float().cpu()) for values in (masks.mu, masks.log_variance)))
+    scores = detached.log_alpha
+    widths = Widths(shape, rules)
+    kept = PerUnit(
+        hidden=indices(scores.hidden, widths.hidden(*counts([scores.hidden]))),
+        attn=tuple(map(indices, scores.attn, widths.heads(counts(scores.attn)))),
+        inter=tuple(map(indices, scores.inter, widths.channels(counts(scores.inter)))),
+    )
+    return KeepPlan(kept, detached.mu.map(torch.Tensor.__getitem__, kept), shape, rules.dim_multiple)
+
+
+def describe_widths(plan: KeepPlan) -> dict[str, Any]:
+    """Returns the plan's sizes as plain values, for reports."""
+    return {
+        "hidden_size": plan.hidden_size,
+        "num_key_value_heads": list(plan.num_key_value_heads),
+        "intermediate_size": list(plan.intermediate_size),
+        "decoder_sparsity": plan.sparsity,
+        "num_parameters": plan.num_parameters,
+        "dim_multiple": plan.dim_multiple,
+    }

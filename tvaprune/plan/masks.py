@@ -1,0 +1,165 @@
+"""Gate means and log-variances as one value, and the mask files that carry them: the only file that touches pickle.
+
+A mask file is a pickled ``dict`` of float32 tensors (method: section 4). A pickle runs code when it is loaded, so it is
+read by an unpickler that knows nothing but tensors, and the tensors' bytes by `torch.load` with ``weights_only``.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvaprune.errors import InputError
+from tvaprune.models.families import ModelShape
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
+
+MASK_NAME = "mask_info_{perplexity}.pkl"
+_KEY = re.compile(r"(?:(hidden)_mask|(attn|inter)_layer(\d{1,4}))_z_(mu|logD)")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The trained gates of a model: what mask files hold."""
+
+    mu: PerUnit
+    log_variance: PerUnit
+
+    @property
+    def log_alpha(self) -> PerUnit:
+        """The score of each unit: kept below 0, the smaller the surer."""
+        return self.mu.map(log_alpha_of, self.log_variance)
+
+    def check_fits(self, shape: ModelShape, origin: str) -> None:
+        """Raises `InputError` if the masks are not those of a model of this shape."""
+        if not self.mu.fits(shape):
+            need = PerUnit.full(shape, 0.0).describe()
+            raise InputError(f"{origin} holds {self.mu.describe()}; the model has {need}: give the mask of this model")
+
+
+def save_masks(masks: Masks, path: Path) -> None:
+    """Writes a mask file in the released format, under a temporary name first."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, values in (("mu", masks.mu), ("logD", masks.log_variance)):
+        tensors[f"hidden_mask_z_{name}"] = values.hidden
+        for kind, layers in (("attn", values.attn), ("inter", values.inter)):
+            tensors |= {f"{kind}_layer{i}_z_{name}": layer for i, layer in enumerate(layers)}
+    plain = {key: tensor.detach().float().cpu().clone() for key, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        pickle.dump(plain, file)
+    os.replace(temporary, path)
+
+
+def load_masks(path: str | Path) -> Masks:
+    """Reads a mask file without running what it may carry.
+
+    Raises:
+        InputError: If the file is missing, truncated, holds anything but tensors, or other tensors than a mask's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--mask_loc {path}: there is no such file; give a mask_info_*.pkl")
+    try:
+        with path.open("rb") as file:
+            loaded = _TensorUnpickler(file).load()
+    except InputError:
+        raise
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise InputError(
+            f"--mask_loc {path}: not a readable mask file ({type(error).__name__}), perhaps truncated; "
+            "give a whole mask_info_*.pkl"
+        ) from error
+    return _from_dict(loaded, path)
+
+
+def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, Any]) -> Path:
+    """Writes a mask named by its perplexity, and its JSON, if it beats the folder's; the beaten one goes last.
+
+    Returns:
+        The folder's best mask, new or old.
+    """
+    if not math.isfinite(perplexity):
+        raise InputError("the mask's perplexity is not a number; lower --vib_learning_rate or use --dtype float32")
+    before = best_mask(folder)
+    if before is not None and perplexity_of(before) <= perplexity:
+        return before
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MASK_NAME.format(perplexity=perplexity)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(record | {"perplexity": perplexity}, indent=2) + "\n", encoding="utf-8")
+    save_masks(masks, path)
+    os.replace(temporary, path.with_suffix(".json"))
+    if before is not None:
+        before.unlink()
+        before.with_suffix(".json").unlink(missing_ok=True)
+    return path
+
+
+def best_mask(folder: Path) -> Path | None:
+    """Returns the mask with the lowest perplexity in a folder, by its name."""
+    paths = list(folder.glob(MASK_NAME.format(perplexity="*")))
+    return min(paths, key=perplexity_of, default=None)
+
+
+def perplexity_of(path: Path) -> float:
+    """Returns the perplexity in a mask file's name; infinity where there is none."""
+    try:
+        return float(path.stem.removeprefix(MASK_NAME.split("{")[0]))
+    except ValueError:
+        return math.inf
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows how to rebuild tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+            ("torch.storage", "_load_from_bytes"): _load_storage,
+        }
+        if (module, name) not in allowed:
+            raise InputError(
+                f"the mask file asks to run {module}.{name}: a mask holds tensors only; do not trust it, get another"
+            )
+        return allowed[module, name]
+
+
+def _load_storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _from_dict(loaded: Any, path: Path) -> Masks:
+    """Sorts the tensors of a mask file by kind and layer."""
+    found: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for key, tensor in loaded.items() if isinstance(loaded, dict) else ():
+        match = _KEY.fullmatch(key) if isinstance(key, str) else None
+        if match is None or not isinstance(tensor, torch.Tensor) or tensor.dim() != 1:
+            raise InputError(f"--mask_loc {path}: '{key}' is no gate of a mask file; give a mask_info_*.pkl")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"--mask_loc {path}: '{key}' holds NaN or infinity; give the mask of a run that converged")
+        hidden_kind, layer_kind, layer, name = match.groups()
+        found.setdefault((hidden_kind or layer_kind, name), {})[int(layer or 0)] = tensor.float()
+    num_layers = max((max(layers) + 1 for layers in found.values()), default=0)
+    values = {}
+    for name in ("mu", "logD"):
+        hidden, attn, inter = (found.get((kind, name), {}) for kind in ("hidden", "attn", "inter"))
+        if list(hidden) != [0] or any(sorted(layers) != list(range(num_layers)) for layers in (attn, inter)):
+            raise InputError(f"--mask_loc {path}: gates are missing; a mask has hidden, attn and inter of every layer")
+        values[name] = PerUnit(
+            hidden=hidden[0],
+            attn=tuple(attn[i] for i in range(num_layers)),
+            inter=tuple(inter[i] for i in range(num_layers)),
+        )
+    if any(mu.shape != log_d.shape for mu, log_d in zip(values["mu"], values["logD"], strict=True)):
+        raise InputError(f"--mask_loc {path}: means and log-variances differ in size; give a whole mask_info_*.pkl")
+    return Masks(mu=values["mu"], log_variance=values["logD"])

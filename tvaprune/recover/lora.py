@@ -1,0 +1,111 @@
+"""LoRA on any causal LM: on, off, saved, loaded, merged."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+
+from tvaprune.errors import InputError
+from tvaprune.identity import check_identity, write_identity
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on every linear layer; the lm_head, where it is trained, is trained whole."""
+
+    r: int
+    alpha_ratio: float
+    dropout: float
+    train_lm_head: bool
+
+
+def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
+    """Returns the model with LoRA on all its linear layers, in place; at first it computes what the model does.
+
+    What is trained is float32, whatever the model's precision: in half of it AdamW loses its steps.
+    """
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha_ratio * settings.r,  # type: ignore[arg-type] # peft divides it by r, whole or not
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        modules_to_save=["lm_head"] if settings.train_lm_head else None,
+        task_type="CAUSAL_LM",
+    )
+    with _quiet():
+        tuned = get_peft_model(model, config)
+    if settings.train_lm_head:  # peft sees to LoRA's own weights alone
+        head = tuned.get_output_embeddings().modules_to_save["default"]
+        head.float().register_forward_pre_hook(_in_own_precision)
+    return tuned
+
+
+def _in_own_precision(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.to(module.weight.dtype) for value in inputs)
+
+
+@contextmanager
+def trainable(model: Any, settings: LoraSettings | None) -> Iterator[Any]:
+    """Yields a model as it would be trained, and leaves it frozen, as it was: what LoRA would train is a copy.
+
+    Args:
+        settings: What is trained; None: all weights, which are not put back.
+    """
+    head = model.get_output_embeddings()
+    tuned = model.requires_grad_(True) if settings is None else add_lora(model, settings)
+    try:
+        yield tuned
+    finally:
+        if settings is not None:
+            tuned.unload()
+            model.set_output_embeddings(head)  # peft leaves the copy that was trained
+        model.requires_grad_(False)
+
+
+def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> None:
+    """Writes the adapter as peft does, and what it belongs to."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    write_identity(folder, identity)
+
+
+def merge(model: PeftModel) -> Any:
+    """Adds LoRA's updates to the weights, in place, and returns the model without LoRA, in its own precision."""
+    with _quiet():
+        merged = model.merge_and_unload()
+    merged.get_output_embeddings().to(merged.dtype)
+    return merged
+
+
+def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> PeftModel:
+    """Puts a saved adapter on the model that it was trained on.
+
+    Args:
+        identity: What the model is: the entries that the adapter was saved with.
+
+    Raises:
+        InputError: If the folder holds no adapter, or one of another model.
+    """
+    check_identity("adapter", Path(folder), identity)
+    try:
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]}); train it again"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops warnings of peft: it asks by a deprecated name, and tells of an lm_head that leaves its tie, as asked."""
+    with warnings.catch_warnings():
+        for tied in ("Model has .tie_word_embeddings=True.", "Input and output embeddings are no longer tied"):
+            warnings.filterwarnings("ignore", tied, UserWarning)
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield

@@ -1,0 +1,160 @@
+"""What a student is trained towards: the teacher beside it in memory, or its likeliest tokens on disk.
+
+The cache's folder is named by what it holds (weights, text, number of tokens kept, temperature), so that a stale one is
+never read; it is written under a temporary name, so that half a one is never read either.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from tvaprune.errors import InputError
+from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+
+_FILES = ("tokens.npy", "log_probs.npy")
+
+
+class Teacher(Protocol):
+    """Compares a student's output with what it should have been."""
+
+    needs_hidden_states: bool
+
+    def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the terms of the loss, unweighted: ``kl`` and, where hidden states are compared, ``hidden``.
+
+        Args:
+            output: The student's, with ``logits`` of shape ``(batch, length, vocabulary)``.
+            batch: ``input_ids``, ``labels`` and ``index`` (the rows' places in the training set).
+        """
+
+
+class LiveTeacher:
+    """The teacher in memory: frozen, in evaluation mode, without gradients.
+
+    Args:
+        model: The teacher.
+        temperature: That of the distillation.
+        kept: The teacher's hidden dims that the student has (int64), where hidden states are compared too.
+    """
+
+    def __init__(self, model: Any, temperature: float, kept: torch.Tensor | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.temperature, self.kept = temperature, kept
+        self.needs_hidden_states = kept is not None
+
+    def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns ``kl`` and, with ``kept``, ``hidden`` (every layer; the last after the final norm)."""
+        with torch.inference_mode():
+            own = self.model(
+                input_ids=batch["input_ids"], use_cache=False, output_hidden_states=self.needs_hidden_states
+            )
+        found = {"kl": distillation_loss(output.logits, own.logits, self.temperature, batch["labels"])}
+        if self.kept is not None:
+            kept = self.kept.to(output.logits.device)
+            found["hidden"] = hidden_loss(output.hidden_states[1:], own.hidden_states[1:], kept)
+        return found
+
+
+class CachedTeacher:
+    """The teacher's likeliest tokens for every position of a training set, on disk.
+
+    Args:
+        folder: A folder that `cache_teacher` returned.
+        temperature: The one that it was written at.
+
+    Raises:
+        InputError: If the folder's files are damaged.
+    """
+
+    needs_hidden_states = False
+
+    def __init__(self, folder: Path, temperature: float) -> None:
+        self.temperature = temperature
+        try:
+            self.tokens, self.log_probs = (np.load(folder / name, mmap_mode="r") for name in _FILES)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--teacher_cache {folder}: is damaged ({error}); remove it") from error
+
+    def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns ``kl`` over the tokens kept."""
+        rows, device = batch["index"].cpu().numpy(), output.logits.device
+        tokens, log_probs = (torch.from_numpy(array[rows]).to(device) for array in (self.tokens, self.log_probs))
+        loss = top_k_distillation_loss(output.logits, tokens, log_probs, self.temperature, batch["labels"])
+        return {"kl": loss}
+
+
+def cache_teacher(
+    folder: str | Path, model: Any, blocks: Dataset, k: int, temperature: float, batch_size: int = 8
+) -> Path:
+    """Writes the teacher's likeliest tokens for every block, unless they are there; returns their folder.
+
+    Args:
+        folder: Where caches lie, each in a subfolder.
+        model: The teacher.
+        blocks: Rows of ``input_ids``, shape ``(length,)``.
+        k: Tokens kept per position: 8 bytes each.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    target = Path(folder) / f"teacher-{_cache_key(model, blocks, k, temperature)}"
+    if target.is_dir():
+        return target
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".teacher-"))
+        _write(temporary, model, blocks, k, temperature, batch_size)
+        os.replace(temporary, target)
+    except OSError as error:
+        if not target.is_dir():  # else another process was quicker
+            raise InputError(f"--teacher_cache {folder}: cannot be written ({error}); give another folder") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+@torch.inference_mode()
+def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float, batch_size: int) -> None:
+    device, length = next(model.parameters()).device, len(blocks[0]["input_ids"])
+    shape = (len(blocks), length, min(k, model.config.vocab_size))
+    arrays = [
+        np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
+        for name, dtype in zip(_FILES, (np.int32, np.float32), strict=True)
+    ]
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(blocks), batch_size), desc="teacher", leave=False, unit="batch"):
+        ids = blocks[start : start + batch_size]["input_ids"].to(device)
+        found = top_k(model(input_ids=ids, use_cache=False).logits, k, temperature)
+        for array, values in zip(arrays, found, strict=True):
+            array[start : start + len(ids)] = values.cpu().numpy()
+    for array in arrays:
+        array.flush()
+    model.train(was_training)
+
+
+def _cache_key(model: Any, blocks: Dataset, k: int, temperature: float) -> str:
+    tokens = hashlib.sha256(np.ascontiguousarray(blocks.with_format("numpy")["input_ids"][:]).tobytes()).hexdigest()
+    length = len(blocks[0]["input_ids"])
+    identity = json.dumps([weights_digest(model), tokens, length, k, temperature])
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Returns 16 hex digits that tell a model's weights from any other's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

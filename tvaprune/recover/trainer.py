@@ -1,0 +1,154 @@
+"""Fine-tuning any causal LM towards a teacher, on `transformers.Trainer`.
+
+``loss = CE + alpha * KL(teacher || student) [+ beta * distance of hidden states]`` (method: section 6), on the shifted
+tokens whose label counts, the mean per token. Accumulation, precision, checkpoints, their resumption and early stopping
+are `Trainer`'s own.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn import functional
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from tvaprune.errors import InputError
+from tvaprune.identity import IDENTITY_NAME, write_identity
+from tvaprune.losses import IGNORE_INDEX
+from tvaprune.measure.perplexity import perplexity
+from tvaprune.recover.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The terms' weights beside the cross-entropy's 1."""
+
+    kl: float = 0.0
+    hidden: float = 0.0
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the last checkpoint of an output folder that was written to its end."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{IDENTITY_NAME}")]
+    numbered = [path for path in whole if path.name.split("-")[-1].isdigit()]
+    return max(numbered, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+class FinetuneTrainer(Trainer):
+    """Trains what of the model has gradients; keeps the checkpoint of the best validation perplexity.
+
+    Args:
+        model: A causal LM, with LoRA or without.
+        train_blocks: Rows of ``input_ids``, shape ``(length,)``, and optionally ``labels``.
+        eval_blocks: Windows of the validation perplexity.
+        teacher: What the student is compared with; None: the cross-entropy alone.
+        weights: The weights of the teacher's terms.
+        identity: What the checkpoints belong to.
+        patience: Evaluations without a better perplexity after which training ends; None: never.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_blocks: Dataset,
+        eval_blocks: Dataset,
+        teacher: Teacher | None,
+        weights: LossWeights,
+        identity: dict[str, Any],
+        patience: int | None = None,
+    ) -> None:
+        indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
+        super().__init__(model=model, args=args, train_dataset=indexed, eval_dataset=eval_blocks, data_collator=_stack)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+        self.teacher, self.weights = teacher, {"ce": 1.0, "kl": weights.kl, "hidden": weights.hidden}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+        self.add_callback(_Mark(identity))
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_FinetuneProgress)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
+        """Returns the weighted sum of the terms of a batch."""
+        batch = {"labels": inputs["input_ids"], **inputs}
+        with_hidden = self.teacher is not None and self.teacher.needs_hidden_states
+        output = model(input_ids=batch["input_ids"], use_cache=False, output_hidden_states=with_hidden)
+        terms = {"ce": cross_entropy(output.logits, batch["labels"])}
+        if self.teacher is not None:
+            terms |= self.teacher.terms(output, batch)
+        loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower --learning_rate, or use "
+                "--dtype float32 or bfloat16; the last checkpoint is in --output_dir"
+            )
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._count += 1
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms' means since the last log."""
+        if "loss" in logs and self._count:
+            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
+            self._sums, self._count = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measures the validation perplexity."""
+        value = perplexity(self.model, self.eval_dataset, self.args.per_device_eval_batch_size)
+        if not math.isfinite(value):
+            raise InputError(f"the validation perplexity is {value} at step {self.state.global_step}; lower "
+                             "--learning_rate, or use --dtype float32 or bfloat16")  # fmt: skip
+        metrics = {"eval_perplexity": value}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the column by which a cached teacher finds a block: the model's forward does not take it."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any = [*(self._signature_columns or []), "index"]
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the mean negative log-likelihood of the counted labels; the logits at ``i`` predict label ``i + 1``."""
+    flat, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    total = functional.cross_entropy(flat, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+class _Mark(TrainerCallback):
+    """Writes into each checkpoint what it belongs to, once all else is there."""
+
+    def __init__(self, identity: dict[str, Any]) -> None:
+        self.identity = identity
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_identity(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
+
+
+class _FinetuneProgress(ProgressCallback):
+    """One bar with the figures that matter, in place of a printed dictionary per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "ce" in logs:
+            terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("ce", "kl", "hidden") if name in logs)
+            self.training_bar.set_postfix_str(terms)
+        if "eval_perplexity" in logs:
+            self.training_bar.write(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.3f}")

@@ -1,0 +1,99 @@
+"""The pictures of a run."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from tvaprune.files import write_json
+from tvaprune.plan.keep_plan import KeepPlan
+
+matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no other backend
+
+
+def write_training(history: list[dict[str, float]], folder: Path) -> None:
+    """Writes the log of a gate training, and its picture."""
+    plot_training(history, folder / "training.png")
+    write_json({"log": history}, folder / "training_log.json")
+
+
+def plot_training(history: list[dict[str, float]], path: Path) -> None:
+    """Draws the loss, expected and target sparsity, and the multipliers over the steps."""
+    rows = [row for row in history if "expected_sparsity" in row]
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    loss, sparsity, multipliers = figure.subplots(3, 1, sharex=True)
+    loss.plot(steps, [row["task_loss"] for row in rows], color="tab:blue")
+    loss.set(ylabel="task loss", title="Gate training")
+    sparsity.plot(steps, [row["expected_sparsity"] for row in rows], label="expected")
+    sparsity.plot(steps, [row["target_sparsity"] for row in rows], "--", label="target")
+    scored = [(row["step"], row["eval_sparsity"]) for row in history if "eval_sparsity" in row]
+    if scored:
+        sparsity.plot(*zip(*scored, strict=True), "k.", label="scored mask")
+    sparsity.set(ylabel="decoder sparsity")
+    for name in ("lambda_1", "lambda_2"):
+        multipliers.plot(steps, [row[name] for row in rows], label=name)
+    multipliers.set(ylabel="multipliers", xlabel="step")
+    for axes in (sparsity, multipliers):
+        axes.legend()
+    for axes in (loss, sparsity, multipliers):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dict[str, float]) -> None:
+    """Draws the terms of the loss and the validation perplexity over the steps.
+
+    Args:
+        perplexity: Of ``dense`` and ``pruned``, on the windows that are reported.
+    """
+    rows = [row for row in history if "ce" in row]
+    scored = [(row["step"], row["eval_perplexity"]) for row in history if "eval_perplexity" in row]
+    others = [name for name in ("kl", "hidden") if rows and name in rows[0]]
+    figure = Figure(figsize=(7, 7 if others else 5), layout="constrained")
+    panels = figure.subplots(2 + bool(others), 1, sharex=True)
+    steps = [row["step"] for row in rows]
+    panels[0].plot(steps, [row["ce"] for row in rows], color="tab:blue", label="cross-entropy")
+    panels[0].set(ylabel="nats per token", title="Fine-tuning")
+    for name, label in (("kl", "KL to the dense model"), ("hidden", "hidden states, 1 - cosine")):
+        if name in others:
+            panels[1].plot(steps, [row[name] for row in rows], label=label)
+    for name, style in (("pruned", ":"), ("dense", "--")):
+        panels[-1].axhline(perplexity[name], color="0.4", linestyle=style, label=f"{name}, windows reported")
+    if scored:
+        panels[-1].plot(*zip(*scored, strict=True), "o-", color="tab:blue", label="fine-tuned, windows compared on")
+    panels[-1].set(ylabel="perplexity", xlabel="step")
+    for axes in panels:
+        axes.legend(loc="center right" if axes is panels[-1] else "upper right")
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_widths(plan: KeepPlan, path: Path) -> None:
+    """Draws the kept KV heads and MLP channels of every layer."""
+    layers = list(range(plan.shape.num_hidden_layers))
+    figure = Figure(figsize=(max(6, len(layers) / 3), 5), layout="constrained")
+    heads, channels = figure.subplots(2, 1, sharex=True)
+    panels = (
+        (heads, plan.num_key_value_heads, plan.shape.num_key_value_heads, "KV heads"),
+        (channels, plan.intermediate_size, plan.shape.intermediate_size, "MLP channels"),
+    )
+    for axes, kept, full, name in panels:
+        axes.bar(layers, [full] * len(layers), color="0.88", label="unpruned")
+        axes.bar(layers, kept, color="tab:blue", label="kept")
+        axes.set(ylabel=name)
+    channels.set(xlabel="layer", xticks=layers)
+    heads.legend(loc="lower right")
+    heads.set_title(
+        f"Kept widths: hidden {plan.hidden_size} of {plan.shape.hidden_size}, decoder sparsity {plan.sparsity:.3f}"
+    )
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draws a picture under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".part-{path.name}")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, path)

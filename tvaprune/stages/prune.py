@@ -1,0 +1,52 @@
+"""Flags -> mask for every target -> keep plan -> narrower model -> results and folder. Page one for a reader."""
+
+from dataclasses import replace
+
+from tvaprune.checkpoint.folder import save_pruned
+from tvaprune.choose.choose import choose_masks
+from tvaprune.cut.narrow import narrow
+from tvaprune.files import prepare_folder
+from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.perplexity import perplexity
+from tvaprune.plan.exact_cut import TOLERANCE
+from tvaprune.plan.keep_plan import plan_from_masks
+from tvaprune.plan.masks import load_masks
+from tvaprune.report import plots
+from tvaprune.report.results import identity, measure, tell, write_plan, zero_shot
+from tvaprune.report.zero_shot import DENSE, PRUNED
+from tvaprune.run import Run, check_results, check_save, given_checkpoint, zero_shot_tasks
+
+
+def run_prune(args: Arguments) -> None:
+    """Chooses units, writes a mask for every target, applies each and measures the narrower models."""
+    tasks, checkpoint = zero_shot_tasks(args), given_checkpoint(args)
+    targets = args.each_target()
+    for one in targets.values():
+        check_save(one)
+    check_results(args, checkpoint is not None)
+    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
+    prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    run = Run.load(args)
+    windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    dense = perplexity(run.model, windows, args.training.per_device_eval_batch_size, "dense perplexity")
+    chosen = choose_masks(run, checkpoint)
+    if chosen.history is not None:
+        plots.write_training(chosen.history, args.save_loc)
+    for target, one in targets.items():
+        part = replace(run, args=one)
+        plan = plan_from_masks(load_masks(chosen.masks[target]), run.shape, run.rules)
+        write_plan(plan, one.save_loc)
+        results = identity(part, plan) | {"mask": str(chosen.masks[target])}
+        times = args.evaluation.speed_batches > 0 or args.evaluation.compare_dense
+        pruned, update = narrow(part, plan, keep_dense=times or target != max(targets))
+        results |= update | measure(part, plan, pruned, windows, dense)
+        tell(one, results)
+        if one.prune.save_pruned is not None:
+            save_pruned(pruned, plan, run.tokenizer, one.prune.save_pruned, args.training.overwrite_output_dir, results)
+            print(f"checkpoint: {one.prune.save_pruned}")
+        zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results)
+        if abs(plan.sparsity - target) > TOLERANCE:
+            print(
+                f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
+                f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
+            )

@@ -1,0 +1,211 @@
+"""Text sets as documents per split: local copies first, then the hub, and a clear line where neither is there."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from tvaprune.errors import InputError
+from tvaprune.text import package_readmes, python_docs
+
+SPLITS = python_docs.SPLITS
+
+
+PATH_SHARES = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a file without splits
+
+
+def cache_folder() -> Path:
+    """Returns where extracted texts and token blocks are kept: ``$TVAPRUNE_CACHE``, else ``~/.cache/tvaprune``."""
+    return Path(os.environ.get("TVAPRUNE_CACHE", "~/.cache/tvaprune")).expanduser()
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a public text set stands on the hub, and how its rows become documents.
+
+    Attributes:
+        repo: Hub id; a folder of the same name under ``--data_dir`` is read in its place.
+        files: Split -> the data files within the repository.
+        column: The column that holds the text.
+        join: What joins all rows to one document; ``None`` keeps a row a document.
+        rows: Split -> the share of the files' rows that the split takes.
+    """
+
+    repo: str
+    files: dict[str, str]
+    column: str
+    join: str | None
+    rows: dict[str, tuple[float, float]] | None = None
+    revision: str | None = None
+
+
+HUB_SETS = {
+    "wikitext2": HubSet(
+        repo="Salesforce/wikitext",
+        files={split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in SPLITS},
+        column="text",
+        join="\n\n",
+    ),
+    "ptb": HubSet(  # the parquet copy that the hub keeps: `datasets` no longer runs the repository's script
+        repo="ptb-text-only/ptb_text_only",
+        files={split: f"penn_treebank/{split}/0000.parquet" for split in SPLITS},
+        column="sentence",
+        join="\n\n",
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubSet(  # C4 has no test split: the field reports its validation file, so ours is cut from the training file
+        repo="allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-train.00000-of-01024.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        column="text",
+        join=None,
+        rows={"train": (0.0, 0.97), "validation": (0.97, 1.0), "test": (0.0, 1.0)},
+    ),
+}
+
+
+LOCAL_SETS: dict[str, Any] = {  # modules with `read_splits()` and the `PACKAGES` whose versions settle the text
+    "python_docs": python_docs,
+    "package_readmes": package_readmes,
+}
+
+
+DATASET_NAMES = (*LOCAL_SETS, *HUB_SETS)
+
+
+def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data") -> list[str]:
+    """Returns the documents of one split.
+
+    Args:
+        dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet``, a ``save_to_disk`` folder.
+        split: ``train``, ``validation`` or ``test``.
+        data_dir: Folder that holds local copies of hub repositories.
+
+    Raises:
+        InputError: If the name is unknown, the text cannot be had, or the split is empty.
+    """
+    if dataset_name in LOCAL_SETS:
+        documents = _local_documents(dataset_name, split)
+    elif dataset_name in HUB_SETS:
+        documents = _hub_documents(HUB_SETS[dataset_name], dataset_name, split, Path(data_dir))
+    else:
+        documents = _path_documents(Path(dataset_name), split)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise InputError(f"--dataset_name {dataset_name}: its {split} split holds no text; give a longer text")
+    return documents
+
+
+def _local_documents(dataset_name: str, split: str) -> list[str]:
+    """Returns a split of a text of this machine, extracted once for each set of package versions."""
+    module = LOCAL_SETS[dataset_name]
+    versions = json.dumps([_version(package) for package in module.PACKAGES])
+    source = Path(module.__file__).read_text(encoding="utf-8") + versions + sys.version
+    folder = cache_folder() / f"{dataset_name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+    def build(target: Path) -> None:
+        texts = {name: Dataset.from_dict({"text": documents}) for name, documents in module.read_splits().items()}
+        DatasetDict(texts).save_to_disk(target)
+
+    return list(_cached(folder, build)[split]["text"])
+
+
+def _version(package: str) -> str:
+    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "more_itertools": "more-itertools"}
+    try:
+        return f"{package} {version(names.get(package, package))}"
+    except PackageNotFoundError:
+        return package  # `read_splits` says so in one line
+
+
+def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
+    """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        try:
+            build(temporary / "data")
+            os.rename(temporary / "data", folder)
+        except OSError:
+            if not folder.exists():  # else another process was quicker, with the same data
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return load_from_disk(str(folder))
+
+
+def _hub_documents(hub_set: HubSet, dataset_name: str, split: str, data_dir: Path) -> list[str]:
+    """Loads a hub set's split, from ``data_dir`` where a copy of the repository lies there."""
+    local = data_dir / hub_set.repo
+    is_local = (local / hub_set.files[split]).exists()
+    builder = "parquet" if hub_set.files[split].endswith(".parquet") else "json"
+    try:
+        if is_local:
+            rows = load_dataset(builder, data_files={split: str(local / hub_set.files[split])}, split=split)
+        else:
+            rows = load_dataset(
+                hub_set.repo, data_files={split: hub_set.files[split]}, revision=hub_set.revision, split=split
+            )
+    except Exception as error:  # the hub's client raises a dozen kinds for "no network"
+        raise InputError(
+            f"--dataset_name {dataset_name}: cannot load {hub_set.repo} ({type(error).__name__}); put the hub's "
+            f"{hub_set.files[split]} at {local / hub_set.files[split]}, or choose --dataset_name python_docs"
+        ) from error
+    texts = list(rows[hub_set.column])
+    if hub_set.rows is not None:
+        first, last = (round(share * len(texts)) for share in hub_set.rows[split])
+        texts = texts[first:last]
+    return texts if hub_set.join is None else [hub_set.join.join(texts)]
+
+
+def _path_documents(path: Path, split: str) -> list[str]:
+    """Loads a user's own text; what has no splits is cut at 90% and 95% of its documents, in order."""
+    if not path.exists():
+        raise InputError(
+            f"--dataset_name {path}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
+            "give a .txt, .jsonl, .parquet or save_to_disk folder"
+        )
+    loaded = _read_path(path)
+    own_splits = isinstance(loaded, DatasetDict)
+    if own_splits and split not in loaded:
+        raise InputError(
+            f"--dataset_name {path}: has splits {', '.join(loaded)}, needs {split}; save it with all three"
+        )
+    rows = loaded[split] if own_splits else loaded
+    if "text" not in rows.column_names:
+        raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")
+    texts = list(rows["text"])
+    if not own_splits:
+        first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
+        texts = texts[first:last]
+    return ["\n\n".join(texts)] if path.suffix == ".txt" else texts
+
+
+def _read_path(path: Path) -> Any:
+    """Reads a file or folder by its kind: a ``Dataset`` or a ``DatasetDict``."""
+    if path.is_file() and path.suffix not in (".txt", ".jsonl", ".parquet"):
+        raise InputError(f"--dataset_name {path}: cannot read '{path.suffix}'; give .txt, .jsonl or .parquet")
+    try:
+        if path.is_dir():
+            return load_from_disk(str(path))
+        if path.suffix == ".txt":
+            return Dataset.from_dict({"text": path.read_text(encoding="utf-8").split("\n\n")})
+        builder = "json" if path.suffix == ".jsonl" else "parquet"
+        return load_dataset(builder, data_files=str(path), split="train")
+    except Exception as error:  # each reader raises kinds of its own
+        kind = "folder of save_to_disk" if path.is_dir() else f"{path.suffix} file in UTF-8"
+        raise InputError(
+            f"--dataset_name {path}: not a readable {kind} ({type(error).__name__}); mend or replace it"
+        ) from error
