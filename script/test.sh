@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All checks: lint, format, types, tests. Arguments go to pytest, as in: bash script/test.sh -k plan
 set -euo pipefail
+NEEDS=pins # other versions have other opinions of format and types
 source "$(dirname "$0")/env.sh"
 cd "$ROOT"
 

@@ -3,25 +3,28 @@
 # documentation text of this machine, in some minutes on two CPU cores.
 #   bash script/tva_prune.sh [MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET] [--FLAG VALUE ...]
 # The flags are tva_prune.py's; they win over those set here. --resume_from_checkpoint True goes on.
+# Relative paths are below the folder that this is called from.
 set -euo pipefail
-source "$(dirname "$0")/env.sh"
-cd "$ROOT"
 
 given=0 # arguments before the first flag
 for word in "$@"; do [[ $word == --* ]] && break; given=$((given + 1)); done
 
+if [ $given -ne 0 ] && [ $given -ne 7 ]; then
+    echo "tva_prune.sh: got $given arguments, needs none or 7: MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET; flags come last" >&2
+    exit 2
+fi
+NEEDS=ranges # a text of the user's own needs no more
+if [ $given -eq 0 ] || [[ " $* " =~ [\ =](python_docs|package_readmes)\  ]]; then NEEDS=text; fi
+source "$(dirname "$0")/env.sh"
+
 if [ $given -eq 0 ]; then
-    exec "$PYTHON" tva_prune.py \
-        --model_name_or_path mistral_saves_tva/mini_mistral \
+    exec "$PYTHON" "$ROOT/tva_prune.py" \
+        --model_name_or_path "$ROOT/mistral_saves_tva/mini_mistral" \
         --output_dir out/mini_mistral --overwrite_output_dir \
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
         --target_sparsity 0.5 \
         --max_train_samples 1200 --per_device_train_batch_size 4 --max_eval_samples 256 \
         "$@"
-fi
-if [ $given -ne 7 ]; then
-    echo "tva_prune.sh: got $given arguments, needs none or 7: MODEL MASK_SAVE VIB_LR TARGET_SPARSITY LAGRANGIAN_WARMUP ATT_MUL DATASET; flags come last" >&2
-    exit 2
 fi
 
 MODEL=$1             # checkpoint folder or hub id
@@ -32,7 +35,7 @@ LAGRANGIAN_WARMUP=$5 # epochs over which the target rises: 0.1, above 60% sparsi
 ATT_MUL=$6           # weight of the attention gates in the information loss: 256, above 60% sparsity 512
 DATASET=$7           # c4, wikitext2, ptb, python_docs, or a path
 
-exec "$PYTHON" tva_prune.py \
+exec "$PYTHON" "$ROOT/tva_prune.py" \
     --model_name_or_path "$MODEL" \
     --output_dir "$MASK_SAVE" \
     --vib_learning_rate "$VIB_LR" \
