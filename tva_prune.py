@@ -2,9 +2,13 @@
 
 import sys
 
-from tvaprune.cli import run_command
-from tvaprune.run import Arguments
-from tvaprune.stages.prune import run_prune
+from tvaprune.cli import run_command, run_verb
+
+
+def main() -> None:
+    """Runs `tvaprune prune`."""
+    run_verb("prune", sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: run_prune(Arguments.parse())))
+    sys.exit(run_command(main))

@@ -143,5 +143,5 @@ class Grid:
             "save_strategy": "no",
             "output_dir": self.folder / "gates" / self.mask_path(cell).stem,
         }
-        return Arguments.parse([str(item) for name, value in values.items() for item in (f"--{name}", value)]
-                               + args.flags)  # fmt: skip
+        flags = [str(item) for name, value in values.items() for item in (f"--{name}", value)]
+        return Arguments.parse([*flags, *args.flags], "prune")

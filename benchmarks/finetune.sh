@@ -4,6 +4,7 @@
 # minutes on two CPU cores; a run that has its results is not repeated. Prints the table of finetune.md.
 #   bash benchmarks/finetune.sh [OUTPUT]     default: out/finetune
 set -euo pipefail
+NEEDS=text
 source "$(dirname "$0")/../script/env.sh"
 cd "$ROOT"
 

@@ -3,6 +3,7 @@
 # refitted. Some 40 minutes on two idle CPU cores; what is measured is not measured again. Prints the table of gates.md.
 #   bash benchmarks/gates.sh [OUTPUT]     default: out/gates
 set -euo pipefail
+NEEDS=text
 source "$(dirname "$0")/../script/env.sh"
 cd "$ROOT"
 

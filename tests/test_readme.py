@@ -13,7 +13,9 @@ import pytest
 from support import tiny
 
 from tvaprune import shipped
+from tvaprune.cli import released
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.verbs import MODES, check_flags
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -35,10 +37,18 @@ def test_a_script_that_the_readme_names_is_there_and_is_valid(line):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("line", commands("python tva_prune.py") + commands("python lora_ft_vib.py"))
+@pytest.mark.parametrize(
+    "line", commands("python tva_prune.py") + commands("python lora_ft_vib.py") + commands("tvaprune ")
+)
 def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    args = Arguments.parse(shipped.complete(shlex.split(line)[2:], tiny.ROOT))
+    _, script, *flags = ["python", *shlex.split(line)] if line.startswith("tvaprune") else shlex.split(line)
+    if script == "lora_ft_vib.py":
+        verb, flags = released(shipped.complete(flags, tiny.ROOT))
+    else:
+        verb = "prune" if script == "tva_prune.py" else flags.pop(0)
+    check_flags(verb, flags, MODES)
+    args = Arguments.parse(flags, verb)
     assert Path(args.source.model_name_or_path, "config.json").is_file()
 
 
@@ -52,7 +62,7 @@ def test_the_readmes_tree_names_every_module():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", commands("python -m tvaprune.stages.describe"))
+@pytest.mark.parametrize("line", commands("python -m tvaprune.describe"))
 def test_the_describe_command_runs(line):
     result = tiny.run(" ".join(shlex.split(line)[1:]))
     assert result.returncode == 0, result.stderr
@@ -143,14 +153,14 @@ def test_a_driver_passes_flags_on(script, count, tmp_path):
     flags, given = ["--resume_from_checkpoint", "True", "--save_loc", "a b"], [f"value {i}" for i in range(count)]
     for arguments in ([], given):
         assert called(*arguments, *flags) == called(*arguments) + flags
-    assert "mistral_saves_tva/mini_mistral" in called() and set(given) <= set(called(*given))
+    assert str(tiny.ROOT / "mistral_saves_tva/mini_mistral") in called() and set(given) <= set(called(*given))
 
 
 @pytest.mark.slow
 def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
     for name in ("script", "tvaprune", "mistral_saves_tva", "lm-evaluation-harness"):
         shutil.copytree(tiny.ROOT / name, tmp_path / name)
-    for name in ("lora_ft_vib.py", "requirement.txt"):
+    for name in ("lora_ft_vib.py", "pyproject.toml", *(path.name for path in tiny.ROOT.glob("requirement*.txt"))):
         shutil.copy(tiny.ROOT / name, tmp_path / name)
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     env |= SHIPPED_TEXT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

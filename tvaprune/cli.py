@@ -1,12 +1,17 @@
-"""The end of a command: a user's mistake is one line and exit code 2, an interruption says how to go on."""
+"""The command line: a verb, its flags, its stage; and the end of a command.
+
+``--help`` and what is refused by name answer before anything heavy is imported. A user's mistake is one line and exit
+code 2, an interruption says how to go on.
+"""
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-from transformers.utils import logging
-
 from tvaprune.errors import InputError
+from tvaprune.flags.recipes import expand
+from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -19,7 +24,6 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
     Args:
         goes_on: What an interrupted user is told.
     """
-    logging.set_verbosity_error()
     try:
         command()
     except InputError as error:
@@ -29,3 +33,91 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
         print(f"interrupted; {goes_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
+    """Runs a verb of the method: prune, apply or finetune.
+
+    Args:
+        also: Flags that are accepted beside the verb's own: the released scripts' modes.
+
+    Raises:
+        InputError: If the flags cannot be used.
+    """
+    arguments = expand(verb, arguments)
+    check_flags(verb, arguments, also)
+    from transformers.utils import logging
+
+    from tvaprune.flags.arguments import Arguments
+
+    logging.set_verbosity_error()
+    args = Arguments.parse(arguments, verb)
+    module, _, function = VERBS[verb].entry.partition(":")
+    getattr(import_module(module), function)(args)
+
+
+def main() -> int:
+    """Runs ``tvaprune VERB ...`` and returns its exit code."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    return run_command(lambda: _run(words[0], words[1:]))
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    if verb not in VERBS:
+        raise InputError(f"'{verb}' is no verb: give one of {', '.join(VERBS)}; --help says what each does")
+    if not VERBS[verb].first:  # a verb with a parser of its own
+        module, _, function = VERBS[verb].entry.partition(":")
+        getattr(import_module(module), function)(arguments)
+        return
+    run_verb(verb, ["--do_eval", "True", *arguments] if verb == "apply" else arguments)
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return f"usage: tvaprune VERB --FLAG VALUE ...\n\n{verbs}\n\ntvaprune VERB --help lists the verb's flags."
+
+
+def released(arguments: list[str]) -> tuple[str, list[str]]:
+    """Translates a command line of `lora_ft_vib.py` to a verb and its flags.
+
+    Raises:
+        InputError: If it asks for nothing, or for fine-tuning without a mask.
+    """
+    flags = {word.split("=", 1)[0]: _is_on(arguments, place) for place, word in enumerate(arguments)}
+    asks = {name for name, is_on in flags.items() if name.startswith("--") and is_on}
+    has_mask = "--mask_loc" in asks
+    rest = _without(arguments, tuple(f"--{name}" for name in MODES if name != "do_eval"))
+    if "--finetune" in asks and not has_mask:
+        raise InputError("--finetune needs --mask_loc: fine-tuning begins with the model that a mask leaves")
+    if has_mask and asks & {"--do_train", "--finetune"}:
+        return "finetune", _without(rest, ("--do_eval",))
+    if "--do_train" in asks:
+        return "prune", _without(rest, ("--do_eval",))
+    if "--do_zero_eval" in asks or (has_mask and asks & {"--do_eval", "--save_pruned"}) or asks & {"--help", "-h"}:
+        return "apply", rest
+    raise InputError("nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc, or --do_train")
+
+
+def _is_on(arguments: list[str], place: int) -> bool:
+    """Tells a flag that is there from one that says False."""
+    word = arguments[place]
+    value = word.partition("=")[2] if "=" in word else next(iter(arguments[place + 1 : place + 2]), "")
+    return value.lower() != "false"
+
+
+def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """Returns a command line without some truth-valued flags and their values."""
+    kept: list[str] = []
+    skips = False
+    for word in arguments:
+        if skips and word.lower() in ("true", "false"):
+            skips = False
+            continue
+        skips = word in names
+        if not skips and word.split("=", 1)[0] not in names:
+            kept.append(word)
+    return kept

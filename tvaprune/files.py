@@ -18,9 +18,14 @@ CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Writes JSON under a temporary name, then renames it."""
+    write_text(json.dumps(content, indent=2) + "\n", path)
+
+
+def write_text(content: str, path: Path) -> None:
+    """Writes a text under a temporary name, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -405,6 +405,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(breaks, message, folder):
 
 
 def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, tmp_path, monkeypatch, capsys):
+    from tvaprune.flags.arguments import Arguments
     from tvaprune.models.families import shape_of
     from tvaprune.plan.keep_plan import plan_from_masks
     from tvaprune.plan.masks import save_masks
@@ -417,14 +418,13 @@ def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, t
     save_masks(masks, tmp_path / "mask_info_1.pkl")
     flags = ["--model_name_or_path", "dense", "--mask_loc", "mask_info_1.pkl", "--save_pruned", "pruned", "--use_cpu"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *flags])
     with pytest.raises(InputError, match="cannot load allenai/c4 .*; --weight_update fold needs no text"):
-        stages.run_apply(stages.Arguments.parse())
-    monkeypatch.setattr(sys, "argv", ["lora_ft_vib.py", *flags, "--weight_update", "fold"])
-    stages.run_apply(stages.Arguments.parse())
+        stages.run_apply(Arguments.parse(flags, "apply"))
+    flags += ["--weight_update", "fold"]
+    stages.run_apply(Arguments.parse(flags, "apply"))
     assert "checkpoint: pruned" in capsys.readouterr().out
     expected = sliced(model, plan_from_masks(masks, shape_of(model.config), WidthRules(8)))
     assert torch.equal(logits(load_pruned("pruned"), input_ids), logits(expected, input_ids))
     assert "- mask: mask_info_1.pkl" in (tmp_path / "pruned" / "README.md").read_text()
     with pytest.raises(InputError, match="--save_pruned pruned: is not empty"):
-        stages.run_apply(stages.Arguments.parse())
+        stages.run_apply(Arguments.parse(flags, "apply"))

@@ -21,7 +21,7 @@ from tvaprune.plan.widths import WidthRules
 def settings(num_steps=8, distill=True, **prune):
     prune = {"lagrangian_warmup_epochs": 0.25, "dim_multiple": 4} | prune
     arguments = PruneArguments(target_sparsity=[0.3], **prune)
-    return gate_settings(arguments, DistillArguments(distill=distill), num_steps, num_steps, 5.0, 4)
+    return gate_settings(arguments, DistillArguments(distill=distill), num_steps, num_steps, 5.0, WidthRules(4))
 
 
 def blocks(count=64, length=12):
@@ -169,7 +169,9 @@ def test_a_target_that_rises_beyond_the_choice_is_refused():
     with pytest.raises(InputError, match="--lagrangian_warmup_epochs is 0.9: .* 7 steps, .* stands after 5 of 8"):
         settings(lagrangian_warmup_epochs=0.9)
     assert settings(lagrangian_warmup_epochs=0.9, settle_share=0.0).num_warmup_steps == 7
-    few = gate_settings(PruneArguments(), DistillArguments(), 10, 1000, 5.0, 4)  # --max_steps 10 of an epoch of 1,000
+    few = gate_settings(
+        PruneArguments(), DistillArguments(), 10, 1000, 5.0, WidthRules(4)
+    )  # --max_steps 10 of an epoch of 1,000
     assert few.num_warmup_steps == 3 and few.num_settle_steps == 3
 
 

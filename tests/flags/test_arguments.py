@@ -1,11 +1,16 @@
 """The released command lines keep working: every flag of method.md, section 7, that this version acts on."""
 
+import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
+from support import tiny
 
+from tvaprune.cli import released
 from tvaprune.errors import InputError
-from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.arguments import STAGES, Arguments
+from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 RELEASED = (
     "model_name_or_path", "ctx_length", "dataset_name", "max_train_samples", "max_eval_samples", "block_size",
@@ -17,27 +22,84 @@ RELEASED = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def help_text():
-    from pytest import MonkeyPatch
-
-    with MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(sys, "argv", ["tva_prune.py", "--help"])
-        lines = []
-        patch.setattr(sys.stdout, "write", lines.append)
-        Arguments.parse()
-    return "".join(lines)
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_flag_is_accepted(name):
+    verbs = [verb for verb, row in VERBS.items() if name in row.flags]
+    assert verbs or name in MODES
 
 
-@pytest.mark.parametrize("flag", RELEASED)
-def test_a_released_flag_is_there_with_its_help(flag, help_text):
-    assert f"--{flag}" in help_text
+def test_a_flag_that_was_never_released_is_not():
+    assert not [verb for verb, row in VERBS.items() if "no_such_flag" in row.flags]
 
 
-def test_help_says_which_defaults_serve_which_run(help_text):
-    words = " ".join(help_text.split())
-    assert "default -5 in a short run, else the released -9" in words
-    assert "default 0.1 in a short run (under 1000 steps)" in words
+@pytest.mark.parametrize("verb", ["prune", "apply", "finetune"])
+def test_the_help_of_a_verb_fits_two_screens_and_says_all_that_acts(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        Arguments.parse(["--help"], verb)
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert len(shown.splitlines()) <= 110 and max(map(len, shown.splitlines())) <= 120
+    assert [name for name in VERBS[verb].first if f"--{name}" not in shown] == []
+    assert ("--lora_r" in shown) == (verb == "finetune")
+
+
+def test_every_flag_of_ours_acts_in_a_verb():
+    ours = {entry.name for cls in STAGES for entry in fields(cls)} - {"finetune"}
+    assert ours - {name for row in VERBS.values() for name in row.flags} == set()
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "words"),
+    [
+        ("prune", ["--learning_rate", "1"], "gates are trained at --vib_learning_rate"),
+        ("prune", ["--mask_loc", "k"], "--mask_loc acts in apply and finetune, not in prune"),
+        ("prune", ["--lora-r=4"], "--lora_r acts in finetune, not in prune"),
+        ("apply", ["--max_train_samples", "4"], "--max_train_samples acts in prune and finetune, not in apply"),
+        ("apply", ["--num_train_epochs", "4"], "--num_train_epochs acts in prune and finetune"),
+        ("finetune", ["--target_sparsity", "0.5"], "--target_sparsity acts in prune, not in finetune"),
+        ("prune", ["--dim_multipel", "8"], "--dim_multipel is no flag of prune: perhaps --dim_multiple"),
+        ("prune", ["--hub_token", "x"], "--hub_token is no flag of prune"),
+    ],
+)
+def test_a_flag_that_does_not_act_in_a_verb_is_refused_by_name(verb, flags, words):
+    with pytest.raises(InputError, match=words):
+        check_flags(verb, flags)
+    check_flags(verb, ["--dim-multiple", "8", "--output_dir=o", "--seed", "-1"])  # control
+
+
+def test_the_modes_of_the_released_scripts_are_accepted_from_them_alone():
+    check_flags("apply", ["--do_train", "True"], MODES)
+    with pytest.raises(InputError, match="--do_train is no flag of apply"):
+        check_flags("apply", ["--do_train", "True"])
+
+
+@pytest.mark.parametrize(
+    ("given", "verb", "flags"),
+    [
+        (["--do_train", "--vib_learning_rate", "0.1"], "prune", ["--vib_learning_rate", "0.1"]),
+        (["--mask_loc", "k", "--do_eval"], "apply", ["--mask_loc", "k", "--do_eval"]),
+        (["--mask_loc", "k", "--do_train", "True", "--lora_r", "2"], "finetune", ["--mask_loc", "k", "--lora_r", "2"]),
+        (["--mask_loc=k", "--finetune", "--do_eval", "True"], "finetune", ["--mask_loc=k"]),
+        (["--do_zero_eval", "True"], "apply", ["--do_zero_eval", "True"]),
+        (["--mask_loc", "k", "--do_train", "False", "--do_eval"], "apply", ["--mask_loc", "k", "--do_eval"]),
+    ],
+)
+def test_the_released_command_lines_are_translated(given, verb, flags):
+    assert released(given) == (verb, flags)
+
+
+@pytest.mark.parametrize(("given", "words"), [([], "nothing to do"), (["--finetune"], "--finetune needs --mask_loc")])
+def test_a_released_command_line_that_asks_for_nothing_is_refused(given, words):
+    with pytest.raises(InputError, match=words):
+        released(given)
+
+
+def test_help_of_the_tool_needs_nothing_heavy():
+    code = (
+        "import sys; from tvaprune.cli import main; main(); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tiny.ROOT)
+    assert shown.stdout.startswith("usage: tvaprune VERB") and shown.stdout.endswith("[]\n"), shown.stderr
 
 
 @pytest.fixture
@@ -49,7 +111,7 @@ def mask(tmp_path):
 
 @pytest.mark.parametrize("asked", [("--do_train",), ("--finetune",)])
 def test_fine_tuning_has_the_released_defaults(asked, mask):
-    args = Arguments.parse([*asked, "--mask_loc", str(mask)])
+    args = Arguments.parse(released([*asked, "--mask_loc", str(mask)])[1], "finetune")
     finetune, training = args.finetune, args.training
     assert (finetune.lora_r, finetune.lora_alpha_ratio, finetune.lora_dropout) == (128, 4, 0.05)
     assert (finetune.distill_ce_loss_alpha, args.data.block_size) == (0.01, 512)
@@ -58,7 +120,7 @@ def test_fine_tuning_has_the_released_defaults(asked, mask):
 
 
 def test_gate_training_keeps_its_own_defaults():
-    training = Arguments.parse(["--do_train"]).training
+    training = Arguments.parse([], "prune").training
     assert (training.num_train_epochs, training.train_batch_size, training.gradient_accumulation_steps) == (1, 1, 1)
     assert (training.eval_steps, training.save_steps, training.load_best_model_at_end) == (50, 100, False)
 
@@ -66,14 +128,14 @@ def test_gate_training_keeps_its_own_defaults():
 def test_no_flag_of_fine_tuning_is_overwritten(mask):
     given = ("--learning_rate", 5e-5, "--num_train_epochs", 1, "--gradient_accumulation_steps", 3,
              "--per_device_train_batch_size", 2, "--eval_steps", 7, "--save_steps", 14)  # fmt: skip
-    training = Arguments.parse(["--do_train", "--mask_loc", str(mask), *map(str, given)]).training
+    training = Arguments.parse(["--mask_loc", str(mask), *map(str, given)], "finetune").training
     assert (training.learning_rate, training.num_train_epochs) == (5e-5, 1)
     assert (training.gradient_accumulation_steps, training.train_batch_size) == (3, 2)
     assert (training.eval_steps, training.save_steps) == (7, 14)
 
 
 def test_a_smaller_batch_is_accumulated_to_the_released_one(mask):
-    training = Arguments.parse(["--do_train", "--mask_loc", str(mask), "--per_device_train_batch_size", "2"]).training
+    training = Arguments.parse(["--mask_loc", str(mask), "--per_device_train_batch_size", "2"], "finetune").training
     assert training.gradient_accumulation_steps * training.world_size == 64
 
 
@@ -89,4 +151,4 @@ def test_a_smaller_batch_is_accumulated_to_the_released_one(mask):
 )
 def test_values_that_fine_tuning_cannot_use_are_refused(flags, words):
     with pytest.raises(InputError, match=words):
-        Arguments.parse([str(flag) for flag in flags])
+        Arguments.parse([str(flag) for flag in flags], "finetune")

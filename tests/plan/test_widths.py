@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_spread
-from tvaprune.choose.settings import gate_settings
 from tvaprune.errors import InputError
-from tvaprune.flags.settings import DistillArguments, PruneArguments
+from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.settings import PruneArguments
 from tvaprune.models.families import ModelShape
 from tvaprune.models.parameters import decoder_sparsity
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import TOLERANCE, calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.widths import WidthRules, Widths
+from tvaprune.run import Run
 
 SHAPE = ModelShape(
     hidden_size=96,
@@ -143,8 +144,13 @@ def test_the_penalty_without_a_spread_is_the_one_it_was():
         assert float(lagrangian(torch.tensor(0.3), 0.5, 0.01)) == pytest.approx(2 * -0.2 + 3 * 0.05)
 
 
-def test_the_flags_reach_the_training():
-    settings = gate_settings(PruneArguments(uniform=True, tensor_parallel=2), DistillArguments(), 100, 100, 10.0, 8)
-    assert (settings.uniform, settings.tensor_parallel) == (True, 2)
-    settings = gate_settings(PruneArguments(), DistillArguments(), 100, 100, 10.0, 8)
-    assert (settings.uniform, settings.tensor_parallel) == (False, 1)
+@pytest.mark.parametrize(
+    ("flags", "rules"),
+    [
+        ([], WidthRules(8)),
+        (["--uniform", "True", "--tensor_parallel", "2"], WidthRules(8, 0, True, 2)),
+        (["--dim_multiple", "0", "--keep_one_kv_head", "True"], WidthRules(1, 1)),
+    ],
+)
+def test_the_flags_become_one_object_of_rules(flags, rules, make_model):
+    assert Run(Arguments.parse(flags, "prune"), make_model(), None).rules == rules

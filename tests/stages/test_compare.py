@@ -1,9 +1,7 @@
 """The comparison: the whole command on a tiny model, and its figures against cells written by hand."""
 
 import math
-import os
 import random
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -260,24 +258,3 @@ def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     report = tiny.read_json(tmp_path / "compare.json")
     assert [row["to_refitted"] for row in report["figures"]] == pytest.approx([0.3, 1.5])
     assert len(report["cells"]) == 22
-
-
-@pytest.mark.parametrize(
-    ("arguments", "passed"),
-    [
-        ([], []),
-        (["model"], ["--models", "model"]),
-        (["model", "text"], ["--models", "model", "--dataset", "text"]),
-        (["model", "--seeds", "3"], ["--models", "model", "--seeds", "3"]),
-        (["--seeds", "3", "4"], ["--seeds", "3", "4"]),
-    ],
-)
-def test_compare_sh_hands_its_arguments_on(arguments, passed, tmp_path):
-    python = tmp_path / "python"  # says that the requirements are there, and prints what it is asked to run
-    python.write_text('#!/bin/sh\n[ "$1" = - ] || printf "%s\\n" "$@"\n')
-    python.chmod(0o755)
-    result = subprocess.run(
-        ["bash", "script/compare.sh", *arguments], cwd=tiny.ROOT, capture_output=True, text=True,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
-    assert result.stdout.splitlines() == ["benchmarks/compare.py", *passed], result.stderr

@@ -3,7 +3,6 @@
 import math
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tvaprune.flags.arguments import Arguments
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks, save_masks
+from tvaprune.plan.widths import WidthRules
 
 RUN = (
     "--block_size",
@@ -300,13 +300,12 @@ def test_nothing_to_do_is_said(checkpoint, command):
     assert code == 2 and "nothing to do: give --do_eval, --do_zero_eval" in error
 
 
-def test_no_flag_of_the_user_is_overwritten(monkeypatch, checkpoint, tmp_path):
+def test_no_flag_of_the_user_is_overwritten(tmp_path):
     flags = ("--num_train_epochs", 3, "--save_steps", 7, "--lagrangian_warmup_epochs", 0.3, "--vib_learning_rate", 0.02,
              "--gradient_accumulation_steps", 2, "--beta", 4, "--initial_log_variance", -7,
              "--output_dir", tmp_path)  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["tva_prune.py", *map(str, flags)])
-    args = Arguments.parse()
+    args = Arguments.parse([str(flag) for flag in flags], "prune")
     assert (args.training.num_train_epochs, args.training.save_steps) == (3, 7)
-    settings = gate_settings(args.prune, args.distill, 100, 50, 10.0, 8)
+    settings = gate_settings(args.prune, args.distill, 100, 50, 10.0, WidthRules(8))
     assert (settings.vib_learning_rate, settings.beta, settings.initial_log_variance) == (0.02, 4, -7)
     assert settings.num_warmup_steps == 15

@@ -32,7 +32,8 @@ def test_prose_is_what_remains_of_a_description(description, expected):
 
 
 def test_the_packages_are_pinned_so_that_the_text_is_the_same_everywhere():
-    lines = (tiny.ROOT / "requirement.txt").read_text(encoding="utf-8").splitlines()
+    files = (tiny.ROOT / name for name in ("requirement.txt", "requirement-text.txt"))
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     pinned = {line.split("==")[0] for line in lines if re.match(r"[\w-]+==", line)}
     assert set(PACKAGES) - pinned == set()
     assert len(set(PACKAGES)) == len(PACKAGES)

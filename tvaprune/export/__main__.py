@@ -1,63 +1,9 @@
-"""`python -m tvaprune.export --format gguf|onnx|vanilla DIR OUT`: a pruned checkpoint in another format."""
+"""`python -m tvaprune.export --format gguf|onnx|vanilla DIR OUT`: the verb `tvaprune export`."""
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
-
-from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.cli import run_command
-from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
-from tvaprune.export.onnx_graph import export_onnx
-from tvaprune.export.vanilla import export_vanilla
-from tvaprune.export.verify import require
-
-PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime"), "vanilla": ()}
-
-
-def export(
-    format_name: str, folder: Path, out: Path, outtype: str = "f16", overwrite: bool = False, verify: bool = True
-) -> None:
-    """Writes a checkpoint in another format.
-
-    Args:
-        format_name: ``gguf``, ``onnx`` or ``vanilla``.
-        folder: A folder of ``--save_pruned``.
-        out: The GGUF file, or the folder of the other formats.
-        outtype: Precision of a GGUF file's matrices.
-
-    Raises:
-        InputError: If a package is missing, the checkpoint cannot be used, or the output is in use.
-    """
-    require(format_name, *PACKAGES[format_name])
-    model = load_pruned(folder)
-    if format_name == "gguf":
-        export_gguf(model, folder, out, outtype, overwrite, verify)
-    elif format_name == "onnx":
-        export_onnx(model, folder, out, overwrite, verify)
-    else:
-        export_vanilla(model, _tokenizer(folder), out, overwrite, verify)
-
-
-def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
-
-
-def main() -> None:
-    """Parses the flags and exports."""
-    parser = argparse.ArgumentParser(prog="python -m tvaprune.export", description=__doc__)
-    parser.add_argument("--format", required=True, choices=sorted(PACKAGES), help="what to write")
-    parser.add_argument("checkpoint", type=Path, help="a folder of --save_pruned")
-    parser.add_argument("out", type=Path, help="the .gguf file, or the folder of the other formats")
-    parser.add_argument("--outtype", default="f16", choices=list(QUANTIZATIONS), help="gguf: precision of matrices")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
-    parser.add_argument("--no_verify", action="store_true", help="do not compare the result with the checkpoint")
-    args = parser.parse_args()
-    export(args.format, args.checkpoint, args.out, args.outtype, args.overwrite_output_dir, not args.no_verify)
-    print(f"{args.format}: {args.out}")
-
+from tvaprune.stages.export import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -1,15 +1,16 @@
 """One command's flags, by the stage they belong to, on top of transformers' TrainingArguments."""
 
 import copy
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from tvaprune.errors import InputError
+from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
     RELEASED_BATCH,
     DataArguments,
@@ -19,6 +20,7 @@ from tvaprune.flags.settings import (
     ModelArguments,
     PruneArguments,
 )
+from tvaprune.flags.verbs import ALWAYS, VERBS
 
 
 @dataclass
@@ -101,9 +103,31 @@ def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple
         raise InputError(" ".join(str(error).split())) from error
 
 
-def peek(classes: tuple[Any, ...], arguments: list[str] | None = None) -> Namespace:
-    """Returns the flags' values as they are, unchecked: for what decides how the rest is read."""
-    return _Parser(classes).parse_args(arguments)
+STAGES = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
+
+
+def help_text(verb: str, parser: HfArgumentParser) -> str:
+    """Returns a verb's flags: those that users set first, those that few need, the training arguments that act."""
+    actions = {action.dest: action for action in parser._actions}
+    row, lines = VERBS[verb], [f"tvaprune {verb}: {VERBS[verb].help}"]
+    lines.append("  --config FILE: read flags from a recipe.yaml; those on the command line win")
+    for title, names, is_short in (
+        ("", row.first, False),
+        ("for experts", (*row.expert, *ALWAYS), True),
+        ("training arguments of transformers", row.training, True),
+    ):
+        shown = [actions[name] for name in names if name in actions]
+        if not shown:
+            continue
+        lines.append(f"\n{title}:" if title else "")
+        for action in shown:
+            choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices and not is_short else ""
+            said = " ".join((action.help or "").replace("%%", "%").split())
+            if is_short:
+                said = shorten(said, 118 - 3 - len(action.dest) - 4, placeholder=" ...")
+            text = f"--{action.dest}{choices}: {said}"
+            lines += wrap(text, 118, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(lines)
 
 
 @dataclass
@@ -117,14 +141,22 @@ class Arguments:
     finetune: FinetuneArguments
     evaluation: EvalArguments
     training: RunArguments
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, arguments: list[str] | None = None) -> "Arguments":
-        """Parses flags; ``None``: the command line's."""
-        stages = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
-        flags = peek((*stages, RunArguments), arguments)
-        is_finetuning = flags.mask_loc is not None and (flags.do_train or flags.finetune)
-        return cls(*parse((*stages, FinetuneRunArguments if is_finetuning else RunArguments), arguments))
+    def parse(cls, arguments: list[str], verb: str) -> "Arguments":
+        """Parses a verb's flags; ``--help`` prints them and ends the program.
+
+        Raises:
+            InputError: If a flag does not act in the verb, or a value cannot be used.
+        """
+        classes: tuple[Any, ...] = (*STAGES, FinetuneRunArguments if verb == "finetune" else RunArguments)
+        if {"--help", "-h"} & set(arguments):
+            print(help_text(verb, _Parser(classes)))
+            raise SystemExit(0)
+        args = cls(*parse(classes, arguments))
+        args.recipe = recipe_of(verb, arguments)
+        return args
 
     @property
     def output_dir(self) -> Path:

@@ -4,10 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.speed import speed_up
 from tvaprune.measure.zeroshot import ZeroShot
@@ -59,9 +62,15 @@ def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset, 
     return results
 
 
+def write_recipe(args: Arguments) -> None:
+    """Writes the flags that repeat the run: ``tvaprune VERB --config recipe.yaml``."""
+    write_text(yaml.safe_dump(args.recipe, sort_keys=False), args.save_loc / RECIPE_NAME)
+
+
 def tell(args: Arguments, results: dict[str, Any]) -> None:
     """Writes the results of one measurement and prints the closing table."""
     zero_shot_report.merge(args.save_loc / "results.json", results)
+    write_recipe(args)
     written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
     rows = [*tables.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]
     print("\n" + tables.table(rows))

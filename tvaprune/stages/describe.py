@@ -51,7 +51,7 @@ def _print(content: dict[str, object]) -> None:
         print(f"{index:>5}  {heads:>8}  {channels:>12}  {after:>8}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parses the flags and prints the description."""
     parser = argparse.ArgumentParser(prog="python -m tvaprune.describe", description=__doc__)
     parser.add_argument("mask", type=Path, help="a mask_info_*.pkl")
@@ -63,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--keep_one_kv_head", action="store_true", help="keep at least one KV head in every layer")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     content = describe(args.mask, args.model_name_or_path, args.dim_multiple, int(args.keep_one_kv_head))
     if args.json:
         print(json.dumps(content, indent=2))

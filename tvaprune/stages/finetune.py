@@ -32,7 +32,7 @@ from tvaprune.recover.lora import add_lora, load_adapter, merge, save_adapter, t
 from tvaprune.recover.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher, weights_digest
 from tvaprune.recover.trainer import FinetuneTrainer, LossWeights, last_checkpoint
 from tvaprune.report import plots, tables
-from tvaprune.report.results import identity, measure, write_plan, zero_shot
+from tvaprune.report.results import identity, measure, write_plan, write_recipe, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 from tvaprune.run import given_checkpoint, given_masks, zero_shot_tasks
 
@@ -64,6 +64,7 @@ def run_finetune(args: Arguments) -> None:
     gc.collect()  # what trained them refers to itself
     _verify(job, results)
     write_json(results, args.save_loc / "results.json")
+    write_recipe(args)
     print("\n" + tables.table(_rows(job, results)))
     if tasks is not None:
         dense = {DENSE: job.run.model} if compares else {}

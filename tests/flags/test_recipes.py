@@ -1,0 +1,56 @@
+import pytest
+import yaml
+
+from tvaprune.errors import InputError
+from tvaprune.flags.recipes import expand, recipe_of
+
+FLAGS = ["--target_sparsity", "0.2", "0.5", "--uniform", "--dataset_name", "a b", "--run_name", "007", "--seed=3"]
+
+
+def write(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def test_a_recipe_gives_back_the_flags_that_it_was_made_of(tmp_path):
+    recipe = recipe_of("prune", FLAGS)
+    path = write(tmp_path, yaml.safe_dump(recipe, sort_keys=False))
+    assert recipe == {
+        "verb": "prune", "target_sparsity": [0.2, 0.5], "uniform": True, "dataset_name": "a b", "run_name": "007",
+        "seed": 3,
+    }  # fmt: skip
+    again = expand("prune", ["--config", path])
+    assert again == ["--target_sparsity", "0.2", "0.5", "--uniform", "True", "--dataset_name", "a b",
+                     "--run_name", "007", "--seed", "3"]  # fmt: skip
+    assert recipe_of("prune", again) == recipe
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    path = write(tmp_path, "seed: 1\nblock_size: 8\n")
+    flags = expand("prune", ["--seed", "2", f"--config={path}"])
+    assert recipe_of("prune", flags) == {"verb": "prune", "block_size": 8, "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("dim_multipel: 8", "'dim_multipel' is no flag of prune; perhaps dim_multiple"),
+        ("verb: finetune\nlora_r: 8", "is a recipe of another verb than prune"),
+        ("seed: {a: 1}", "seed needs a plain value"),
+        ("seed:", "seed needs a plain value"),
+        ("- seed", "needs lines of `flag: value`"),
+        ("seed: [1", "is not YAML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_refused_in_one_line(content, words, tmp_path):
+    with pytest.raises(InputError, match=words) as error:
+        expand("prune", ["--config", write(tmp_path, content)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        expand("prune", ["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(InputError, match="there is no such file"):
+        expand("prune", ["--config"])

@@ -1,0 +1,79 @@
+"""Recipes: a verb's flags as YAML. ``--config FILE`` reads one; the command line wins; every run writes its own."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tvaprune.errors import InputError
+from tvaprune.flags.verbs import VERBS, flag_name
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def expand(verb: str, arguments: list[str]) -> list[str]:
+    """Returns a command line in which ``--config FILE`` is replaced by the file's flags, before those given.
+
+    Raises:
+        InputError: If the file cannot be read, is of another verb, or has a key that is no flag of this one.
+    """
+    rest, recipes = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            recipes.append(next(words, None))
+        elif word.startswith("--config="):
+            recipes.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    flags: list[str] = []
+    for recipe in recipes:
+        flags += _flags_of(verb, recipe)
+    return flags + rest
+
+
+def _flags_of(verb: str, recipe: str | None) -> list[str]:
+    if not recipe or not Path(recipe).is_file():
+        raise InputError(f"--config {recipe}: there is no such file; give a recipe.yaml")
+    try:
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {recipe}: is not YAML ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {recipe}: needs lines of `flag: value`")
+    if content.pop("verb", verb) != verb:
+        raise InputError(f"--config {recipe}: is a recipe of another verb than {verb}; call the verb that it names")
+    flags = []
+    for key, value in content.items():
+        if key not in VERBS[verb].flags:
+            near = difflib.get_close_matches(str(key), VERBS[verb].flags, 1)
+            raise InputError(f"--config {recipe}: {key!r} is no flag of {verb}{f'; perhaps {near[0]}' if near else ''}")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list) or item is None for item in values):
+            raise InputError(f"--config {recipe}: {key} needs a plain value, or a list of them")
+        flags += [f"--{key}", *map(str, values)]
+    return flags
+
+
+def recipe_of(verb: str, arguments: list[str]) -> dict[str, Any]:
+    """Returns a command line's flags as a recipe: of a flag given twice the last one counts."""
+    recipe: dict[str, Any] = {"verb": verb}
+    name: str | None = None
+    values: list[str] = []
+    for word in [*arguments, "--"]:
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        if name is not None:
+            typed = [yaml.safe_load(value) if _is_plain(value) else value for value in values]
+            recipe.pop(name, None)
+            recipe[name] = True if not typed else typed[0] if len(typed) == 1 else typed
+        name, value = flag_name(word), word.partition("=")[2]
+        values = [value] if value else []
+    return recipe
+
+
+def _is_plain(value: str) -> bool:
+    """Tells a number or a truth value, whose text YAML gives back as it was."""
+    return isinstance(loaded := yaml.safe_load(value), bool | int | float) and str(loaded) == value

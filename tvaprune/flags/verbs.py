@@ -1,0 +1,136 @@
+"""The verbs of the command line and the flags that act in each; a flag of another verb is refused by name.
+
+Nothing heavy is imported: ``tvaprune --help`` and a mistyped flag answer at once.
+"""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tvaprune.errors import InputError
+from tvaprune.flags.settings import (
+    DataArguments,
+    DistillArguments,
+    EvalArguments,
+    FinetuneArguments,
+    ModelArguments,
+    PruneArguments,
+)
+
+MODES = ("do_train", "do_eval", "do_predict", "finetune")  # of the released scripts, which say by them what is wanted
+
+
+def _names(*classes: Any) -> tuple[str, ...]:
+    return tuple(entry.name for cls in classes for entry in fields(cls))
+
+
+_WIDTHS = ("dim_multiple", "keep_one_kv_head", "uniform", "tensor_parallel")
+_UPDATE = ("weight_update", "refit_samples", "refit_offload")
+_FOLDERS = ("output_dir", "save_loc", "save_pruned", "overwrite_output_dir")
+ALWAYS = ("config", "seed", "use_cpu", "per_device_eval_batch_size")
+_TRAINING = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps", "eval_delay",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "logging_steps", "logging_first_step",
+    "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level", "resume_from_checkpoint", "bf16", "fp16",
+    "tf32", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "data_seed", "full_determinism", "dataloader_num_workers",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_drop_last",
+    "group_by_length", "torch_compile", "torch_empty_cache_steps",
+)  # fmt: skip
+_TUNING = (
+    "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_ratio",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint",
+    "neftune_noise_alpha", "label_smoothing_factor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing the tool does.
+
+    Attributes:
+        help: What it does, in a line.
+        entry: The function that does it, ``module:name``.
+        first: Flags that users set first.
+        expert: Flags that few need.
+        training: transformers' training arguments that act.
+    """
+
+    help: str
+    entry: str
+    first: tuple[str, ...] = ()
+    expert: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """All flags that act in the verb."""
+        return frozenset((*self.first, *self.expert, *self.training, *ALWAYS))
+
+
+def _verb(help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...], training: tuple[str, ...]) -> Verb:
+    return Verb(help, entry, first, tuple(dict.fromkeys(name for name in every if name not in first)), training)
+
+
+_SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
+_MEASURED = (*_names(ModelArguments, DataArguments, EvalArguments), *_WIDTHS, *_UPDATE, *_FOLDERS)
+_WITHOUT_MASK = tuple(name for name in _names(PruneArguments) if name != "mask_loc")
+_TUNED = tuple(name for name in _names(DistillArguments, FinetuneArguments) if name != "finetune")
+VERBS = {
+    "prune": _verb(
+        "choose units (gates trained, or units scored), cut at the target sparsity, measure, save",
+        "tvaprune.stages.prune:run_prune",
+        (*_SEEN_FIRST, "target_sparsity", "prune_method", "block_size", "ctx_length", "max_train_samples"),
+        (*_MEASURED, *_WITHOUT_MASK, *_names(DistillArguments)),
+        _TRAINING,
+    ),
+    "apply": _verb(
+        "apply a mask: measure the narrower model, score it zero-shot, save it",
+        "tvaprune.stages.apply:run_apply",
+        (*_SEEN_FIRST, "mask_loc", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
+        (*(name for name in _MEASURED if name != "max_train_samples"), "prune_method"),
+        (),
+    ),
+    "finetune": _verb(
+        "recover what a mask cost: LoRA, or all weights, distilled from the dense model",
+        "tvaprune.stages.finetune:run_finetune",
+        (*_SEEN_FIRST, "mask_loc", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples", "block_size"),
+        (*_MEASURED, *_TUNED, "prune_method"),
+        tuple(name for name in (*_TRAINING, *_TUNING) if name not in ("learning_rate", "num_train_epochs")),
+    ),
+    "export": Verb("write a pruned checkpoint as GGUF, ONNX or a stock checkpoint", "tvaprune.stages.export:main"),
+    "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),
+}
+
+
+def given_names(arguments: list[str]) -> list[str]:
+    """Returns the names of the flags on a command line, in the spelling of the settings' fields."""
+    return [flag_name(word) for word in arguments if word.startswith("--") and len(word) > 2]
+
+
+def flag_name(word: str) -> str:
+    """Returns the name in ``--dim_multiple``, ``--dim-multiple`` or ``--dim_multiple=8``."""
+    return word[2:].split("=", 1)[0].replace("-", "_")
+
+
+def check_flags(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
+    """Refuses what does not act in a verb, before any work.
+
+    Args:
+        also: Flags that the entry accepts beside the verb's: the released scripts' modes.
+
+    Raises:
+        InputError: If a flag belongs to another verb, or is unknown.
+    """
+    for name in given_names(arguments):
+        if {name, name.removeprefix("no_")} & VERBS[verb].flags or name in also or name == "help":
+            continue
+        owners = [other for other, row in VERBS.items() if name in row.flags]
+        if owners and verb == "prune" and name in _TUNING:
+            raise InputError(f"--{name} acts in finetune; gates are trained at --vib_learning_rate, by AdamW")
+        if owners:
+            raise InputError(f"--{name} acts in {' and '.join(owners)}, not in {verb}: leave it out")
+        near = difflib.get_close_matches(name, VERBS[verb].flags, 1)
+        hint = f"perhaps --{near[0]}; " if near else ""
+        raise InputError(f"--{name} is no flag of {verb}: {hint}see {verb} --help")
