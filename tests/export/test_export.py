@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
-from tvaprune.export.__main__ import export
 from tvaprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
 from tvaprune.export.verify import require
+from tvaprune.stages.export import export
 
 gguf = pytest.importorskip("gguf")
 MISTRAL = "mistral GQA, window shorter than the input"
