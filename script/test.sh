@@ -8,4 +8,5 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+# The slow tests too, unless the arguments choose: a bare pytest leaves them out.
+"$PYTHON" -m pytest -m "not gpu and not network" "$@"

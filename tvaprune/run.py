@@ -72,8 +72,7 @@ class Run:
 
     def choice_blocks(self) -> Dataset:
         """Returns the validation blocks that masks are compared on, whatever split is reported in the end."""
-        count = min(self.args.data.max_eval_samples or CHOICE_SAMPLES, CHOICE_SAMPLES)
-        return self.blocks("validation", self.args.data.block_size, count)
+        return self.blocks("validation", self.args.data.block_size, CHOICE_SAMPLES)
 
     def refit_blocks(self) -> Dataset:
         """Returns the training blocks whose statistics the refit fits."""

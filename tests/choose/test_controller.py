@@ -34,12 +34,12 @@ def test_without_warm_up_the_target_stands_from_the_first_step():
     ("step", "beta"),
     [(0, 0.5), (35, 5**0.5), (70, 10.0), (100, 10.0)],  # half way: the geometric mean, sqrt(0.5 * 10)
 )
-def test_beta_rises_geometrically_over_its_share_of_the_steps(step, beta):
-    assert beta_at(step, num_steps=100, start=0.5, end=10.0, share=0.7) == pytest.approx(beta)
+def test_beta_rises_geometrically_over_the_choosing_steps(step, beta):
+    assert beta_at(step, num_steps=70, start=0.5, end=10.0) == pytest.approx(beta)
 
 
-def test_a_share_of_zero_is_the_end_value_from_the_first_step_on():
-    assert beta_at(1, num_steps=100, start=0.5, end=10.0, share=0.0) == pytest.approx(10.0)
+def test_without_choosing_steps_beta_is_at_its_end_from_the_first_on():
+    assert beta_at(1, num_steps=0, start=0.5, end=10.0) == pytest.approx(10.0)
 
 
 def test_penalty_by_hand():

@@ -9,7 +9,7 @@ from typing import Any
 
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores import score_masks
-from tvaprune.choose.settings import gate_settings
+from tvaprune.choose.settings import describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.measure.perplexity import perplexity
@@ -55,8 +55,10 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     steps_per_epoch = math.ceil(len(train_blocks) / batch)
     num_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
+    num_tokens = num_steps * batch * args.data.block_size
     beta = family_of(run.model.config).beta
-    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, beta, run.rules)
+    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, num_tokens, beta, run.rules)
+    print(describe(settings, num_steps, num_tokens))
     choice_blocks = run.choice_blocks()
     if checkpoint is None:
         _clear(args.output_dir)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tvaprune.errors import InputError
-from tvaprune.flags.settings import SHORT_RUN_STEPS, DistillArguments, PruneArguments
+from tvaprune.flags.settings import SHORT_RUN_TOKENS, DistillArguments, PruneArguments
 from tvaprune.plan.widths import WidthRules
 
 
@@ -22,7 +22,6 @@ class GateSettings:
     num_settle_steps: int
     beta: float
     beta_start: float
-    beta_warmup_share: float
     initial_log_variance: float
     rules: WidthRules
     gate_noise: str
@@ -36,17 +35,21 @@ def gate_settings(
     distill: DistillArguments,
     num_steps: int,
     steps_per_epoch: float,
+    num_tokens: int,
     family_beta: float,
     rules: WidthRules,
 ) -> GateSettings:
     """Resolves the defaults that depend on the target, the family and the length of the run.
 
-    The released values serve runs of some 4,000 steps; under `SHORT_RUN_STEPS` a faster start takes their place.
+    The released values serve runs of some 4,000 steps of 512 tokens; under `SHORT_RUN_TOKENS` a faster start does.
+
+    Args:
+        num_tokens: Tokens of the whole run, whatever the batch.
 
     Raises:
         InputError: If the target would still rise where the choice must stand.
     """
-    short, sparsity = num_steps < SHORT_RUN_STEPS, max(prune.target_sparsity)
+    short, sparsity = num_tokens < SHORT_RUN_TOKENS, max(prune.target_sparsity)
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
@@ -74,7 +77,6 @@ def gate_settings(
         num_settle_steps=num_settle_steps,
         beta=beta,
         beta_start=given(prune.beta_start, 0.5 if short else beta),
-        beta_warmup_share=prune.beta_warmup_share,
         initial_log_variance=given(prune.initial_log_variance, -5.0 if short else -9.0),
         rules=rules,
         gate_noise=prune.gate_noise,
@@ -82,3 +84,21 @@ def gate_settings(
         distill=distill.distill,
         distill_temp=distill.distill_temp,
     )
+
+
+def describe(settings: GateSettings, num_steps: int, num_tokens: int) -> str:
+    """Returns the line that says which set of defaults was taken, and why; and what the rate cannot reach."""
+    length = "short" if num_tokens < SHORT_RUN_TOKENS else "long"
+    line = (
+        f"gates: defaults of a {length} run ({num_tokens:,} tokens, the limit is {SHORT_RUN_TOKENS:,}): "
+        f"--vib_learning_rate {settings.vib_learning_rate:g}, --beta_start {settings.beta_start:g}, "
+        f"--initial_log_variance {settings.initial_log_variance:g}, where you gave none"
+    )
+    reach = settings.vib_learning_rate * num_steps / 2  # AdamW under linear decay (method: section 3)
+    if reach < -settings.initial_log_variance:
+        line += (
+            f"\nnote: {num_steps} steps at this rate move a log-variance by {reach:.1f} at most, and the cut is "
+            f"{-settings.initial_log_variance:g} away: raise --vib_learning_rate or --initial_log_variance, or take "
+            "smaller batches"
+        )
+    return line

@@ -111,7 +111,7 @@ class GateTrainer(Trainer):
 
     def _schedule(self) -> dict[str, float]:
         settings, step = self.settings, self.state.global_step
-        beta = beta_at(step, self._num_choosing_steps, settings.beta_start, settings.beta, settings.beta_warmup_share)
+        beta = beta_at(step, self._num_choosing_steps, settings.beta_start, settings.beta)
         target = target_at(step, settings.num_warmup_steps, self.start, settings.target_sparsity)
         return {"beta": beta, "target": target}
 

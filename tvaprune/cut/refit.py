@@ -65,8 +65,8 @@ def refit(
 ) -> RefitReport:
     """Refits a model that was sliced by ``plan`` and folded, in place.
 
-    Every linear takes the ``lam`` of least held-out error, infinity among them: q, k, v, gate, up, the lm_head and the
-    norms are refitted only where that helps. The model then goes from the fold towards the refit as far as brings its
+    Every linear takes the ``lam`` of least held-out error, infinity among them: q, k, v, gate, up and the lm_head
+    are refitted only where that helps. The model then goes from the fold towards the refit as far as brings its
     held-out predictions nearest to the dense model's. Adds no parameters: biases are refitted where there are some.
 
     Args:
@@ -171,7 +171,7 @@ class _Walk:
                 self._half(index, dense, pruned)
 
     def head(self) -> None:
-        """Refits the lm_head and the norm before it."""
+        """Refits the lm_head."""
         dense, pruned = (self._ending(model) for model in (self.dense, self.pruned))
         with _moved(dense.norm, self.device), _moved(dense.module, self.device):
             self._fit_readers("", dense, pruned, {})
@@ -251,7 +251,7 @@ class _Walk:
         self.chosen[name] = fit_linear(writer, self._ridges(fit), fit, held)
 
     def _fit_readers(self, prefix: str, dense: _Half, pruned: _Half, rows: dict[str, torch.Tensor]) -> None:
-        """Rescales a norm, then refits the linears that read it to the outputs of the dense ones."""
+        """Refits the linears that read a norm to the outputs of the dense ones."""
         like = next(iter(pruned.readers.values()))
 
         def tokens(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,10 +259,6 @@ class _Walk:
             return with_one(inputs, like), with_one(targets, like)
 
         fit, held = self._moments(tokens)
-        factor = self._fit_norm(pruned.norm, fit, held)
-        scales = torch.full_like(fit.inputs[0], factor)
-        scales[len(pruned.norm.weight) :] = 1.0  # the constant that stands for a bias
-        fit, held = (Moments(m.inputs * scales.outer(scales), m.cross * scales) for m in (fit, held))
         ridges = self._ridges(fit)
         for name, linear in pruned.readers.items():
             outputs = Outputs(dense.readers[name], rows.get(name))
@@ -270,22 +266,6 @@ class _Walk:
 
     def _ridges(self, fit: Moments) -> list[Ridge]:
         return [Ridge(fit.inputs, strength) for strength in self.strengths]
-
-    def _fit_norm(self, norm: Any, fit: Moments, held: Moments) -> float:
-        """Multiplies a norm by the constant that brings it nearest to the dense one's kept dims, and returns it."""
-        kept = self.plan.kept.hidden.to(self.device)
-        size = torch.arange(len(kept), device=self.device)
-
-        def summed(moments: Moments) -> Moments:  # one weight, shared by all dims
-            inputs, cross = moments.inputs.diagonal()[: len(kept)], moments.cross[kept, size]
-            return Moments(inputs.sum().view(1, 1), cross.sum().view(1, 1))
-
-        fit, held = summed(fit), summed(held)
-        one = torch.ones_like(fit.inputs)
-        factors = [ridge.solve(one, fit.cross) for ridge in self._ridges(fit)]
-        factor = factors[nearest([held.error(factor) for factor in factors])].item()
-        norm.weight.mul_(factor)
-        return factor
 
     def _moments(self, tokens: Callable[[_Batch], tuple[torch.Tensor, torch.Tensor]]) -> tuple[Moments, Moments]:
         """Returns the moments of the calibration windows and of the held-out ones."""

@@ -12,9 +12,9 @@ from tvaprune.errors import InputError
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
-SHORT_RUN_STEPS = (
-    1000  # below this many steps the released gate settings cannot reach their target (method: section 10)
-)
+# Below this many tokens the released gate settings cannot reach their target (method: section 10). Tokens, not steps:
+# the same run in larger batches takes fewer steps and is no shorter.
+SHORT_RUN_TOKENS = 512_000
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -71,7 +71,7 @@ class PruneArguments:
     )
     vib_learning_rate: float | None = _flag(
         None,
-        f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_STEPS} steps) or above 50%% "
+        f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_TOKENS:,} tokens) or above 50%% "
         "sparsity, else 0.05.",
     )
     reg_learning_rate: float = _flag(0.1, "Learning rate of the two Lagrangian multipliers.")
@@ -90,7 +90,6 @@ class PruneArguments:
     beta_start: float | None = _flag(
         None, "Sharpness at the start, rising geometrically; default 0.5 in a short run, else the final value."
     )
-    beta_warmup_share: float = _flag(1.0, "Share of the choosing steps over which the sharpness rises.")
     settle_share: float = _flag(
         0.33, "Last share of the steps, in which the choice stands and the kept gates' means train on without noise."
     )
@@ -136,7 +135,7 @@ class PruneArguments:
             raise InputError(f"--dim_multiple is {self.dim_multiple}: give a width such as 128, or 0 for no adjustment")
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
-        _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "beta_warmup_share")
+        _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start")
         _check_positive(self, "tensor_parallel", "refit_samples")
 
 
