@@ -18,6 +18,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from tvaprune.plan.masks import load_masks
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ["--dataset_name", "python_docs", "--block_size", "256", "--ctx_length", "256", "--max_eval_samples", "16"]
 MASKS = {"mistral": "26.844462387911015", "llama3": "38.272763225167864"}
@@ -46,6 +48,12 @@ def digest(values: bytes) -> str:
     return hashlib.sha256(values).hexdigest()[:16]
 
 
+def gates_in(path: Path) -> bytes:
+    """Returns the values of a mask file's tensors; the pickle around them may differ."""
+    values = load_masks(path)
+    return b"".join(tensor.numpy().tobytes() for tensor in (*values.mu, *values.log_variance))
+
+
 def observe(folder: Path) -> dict[str, Any]:
     """Returns what a run left: digests of mask, plan and saved weights, and the perplexities."""
     results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
@@ -60,7 +68,7 @@ def observe(folder: Path) -> dict[str, Any]:
         "refit share": (results.get("refit") or {}).get("share"),
     }
     masks = sorted((folder / "out" / "best").glob("mask_info_*.pkl"))
-    return seen | {"masks": {path.name: digest(path.read_bytes()) for path in masks}}
+    return seen | {"masks": {path.name: digest(gates_in(path)) for path in masks}}
 
 
 def main() -> None:

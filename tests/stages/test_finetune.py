@@ -26,7 +26,7 @@ RUN = (
 )
 CHECKPOINT_FILES = {"config.json", "generation_config.json", "model.safetensors", "modeling_pruned.py",
                     "tokenizer.json", "tokenizer_config.json", "README.md"}  # fmt: skip
-RESULT_FILES = {"finetune.png", "finetune_log.json", "plan.json", "results.json", "widths.png"}
+RESULT_FILES = {"finetune.png", "finetune_log.json", "plan.json", "recipe.yaml", "results.json", "widths.png"}
 pytestmark = [  # of peft itself, where a test calls it
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning"),

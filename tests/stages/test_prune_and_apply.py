@@ -60,7 +60,7 @@ def test_pruning_writes_exactly_these_files(pruned):
     (mask,) = (output / "best").glob("mask_info_*.pkl")
     own = [name for name in files if not name.startswith("checkpoint-")]
     assert own == sorted(
-        [f"best/{mask.name}", f"best/{mask.stem}.json", "plan.json", "results.json", "training.png",
+        [f"best/{mask.name}", f"best/{mask.stem}.json", "plan.json", "recipe.yaml", "results.json", "training.png",
          "training_log.json", "widths.png"]
     )  # fmt: skip
     assert {name.split("/")[0] for name in files if name.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-8"}

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
-from tvaprune.cut.slice import head_features
 from tvaprune.losses import distillation_loss
 from tvaprune.models.families import family_of
+from tvaprune.models.units import head_features
 from tvaprune.plan.keep_plan import KeepPlan
 
 STRENGTHS = (math.inf, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # lam relative to the mean diagonal of H; infinite: the fold

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.models.families import ModelFamily, ModelShape, family_of
+from tvaprune.models.units import head_features
 from tvaprune.plan.keep_plan import KeepPlan
 
 
@@ -67,11 +68,6 @@ def apply_plan(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
         layer.hidden_size = len(hidden)
     _update_config(model.config, plan)
     return model
-
-
-def head_features(kv_heads: torch.Tensor, features: int) -> torch.Tensor:
-    """Returns the indices of the features of KV heads, ``features`` each, in order; shape ``(heads * features,)``."""
-    return (kv_heads.unsqueeze(1) * features + torch.arange(features, device=kv_heads.device)).flatten()
 
 
 def _slice_attention(

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from tvaprune.choose.scores.calibration import Calibration, InputSums, output_projections, read_inputs
 from tvaprune.choose.scores.ranking import by_head, per_unit
-from tvaprune.cut.slice import head_features
-from tvaprune.models.units import PerUnit
+from tvaprune.models.units import PerUnit, head_features
 from tvaprune.plan.keep_plan import KeepPlan
 
 
