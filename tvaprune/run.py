@@ -1,5 +1,6 @@
 """One command: its flags, the loaded model, what follows from both, and what is refused before any work."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tvaprune.files import check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.measure import hardware
+from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
 from tvaprune.models.families import ModelShape, shape_of
 from tvaprune.models.load import load_config, load_model
@@ -65,6 +67,21 @@ class Run:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+
+    def dense_perplexity(self, windows: Dataset) -> float:
+        """Measures the unpruned model, before anything is trained or cut.
+
+        Raises:
+            InputError: If the model itself gives no number.
+        """
+        value = perplexity(self.model, windows, self.args.training.per_device_eval_batch_size, "dense perplexity")
+        if not math.isfinite(value):
+            raise InputError(
+                f"--model_name_or_path {self.args.source.model_name_or_path}: the unpruned model itself gives a "
+                f"perplexity of {value}: its weights or its config (rope_theta, rms_norm_eps) are at fault, or "
+                "float16 overflows; mend the checkpoint, or give --dtype float32"
+            )
+        return value
 
     def train_blocks(self, default_count: int) -> Dataset:
         """Returns the blocks that gates are trained or units are scored on."""

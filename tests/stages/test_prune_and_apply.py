@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import tiny
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.arguments import Arguments
+from tvaprune.models.families import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks, save_masks
@@ -309,3 +311,20 @@ def test_no_flag_of_the_user_is_overwritten(tmp_path):
     settings = gate_settings(args.prune, args.distill, 100, 50, 51_200, 10.0, WidthRules(8))
     assert (settings.vib_learning_rate, settings.beta, settings.initial_log_variance) == (0.02, 4, -7)
     assert settings.num_warmup_steps == 15
+
+
+@pytest.mark.parametrize("script", [("--do_train",), ("--do_eval", "--mask_loc")], ids=["prune", "apply"])
+def test_a_model_that_gives_no_number_ends_before_any_work(script, checkpoint, text, tmp_path, command, make_masks):
+    model = shutil.copytree(checkpoint, tmp_path / "nan")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    mask = tmp_path / "mask_info_1.0.pkl"
+    save_masks(make_masks(shape_of(AutoConfig.from_pretrained(model))), mask)
+    flags = [*script, mask] if "--mask_loc" in script else script
+    code, _, error = command(
+        *flags, "--model_name_or_path", model, "--dataset_name", text, "--block_size", 16, "--ctx_length", 16,
+        "--max_eval_samples", 4, "--use_cpu", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert "the unpruned model itself gives a perplexity of nan" in tiny.refusal(code, error)
+    assert list((tmp_path / "out").iterdir()) == []

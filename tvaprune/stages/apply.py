@@ -4,7 +4,6 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import Arguments
-from tvaprune.measure.perplexity import perplexity
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.report.results import identity, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED, check_same
@@ -34,7 +33,7 @@ def run_apply(args: Arguments) -> None:
     windows = dense = None
     if training.do_eval:
         windows = run.blocks(evaluation.eval_split, run.window, args.data.max_eval_samples)
-        dense = perplexity(run.model, windows, training.per_device_eval_batch_size, "dense perplexity")
+        dense = run.dense_perplexity(windows)
     if measures:
         write_plan(plan, args.save_loc)
     times = windows is not None and evaluation.speed_batches > 0

@@ -116,7 +116,7 @@ def _before(job: Job) -> tuple[PreTrainedModel, dict[str, Any]]:
     write_plan(plan, args.save_loc)
     origin = {"mask": args.prune.mask_loc, "target_sparsity": None}
     results = identity(run, plan) | origin
-    dense = perplexity(run.model, job.windows, args.training.per_device_eval_batch_size, "dense perplexity")
+    dense = run.dense_perplexity(job.windows)
     job.teacher_cache = _teacher_cache(job)
     results |= _prune(job, results)
     pruned = job.load_pruned()

@@ -7,7 +7,6 @@ from tvaprune.choose.choose import choose_masks
 from tvaprune.cut.narrow import narrow
 from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import Arguments
-from tvaprune.measure.perplexity import perplexity
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import load_masks
@@ -28,7 +27,7 @@ def run_prune(args: Arguments) -> None:
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
     windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
-    dense = perplexity(run.model, windows, args.training.per_device_eval_batch_size, "dense perplexity")
+    dense = run.dense_perplexity(windows)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:
         plots.write_training(chosen.history, args.save_loc)
