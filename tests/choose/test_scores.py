@@ -8,9 +8,9 @@ from tvaprune.choose.scores.bonsai import bonsai_scores, coefficients
 from tvaprune.choose.scores.calibration import Calibration, InputSums
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.choose.scores.taylor import group_importance, protected_layers
-from tvaprune.cut.slice import apply_plan, head_features
+from tvaprune.cut.slice import apply_plan
 from tvaprune.models.families import shape_of
-from tvaprune.models.units import PerUnit
+from tvaprune.models.units import PerUnit, head_features
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 

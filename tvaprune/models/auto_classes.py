@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from tvaprune.models import modeling_pruned
+import tvaprune.models.modeling_pruned as modeling_pruned
 
 PREFIX = "pruned_"
 MODELS: dict[str, tuple[Any, Any, Any]] = {  # by family: config, decoder, language model

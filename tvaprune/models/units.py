@@ -60,3 +60,8 @@ class PerUnit:
         heads = sorted({len(v) for v in self.attn})
         channels = sorted({len(v) for v in self.inter})
         return f"{len(self.hidden)} hidden, {len(self.attn)} layers of {heads} KV heads and {channels} MLP channels"
+
+
+def head_features(kv_heads: torch.Tensor, features: int) -> torch.Tensor:
+    """Returns the indices of the features of KV heads, ``features`` each, in order; shape ``(heads * features,)``."""
+    return (kv_heads.unsqueeze(1) * features + torch.arange(features, device=kv_heads.device)).flatten()
