@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from tvaprune.cut.fold import fold
-from tvaprune.cut.slice import NoAttention, apply_plan, head_features
+from tvaprune.cut.slice import NoAttention, apply_plan
 from tvaprune.models.families import shape_of
 from tvaprune.models.parameters import total_parameters
+from tvaprune.models.units import head_features
 
 
 def halved(plan, layers=None):

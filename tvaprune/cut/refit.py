@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.losses import distillation_loss
 from tvaprune.models.families import family_of
-from tvaprune.models.units import head_features
+from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
 STRENGTHS = (math.inf, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # lam relative to the mean diagonal of H; infinite: the fold
@@ -146,6 +146,7 @@ class _Walk:
         self.dense, self.pruned, self.plan, self.strengths = dense, pruned, plan, strengths
         self.family = family_of(dense.config)
         self.device, self.store = (next(model.parameters()).device for model in (pruned, dense))
+        self.edits = edits_of(plan, self.family, self.device)
         self.chosen: dict[str, float] = {}
         self.batches: list[_Batch] = []
 
@@ -211,17 +212,16 @@ class _Walk:
 
     def _kept_rows(self, index: int) -> dict[str, torch.Tensor]:
         """Returns, for every linear that loses rows, which rows of the dense one stay."""
-        family, shape = self.family, self.plan.shape
-        heads, channels = self.plan.kept.attn[index].to(self.device), self.plan.kept.inter[index].to(self.device)
-        keys = head_features(heads, shape.head_dim)
-        queries = head_features(heads, shape.head_dim * shape.group_size)
-        return {
-            family.query: queries,
-            family.key: keys,
-            family.value: keys,
-            family.gate: channels,
-            family.up: channels,
+        family, paths = self.family, self.family.layer_paths(index)
+        readers = {
+            family.query: paths.query,
+            family.key: paths.key,
+            family.value: paths.value,
+            family.gate: paths.gate,
+            family.up: paths.up,
         }
+        rows = {name: self.edits[f"{path}.weight"].rows for name, path in readers.items()}
+        return {name: kept for name, kept in rows.items() if kept is not None}
 
     def _half(self, index: int, dense: _Half, pruned: _Half) -> None:
         """Refits half a layer and moves both streams past it."""

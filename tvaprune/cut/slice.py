@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tvaprune.models.families import ModelFamily, ModelShape, family_of
-from tvaprune.models.units import head_features
+from tvaprune.models.families import family_of
+from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
 
@@ -42,70 +42,50 @@ def apply_plan(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
 
     The config's sizes follow where all layers agree; the modules' own attributes follow everywhere.
     """
-    family = family_of(model.config)
-    decoder = getattr(model, family.decoder)
-    device = next(model.parameters()).device
-    hidden = plan.kept.hidden.to(device)
-
-    embedding, head = getattr(decoder, family.embedding), getattr(model, family.head)
-    embedding.weight = _parameter(embedding.weight.index_select(1, hidden), embedding.weight)
-    embedding.embedding_dim = len(hidden)
-    if plan.shape.tie_word_embeddings:
-        head.weight, head.in_features = embedding.weight, len(hidden)
-    else:
-        _slice_linear(head, columns=hidden)
-    _slice_norm(getattr(decoder, family.final_norm), hidden)
-    for index, layer in enumerate(getattr(decoder, family.layers)):
-        kv_heads, channels = plan.kept.attn[index].to(device), plan.kept.inter[index].to(device)
-        _slice_attention(layer, index, family, plan.shape, hidden, kv_heads)
+    family, tied = family_of(model.config), plan.shape.tie_word_embeddings
+    head: Any = getattr(model, family.head)
+    if tied:
+        head.weight = None  # it is the embedding, and would hold the dense one
+    for name, edit in edits_of(plan, family, next(model.parameters()).device).items():
+        _cut(model, name, edit)
+    if tied:
+        head.weight, head.in_features = model.get_parameter(f"{family.embedding_path}.weight"), plan.hidden_size
+    for index, layer in enumerate(getattr(getattr(model, family.decoder), family.layers)):
+        if plan.num_key_value_heads[index] == 0:
+            output = getattr(getattr(layer, family.attention), family.output)
+            setattr(layer, family.attention, NoAttention(index, output.bias))
         mlp = getattr(layer, family.mlp)
-        _slice_linear(getattr(mlp, family.gate), rows=channels, columns=hidden)
-        _slice_linear(getattr(mlp, family.up), rows=channels, columns=hidden)
-        _slice_linear(getattr(mlp, family.down), rows=hidden, columns=channels)
-        mlp.hidden_size, mlp.intermediate_size = len(hidden), len(channels)
-        for norm in (family.attention_norm, family.mlp_norm):
-            _slice_norm(getattr(layer, norm), hidden)
-        layer.hidden_size = len(hidden)
+        layer.hidden_size = mlp.hidden_size = plan.hidden_size
+        mlp.intermediate_size = plan.intermediate_size[index]
     _update_config(model.config, plan)
     return model
 
 
-def _slice_attention(
-    layer: nn.Module, index: int, family: ModelFamily, shape: ModelShape, hidden: torch.Tensor, kv_heads: torch.Tensor
-) -> None:
-    """Cuts a layer's attention to whole KV groups, or replaces it where none is left."""
-    attention = getattr(layer, family.attention)
-    output = getattr(attention, family.output)
-    if len(kv_heads) == 0:
-        bias = None if output.bias is None else output.bias.index_select(0, hidden)
-        setattr(layer, family.attention, NoAttention(index, bias))
-        return
-    keys = head_features(kv_heads, shape.head_dim)
-    queries = head_features(kv_heads, shape.head_dim * shape.group_size)
-    _slice_linear(getattr(attention, family.query), rows=queries, columns=hidden)
-    _slice_linear(getattr(attention, family.key), rows=keys, columns=hidden)
-    _slice_linear(getattr(attention, family.value), rows=keys, columns=hidden)
-    _slice_linear(output, rows=hidden, columns=queries)
+def narrow_parameter(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    """Returns a sliced model's parameter by its stock name; None: it went with its layer's attention.
+
+    The bias of an output projection outlives the attention: `NoAttention` keeps it.
+    """
+    module, _, kind = name.rpartition(".")
+    parent, _, role = module.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(owner, NoAttention):
+        return owner.bias if (role, kind) == (family_of(model.config).output, "bias") else None
+    return model.get_parameter(name)
 
 
-def _slice_linear(linear: Any, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
-    weight = linear.weight
-    if rows is not None:
-        weight = weight.index_select(0, rows)
-        if linear.bias is not None:
-            linear.bias = _parameter(linear.bias.index_select(0, rows), linear.bias)
-    if columns is not None:
-        weight = weight.index_select(1, columns)
-    linear.weight = _parameter(weight, linear.weight)
-    linear.out_features, linear.in_features = weight.shape
-
-
-def _slice_norm(norm: Any, hidden: torch.Tensor) -> None:
-    norm.weight = _parameter(norm.weight.index_select(0, hidden), norm.weight)
-
-
-def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=like.requires_grad)
+def _cut(model: PreTrainedModel, name: str, edit: Edit) -> None:
+    """Replaces a parameter by its kept rows and columns; nothing holds the dense one past this call."""
+    path, _, kind = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    dense = getattr(module, kind)
+    weight = dense if edit.rows is None else dense.index_select(0, edit.rows)
+    weight = weight if edit.columns is None else weight.index_select(1, edit.columns)
+    setattr(module, kind, nn.Parameter(weight, requires_grad=dense.requires_grad))
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.Linear) and kind == "weight":
+        module.out_features, module.in_features = weight.shape
 
 
 def _update_config(config: Any, plan: KeepPlan) -> None:

@@ -10,6 +10,23 @@ from tvaprune.errors import InputError
 
 
 @dataclass(frozen=True)
+class LayerPaths:
+    """Dotted names of one layer's modules, as `torch.nn.Module.get_submodule` of the whole model takes them."""
+
+    attention_norm: str
+    query: str
+    key: str
+    value: str
+    output: str
+    query_norm: str
+    key_norm: str
+    mlp_norm: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """Names of the modules of one family's ``...ForCausalLM``.
 
@@ -34,10 +51,40 @@ class ModelFamily:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    query_norm: str = "q_norm"  # where has_head_norm
+    key_norm: str = "k_norm"
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+
+    @property
+    def embedding_path(self) -> str:
+        """Dotted name of the embedding; the head's is ``head``."""
+        return f"{self.decoder}.{self.embedding}"
+
+    @property
+    def final_norm_path(self) -> str:
+        """Dotted name of the norm before the head."""
+        return f"{self.decoder}.{self.final_norm}"
+
+    def layer_paths(self, index: int) -> LayerPaths:
+        """Returns the dotted names of a layer's modules."""
+        layer = f"{self.decoder}.{self.layers}.{index}"
+        attention, mlp = f"{layer}.{self.attention}", f"{layer}.{self.mlp}"
+        return LayerPaths(
+            attention_norm=f"{layer}.{self.attention_norm}",
+            query=f"{attention}.{self.query}",
+            key=f"{attention}.{self.key}",
+            value=f"{attention}.{self.value}",
+            output=f"{attention}.{self.output}",
+            query_norm=f"{attention}.{self.query_norm}",
+            key_norm=f"{attention}.{self.key_norm}",
+            mlp_norm=f"{layer}.{self.mlp_norm}",
+            gate=f"{mlp}.{self.gate}",
+            up=f"{mlp}.{self.up}",
+            down=f"{mlp}.{self.down}",
+        )
 
 
 FAMILIES = {

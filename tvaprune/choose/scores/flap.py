@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from tvaprune.choose.scores.calibration import Calibration, InputSums, output_projections, read_inputs
 from tvaprune.choose.scores.ranking import by_head, per_unit
-from tvaprune.models.units import PerUnit, head_features
+from tvaprune.models.families import family_of
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
 
@@ -47,15 +49,14 @@ def compensate_bias(model: PreTrainedModel, plan: KeepPlan, blocks: Dataset, bat
     Comes before `tvaprune.cut.slice.apply_plan`, which cuts the biases with everything else.
     """
     calibration = Calibration(model, blocks, plan.sparsity, 0, batch_size)
-    features = plan.shape.head_dim * plan.shape.group_size
-    kept: list[tuple[torch.Tensor, ...]] = [
-        (head_features(attn, features), inter) for attn, inter in zip(plan.kept.attn, plan.kept.inter, strict=True)
-    ]
+    family = family_of(model.config)
+    edits, paths = edits_of(plan, family), map(family.layer_paths, range(plan.shape.num_hidden_layers))
+    kept = [[edits[f"{path}.weight"].columns for path in (layer.output, layer.down)] for layer in paths]
     sites = [
         (linear, indices)
         for pair, layer in zip(output_projections(model), kept, strict=True)
         for linear, indices in zip(pair, layer, strict=True)
-        if linear.bias is not None
+        if linear.bias is not None and indices is not None
     ]
     if sites:
         sums = read_inputs(calibration, [linear for linear, _ in sites], "FLAP's bias")

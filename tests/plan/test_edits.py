@@ -1,0 +1,146 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from support.families import CLOSE, CUTS, ROWS, logits, make_plan, sliced
+
+from tvaprune.choose.gated_model import GatedModel
+from tvaprune.cut import fold, slice
+from tvaprune.models.families import FAMILIES, ModelShape, family_of
+from tvaprune.models.units import PerUnit, head_features
+from tvaprune.plan.edits import Edit, edits_of
+from tvaprune.plan.keep_plan import KeepPlan
+
+GROUPED = [row for row, (_, values) in ROWS.items() if "MHA" not in row]
+
+
+@pytest.fixture(params=ROWS.values(), ids=ROWS)
+def model(request, make_model):
+    model_type, values = request.param
+    return make_model(model_type, **values)
+
+
+@pytest.fixture(params=CUTS.values(), ids=CUTS)
+def plan(request, model, make_masks):
+    dim_multiple, empty_layer, min_heads = request.param
+    return make_plan(model, make_masks, dim_multiple, empty_layer, min_heads)
+
+
+def as_lists(edit):
+    values = (edit.rows, edit.columns, edit.row_factors, edit.column_factors)
+    return tuple(None if value is None else value.tolist() for value in values)
+
+
+def by_hand(tied):
+    """Hidden 4, layers 2, query heads 4, KV heads 2 (groups of 2), head_dim 2, channels 3; factors are exact halves."""
+    shape = ModelShape(4, 2, 4, 2, 2, 3, 7, tie_word_embeddings=tied, qkv_bias=True, mlp_bias=True, head_norm=True)
+    empty = torch.tensor([], dtype=torch.int64)
+    kept = PerUnit(torch.tensor([0, 3]), (torch.tensor([1]), empty), (torch.tensor([0, 2]), torch.tensor([1])))
+    scale = PerUnit(
+        torch.tensor([0.5, 2.0]),
+        (torch.tensor([1.5]), torch.tensor([])),
+        (torch.tensor([2.5, 3.0]), torch.tensor([4.0])),
+    )
+    return edits_of(KeepPlan(kept, scale, shape, 1), FAMILIES["qwen3"])
+
+
+def test_edits_are_those_worked_out_by_hand():
+    """KV head 1 of head_dim 2 owns features 2, 3 of k and v; in q its group is heads 2 and 3: features 4 ... 7."""
+    hidden, scale = [0, 3], [0.5, 2.0]
+    attn, mlp = "model.layers.{}.self_attn.".format, "model.layers.{}.mlp.".format
+    expected = {
+        "model.embed_tokens.weight": (None, hidden, None, scale),
+        "model.norm.weight": (hidden, None, None, None),
+        "lm_head.weight": (None, hidden, None, None),
+        attn(0) + "q_proj.weight": ([4, 5, 6, 7], hidden, None, None),
+        attn(0) + "q_proj.bias": ([4, 5, 6, 7], None, None, None),
+        attn(0) + "k_proj.weight": ([2, 3], hidden, None, None),
+        attn(0) + "k_proj.bias": ([2, 3], None, None, None),
+        attn(0) + "v_proj.weight": ([2, 3], hidden, None, None),
+        attn(0) + "v_proj.bias": ([2, 3], None, None, None),
+        attn(0) + "o_proj.weight": (hidden, [4, 5, 6, 7], scale, [1.5, 1.5, 1.5, 1.5]),
+        attn(1) + "q_proj.weight": ([], hidden, None, None),
+        attn(1) + "q_proj.bias": ([], None, None, None),
+        attn(1) + "k_proj.weight": ([], hidden, None, None),
+        attn(1) + "k_proj.bias": ([], None, None, None),
+        attn(1) + "v_proj.weight": ([], hidden, None, None),
+        attn(1) + "v_proj.bias": ([], None, None, None),
+        attn(1) + "o_proj.weight": (hidden, [], scale, []),
+        attn(1) + "q_norm.weight": ([], None, None, None),
+        attn(1) + "k_norm.weight": ([], None, None, None),
+    }
+    for layer, channels, factors in ((0, [0, 2], [2.5, 3.0]), (1, [1], [4.0])):
+        for reader in ("gate_proj", "up_proj"):
+            expected[f"{mlp(layer)}{reader}.weight"] = (channels, hidden, None, None)
+            expected[f"{mlp(layer)}{reader}.bias"] = (channels, None, None, None)
+        expected[mlp(layer) + "down_proj.weight"] = (hidden, channels, scale, factors)
+        expected[mlp(layer) + "down_proj.bias"] = (hidden, None, scale, None)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            expected[f"model.layers.{layer}.{norm}.weight"] = (hidden, None, None, None)
+    assert {name: as_lists(edit) for name, edit in by_hand(tied=False).items()} == expected
+
+
+def test_a_tied_embedding_takes_the_factor_and_the_final_norm_gives_it_back():
+    tied, untied = by_hand(tied=True), by_hand(tied=False)
+    assert as_lists(tied["model.embed_tokens.weight"]) == (None, [0, 3], None, [0.5, 2.0])
+    assert as_lists(tied["model.norm.weight"]) == ([0, 3], None, [2.0, 0.5], None)  # 1 / 0.5, 1 / 2
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+
+
+def edited(weight, edit):
+    """What an edit says, on one tensor: independent of the code that cuts."""
+    weight = weight if edit.rows is None else weight[edit.rows]
+    weight = weight if edit.columns is None else weight[:, edit.columns]
+    if edit.row_factors is not None:
+        weight = weight * edit.row_factors.view(-1, *[1] * (weight.dim() - 1))
+    return weight if edit.column_factors is None else weight * edit.column_factors
+
+
+def test_edits_name_parameters_and_cover_all_that_a_cut_changes(model, plan):
+    stock, edits = dict(model.named_parameters()), edits_of(plan, family_of(model.config))
+    assert edits.keys() <= stock.keys()
+    narrow = sliced(model, plan)
+    after = narrow.state_dict()
+    for index, heads in enumerate(plan.num_key_value_heads):  # what a layer without attention keeps has another name
+        bias = f"model.layers.{index}.self_attn.bias"
+        if heads == 0 and bias in after:
+            after[f"model.layers.{index}.self_attn.o_proj.bias"] = after.pop(bias)
+    assert after.keys() <= model.state_dict().keys()
+    for name, weight in stock.items():
+        expected = edited(weight, edits.get(name, Edit()))
+        assert torch.equal(after[name], expected) if name in after else expected.numel() == 0, name
+    if plan.shape.tie_word_embeddings:
+        assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
+    changed = {name for name, weight in stock.items() if name not in after or not torch.equal(after[name], weight)}
+    assert changed and changed <= edits.keys()  # an edit that keeps all of a layer's heads changes nothing
+
+
+def grouped_otherwise(plan, family):
+    """The edits, but of KV head k the query heads k, k + n_kv, k + 2 n_kv ... stay."""
+    edits, shape = edits_of(plan, family), plan.shape
+    groups = torch.arange(shape.group_size) * shape.num_key_value_heads
+    for index, kv_heads in enumerate(plan.kept.attn):
+        queries = head_features((kv_heads.unsqueeze(1) + groups).flatten(), shape.head_dim)
+        paths = family.layer_paths(index)
+        for kind in ("weight", "bias"):
+            if (name := f"{paths.query}.{kind}") in edits:
+                edits[name] = replace(edits[name], rows=queries)
+        edits[f"{paths.output}.weight"] = replace(edits[f"{paths.output}.weight"], columns=queries)
+    return edits
+
+
+@pytest.mark.parametrize("row", GROUPED)
+def test_another_grouping_of_query_heads_cuts_another_model(row, make_model, full_plan, input_ids, monkeypatch):
+    model = make_model(ROWS[row][0], **ROWS[row][1])
+    plan = full_plan(model)
+    attn = tuple(v[1:] for v in plan.kept.attn)  # KV head 0 goes everywhere
+    scale = tuple(torch.linspace(0.5, 1.5, len(v)) for v in attn)
+    plan = replace(plan, kept=replace(plan.kept, attn=attn), scale=replace(plan.scale, attn=scale))
+    gated = GatedModel(copy.deepcopy(model))
+    with gated.using(plan.full_scale()):
+        masked = logits(gated, input_ids)
+    torch.testing.assert_close(logits(sliced(model, plan), input_ids), masked, **CLOSE)
+    for module in (slice, fold):
+        monkeypatch.setattr(module, "edits_of", lambda plan, family, device: grouped_otherwise(plan, family))
+    assert (logits(sliced(model, plan), input_ids) - masked).abs().mean() > 0.02
