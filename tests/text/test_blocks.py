@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from tvaprune.errors import InputError
 from tvaprune.text import blocks as data
@@ -272,6 +272,122 @@ def test_two_processes_that_build_the_same_blocks_do_not_disturb_each_other(cach
 def test_the_cache_stands_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path))
     assert data.cache_folder() == tmp_path
-    monkeypatch.delenv("TVAPRUNE_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TVAPRUNE_CACHE", "")
     assert data.cache_folder() == tmp_path / ".cache" / "tvaprune"
+    monkeypatch.delenv("TVAPRUNE_CACHE")
+    assert data.cache_folder() == tmp_path / ".cache" / "tvaprune"
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(monkeypatch, tokenizer, tmp_path):
+    path = write_text(tmp_path, "jsonl")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="the text cache .*file cannot be written .*; set TVAPRUNE_CACHE") as e:
+        token_blocks(tokenizer, path, "train", 6)
+    assert "\n" not in str(e.value)
+
+    def full(target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="cannot be written .No space left on device."):
+        data._cached(tmp_path / "cache" / "blocks-0", full)
+    assert os.listdir(tmp_path / "cache") == []
+    assert len(token_blocks(tokenizer, path, "train", 6)) == 90  # control
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "d[[]"])
+def test_a_path_is_the_file_of_that_name(name, kind, tmp_path):
+    """A name that reads as a pattern: its neighbours, which the pattern would find, stay out."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder, word in ((mine, "right"), (other, "wrong")):
+        folder.mkdir()
+        rows = [f"{word} {i}" for i in range(20)]
+        Dataset.from_dict({"text": rows}).to_parquet(folder / "text.parquet")
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        (folder / "text.txt").write_text("\n\n".join(rows))
+    path = tmp_path / f"{name}.{kind}"
+    os.rename(mine / f"text.{kind}", path)
+    for neighbour in ("a1", "bb", "cc", "d["):
+        (tmp_path / f"{neighbour}.{kind}").write_bytes((other / f"text.{kind}").read_bytes())
+    documents = load_documents(str(path), "train")
+    assert "\n\n".join(documents) == "\n\n".join(f"right {i}" for i in range(18))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(None, "null"), (3, "int"), (2.5, "float"), (["a"], "list"), ({"a": "b"}, "dict")]
+)
+@pytest.mark.parametrize("row", [1, 30])  # in whatever split
+def test_a_text_that_is_no_string_is_named_by_its_row(value, kind, row, tmp_path):
+    rows = [{"text": document} for document in DOCUMENTS[:40]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert load_documents(str(path), "train") == DOCUMENTS[:36]  # control
+    rows[row - 1] = {"text": value}
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    for split in SPLITS:
+        with pytest.raises(InputError, match=f"'text' of row {row} is {kind}, needs a string") as caught:
+            load_documents(str(path), split)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_numbers_is_refused(tmp_path):
+    Dataset.from_dict({"text": [1, 2, 3]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="'text' of row 1 is int, needs a string"):
+        load_documents(str(tmp_path / "rows.parquet"), "train")
+
+
+def test_a_txt_file_without_blank_lines_is_cut_at_lines(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(DOCUMENTS) + "\n\n")
+    parts = [load_documents(str(path), split) for split in SPLITS]
+    assert "\n".join(part for (part,) in parts) == path.read_text()  # nothing is lost, nothing is put in
+    assert parts[1] == ["\n".join(DOCUMENTS[92:97])]
+    path.write_text(DOCUMENTS[0])
+    with pytest.raises(InputError, match="its test split holds no text; give a longer text, of 20 paragraphs or lines"):
+        load_documents(str(path), "test")
+    for count in range(20, 70):  # as many as the message says are enough
+        path.write_text("\n".join(DOCUMENTS[:count]))
+        assert all(load_documents(str(path), split) for split in SPLITS)
+
+
+def test_a_tokenizer_without_a_backend_is_known_by_its_files(cache, tmp_path):
+    class Slow(PythonBackend):
+        vocab_files_names = {"vocab_file": "words.txt"}
+
+        def __init__(self, words=None, **options):
+            self.words = words
+            super().__init__(**options)
+
+        @property
+        def vocab_size(self):
+            return len(self.words)
+
+        def get_vocab(self):
+            return {word: i for i, word in enumerate(self.words)}
+
+        def _tokenize(self, text):
+            return text.split()
+
+        def _convert_token_to_id(self, token):
+            return self.words.index(token)
+
+        def _convert_id_to_token(self, index):
+            return self.words[index]
+
+        def save_vocabulary(self, save_directory, filename_prefix=None):
+            path = os.path.join(save_directory, "words.txt")
+            with open(path, "w") as file:
+                file.write("\n".join(self.words))
+            return (path,)
+
+    path = write_text(tmp_path, "jsonl")
+    slow, other = Slow(WORDS, eos_token="[END]"), Slow(WORDS[:3] + WORDS[:2:-1], eos_token="[END]")
+    assert not hasattr(slow, "backend_tokenizer")
+    expected = token_blocks(make_tokenizer("[END]"), path, "train", 6)[:]["input_ids"].tolist()
+    assert token_blocks(slow, path, "train", 6)[:]["input_ids"].tolist() == expected
+    assert token_blocks(slow, path, "train", 6)[:]["input_ids"].tolist() == expected
+    assert token_blocks(other, path, "train", 6)[:]["input_ids"].tolist() != expected  # control
+    assert len(os.listdir(cache)) == 3

@@ -6,6 +6,7 @@ blocks; WikiText-2 and PTB are one document, joined as the field does (method: p
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def token_blocks(
         InputError: If the text cannot be had or is shorter than one block.
     """
     documents = load_documents(dataset_name, split, data_dir)
-    identity = [block_size, tokenizer.eos_token_id, tokenizer.backend_tokenizer.to_str()]
+    identity = [block_size, tokenizer.eos_token_id, _rules(tokenizer)]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for document in documents:
         digest.update(document.encode() + b"\0")
@@ -58,6 +59,17 @@ def token_blocks(
         chosen = np.random.default_rng(seed).permutation(len(blocks))[:max_blocks]
         blocks = blocks.select(np.sort(chosen))
     return blocks.with_format("torch")
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns all that settles how a tokenizer cuts; one without a backend is known by the files it saves."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return str(backend.to_str())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return json.dumps([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, documents: list[str], block_size: int) -> list[list[int]]:

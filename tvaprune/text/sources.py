@@ -1,5 +1,6 @@
 """Text sets as documents per split: local copies first, then the hub, and a clear line where neither is there."""
 
+import glob
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ PATH_SHARES = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.
 
 def cache_folder() -> Path:
     """Returns where extracted texts and token blocks are kept: ``$TVAPRUNE_CACHE``, else ``~/.cache/tvaprune``."""
-    return Path(os.environ.get("TVAPRUNE_CACHE", "~/.cache/tvaprune")).expanduser()
+    return Path(os.environ.get("TVAPRUNE_CACHE") or "~/.cache/tvaprune").expanduser()
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,16 @@ def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data")
         documents = _path_documents(Path(dataset_name), split)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise InputError(f"--dataset_name {dataset_name}: its {split} split holds no text; give a longer text")
+        raise InputError(
+            f"--dataset_name {dataset_name}: its {split} split holds no text; give a longer text{_enough(dataset_name)}"
+        )
     return documents
+
+
+def _enough(dataset_name: str) -> str:
+    """Returns how long a text of the user's own must be for three splits."""
+    kind = "paragraphs or lines" if dataset_name.endswith(".txt") else "documents"
+    return "" if dataset_name in DATASET_NAMES else f", of 20 {kind} or more: the splits are cut between them"
 
 
 def _local_documents(dataset_name: str, split: str) -> list[str]:
@@ -133,17 +142,28 @@ def _version(package: str) -> str:
 def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
     """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        except OSError as error:
+            raise _unwritable(folder.parent, error) from error
         try:
             build(temporary / "data")
             os.rename(temporary / "data", folder)
-        except OSError:
+        except OSError as error:
             if not folder.exists():  # else another process was quicker, with the same data
-                raise
+                raise _unwritable(folder.parent, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
+
+
+def _unwritable(cache: Path, error: OSError) -> InputError:
+    reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(
+        f"the text cache {cache} cannot be written ({reason}); set TVAPRUNE_CACHE to a folder that can, with room for "
+        "the text"
+    )
 
 
 def _hub_documents(hub_set: HubSet, dataset_name: str, split: str, data_dir: Path) -> list[str]:
@@ -153,7 +173,9 @@ def _hub_documents(hub_set: HubSet, dataset_name: str, split: str, data_dir: Pat
     builder = "parquet" if hub_set.files[split].endswith(".parquet") else "json"
     try:
         if is_local:
-            rows = load_dataset(builder, data_files={split: str(local / hub_set.files[split])}, split=split)
+            rows = load_dataset(
+                builder, data_files={split: glob.escape(str(local / hub_set.files[split]))}, split=split
+            )
         else:
             rows = load_dataset(
                 hub_set.repo, data_files={split: hub_set.files[split]}, revision=hub_set.revision, split=split
@@ -187,10 +209,21 @@ def _path_documents(path: Path, split: str) -> list[str]:
     if "text" not in rows.column_names:
         raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")
     texts = list(rows["text"])
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise InputError(
+                f"--dataset_name {path}: 'text' of row {number} is {'null' if text is None else type(text).__name__}, "
+                "needs a string; leave the row out or mend it"
+            )
     if not own_splits:
         first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
         texts = texts[first:last]
-    return ["\n\n".join(texts)] if path.suffix == ".txt" else texts
+    return [_joint(path.read_text(encoding="utf-8")).join(texts)] if path.suffix == ".txt" else texts
+
+
+def _joint(text: str) -> str:
+    """Returns where a plain text is cut: at blank lines, or at every line if there are none."""
+    return "\n\n" if "\n\n" in text.strip() else "\n"
 
 
 def _read_path(path: Path) -> Any:
@@ -201,9 +234,10 @@ def _read_path(path: Path) -> Any:
         if path.is_dir():
             return load_from_disk(str(path))
         if path.suffix == ".txt":
-            return Dataset.from_dict({"text": path.read_text(encoding="utf-8").split("\n\n")})
+            text = path.read_text(encoding="utf-8")
+            return Dataset.from_dict({"text": text.split(_joint(text))})
         builder = "json" if path.suffix == ".jsonl" else "parquet"
-        return load_dataset(builder, data_files=str(path), split="train")
+        return load_dataset(builder, data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # each reader raises kinds of its own
         kind = "folder of save_to_disk" if path.is_dir() else f"{path.suffix} file in UTF-8"
         raise InputError(
