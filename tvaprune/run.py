@@ -1,5 +1,6 @@
 """One command: its flags, the loaded model, what follows from both, and what is refused before any work."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
 from tvaprune.models.families import ModelShape, shape_of
 from tvaprune.models.load import load_config, load_model
 from tvaprune.plan.masks import Masks, load_masks
-from tvaprune.plan.widths import WidthRules, default_dim_multiple
+from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
+from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
@@ -36,7 +38,8 @@ class Run:
 
     @classmethod
     def load(cls, args: Arguments) -> "Run":
-        """Loads the model that the flags name."""
+        """Loads the model that the flags name; the flags that its mask was learned with are the defaults."""
+        args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
         return cls(args, *load_model(args.source.model_name_or_path, args.source.dtype, device))
@@ -47,16 +50,9 @@ class Run:
         return shape_of(self.model.config)
 
     @property
-    def dim_multiple(self) -> int:
-        """The multiple of widths; 1 where the adjustment is off."""
-        given = self.args.prune.dim_multiple
-        return max(1, default_dim_multiple(self.shape.hidden_size) if given is None else given)
-
-    @property
     def rules(self) -> WidthRules:
         """What the widths must satisfy."""
-        prune = self.args.prune
-        return WidthRules(self.dim_multiple, int(prune.keep_one_kv_head), prune.uniform, prune.tensor_parallel)
+        return width_rules(vars(self.args.prune), self.shape)
 
     @property
     def window(self) -> int:
@@ -114,12 +110,31 @@ class Run:
         }
 
 
+def _as_the_mask_says(args: Arguments) -> Arguments:
+    """Returns the flags, those that were not given as the record of ``--mask_loc`` says; tells which differ from it."""
+    if args.prune.mask_loc is None:
+        return args
+    recorded = recorded_flags(args.prune.mask_loc)
+    given = {name: getattr(args.prune, name) for name in FLAGS}
+    if "prune_method" in recorded and "prune_method" not in args.recipe:  # its default is no None
+        given["prune_method"] = None
+    flags, note = as_recorded(given, recorded)
+    if note is not None:
+        print(note)
+    args = copy.copy(args)
+    args.prune = copy.copy(args.prune)
+    for name, value in flags.items():
+        setattr(args.prune, name, value)
+    return args
+
+
 def given_masks(args: Arguments) -> Masks | None:
-    """Reads ``--mask_loc``, and compares it with the model's config before the weights are read."""
+    """Reads ``--mask_loc`` and its record, and compares it with the model's config before the weights are read."""
     path = args.prune.mask_loc
     if path is None:
         return None
     masks = load_masks(path)
+    recorded_flags(path)  # a damaged one ends the command here
     masks.check_fits(shape_of(load_config(args.source.model_name_or_path)), f"--mask_loc {path}")
     return masks
 

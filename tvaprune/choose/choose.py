@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
         value = perplexity(gated, run.choice_blocks(), batch_size)
     gated.detach_gates()
     _clear(run.args.output_dir)
-    return keep_best(run.args.output_dir / "best", masks, value, run.record() | record | describe_widths(plan))
+    record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
+    return keep_best(run.args.output_dir / "best", masks, value, record)
 
 
 def _check_same_run(run: Run) -> None:

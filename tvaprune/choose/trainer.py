@@ -152,7 +152,7 @@ class GateTrainer(Trainer):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
         metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
         if self.args.should_save:
-            context = {"step": self.state.global_step, "settings": asdict(settings)}
+            context = {"step": self.state.global_step, "settings": asdict(settings), "rules": asdict(settings.rules)}
             keep_best(self.best_folder, masks, value, self.record | describe_widths(plan) | context)
         self.log(dict(metrics))
         return metrics

@@ -60,7 +60,11 @@ class PruneArguments:
     """Mask learning, and applying a mask."""
 
     prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
-        _flag("vib", "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's).")
+        _flag(
+            "vib",
+            "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a "
+            "mask, the default is as its record says.",
+        )
     )
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.5],
@@ -100,13 +104,24 @@ class PruneArguments:
     )
     dim_multiple: int | None = _flag(
         None,
-        "Multiple that hidden and MLP widths are adjusted to; 0: off; default 128, in a model under 1,024 wide 8.",
+        "Multiple that hidden and MLP widths are adjusted to; 0: off; default: as the mask's record says; without one: "
+        "128, in a model under 1,024 wide 8.",
     )
-    keep_one_kv_head: bool = _flag(False, "Keep at least one KV head in every layer, as the released tool does.")
-    uniform: bool = _flag(
-        False, "Keep as many KV heads and MLP channels in every layer: a stock model, which any engine serves."
+    keep_one_kv_head: bool | None = _flag(
+        None,
+        "Keep at least one KV head in every layer, as the released tool does; default: as the mask's record says; "
+        "without one: False.",
     )
-    tensor_parallel: int = _flag(1, "Keep KV heads and MLP channels in multiples of this, to serve on as many devices.")
+    uniform: bool | None = _flag(
+        None,
+        "Keep as many KV heads and MLP channels in every layer: a stock model, which any engine serves; default: as "
+        "the mask's record says; without one: False.",
+    )
+    tensor_parallel: int | None = _flag(
+        None,
+        "Keep KV heads and MLP channels in multiples of this, to serve on as many devices; default: as the mask's "
+        "record says; without one: 1.",
+    )
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold", "refit"] = _flag(

@@ -104,6 +104,27 @@ def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, A
     return path
 
 
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Returns the JSON beside a mask file; nothing where there is none, as beside the released masks.
+
+    Raises:
+        InputError: If it is no JSON object.
+    """
+    beside = Path(path).with_suffix(".json")
+    if not beside.is_file():
+        return {}
+    try:
+        record = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{beside}: the mask's record is not readable JSON ({type(error).__name__}); mend it, or move it away and "
+            "give the mask's flags"
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(f"{beside}: the mask's record is no JSON object; mend it, or move it away")
+    return record
+
+
 def best_mask(folder: Path) -> Path | None:
     """Returns the mask with the lowest perplexity in a folder, by its name."""
     paths = list(folder.glob(MASK_NAME.format(perplexity="*")))

@@ -2,21 +2,32 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from transformers.hf_argparser import string_to_bool
 
 from tvaprune.models.families import shape_of
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import load_masks
-from tvaprune.plan.widths import WidthRules, default_dim_multiple
+from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
+from tvaprune.plan.widths import WidthRules
 from tvaprune.report.tables import table
 
 
 def describe(
-    mask: Path, model: str, dim_multiple: int | None = None, min_key_value_heads: int = 0
+    mask: Path,
+    model: str,
+    dim_multiple: int | None = None,
+    keep_one_kv_head: bool | None = None,
+    uniform: bool | None = None,
+    tensor_parallel: int | None = None,
 ) -> dict[str, object]:
     """Returns the widths before and after adjustment, the sparsity and the parameters.
+
+    A rule that is None is as the mask's record says; one that differs from it is told on stderr.
 
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.
@@ -24,13 +35,18 @@ def describe(
     shape = shape_of(load_config(model))
     masks = load_masks(mask)
     masks.check_fits(shape, str(mask))
-    multiple = default_dim_multiple(shape.hidden_size) if dim_multiple is None else max(1, dim_multiple)
+    given = {"dim_multiple": dim_multiple, "keep_one_kv_head": keep_one_kv_head, "uniform": uniform,
+             "tensor_parallel": tensor_parallel}  # fmt: skip
+    flags, note = as_recorded(given, recorded_flags(mask))
+    rules = width_rules(flags, shape)
+    if note is not None:
+        print(note, file=sys.stderr)
     return {
         "mask": str(mask),
         "model": model,
         "dense_parameters": dense_parameters(shape),
-        "learned": describe_widths(plan_from_masks(masks, shape, WidthRules(1, min_key_value_heads))),
-        "adjusted": describe_widths(plan_from_masks(masks, shape, WidthRules(multiple, min_key_value_heads))),
+        "learned": describe_widths(plan_from_masks(masks, shape, WidthRules(1, rules.min_key_value_heads))),
+        "adjusted": describe_widths(plan_from_masks(masks, shape, rules)),
     }
 
 
@@ -43,12 +59,11 @@ def _print(content: dict[str, object]) -> None:
         form = ".4f" if name == "decoder_sparsity" else ",d"
         rows.append((name, f"{learned[name]:>14{form}} {adjusted[name]:>16{form}}"))
     print(table([("parameters of the dense model", f"{content['dense_parameters']:,}"), *rows]))
-    print("\nlayer  KV heads  MLP channels  adjusted")
-    layers = zip(
-        learned["num_key_value_heads"], learned["intermediate_size"], adjusted["intermediate_size"], strict=True
-    )
-    for index, (heads, channels, after) in enumerate(layers):
-        print(f"{index:>5}  {heads:>8}  {channels:>12}  {after:>8}")
+    print("\nlayer  KV heads  adjusted  MLP channels  adjusted")
+    kinds = ("num_key_value_heads", "intermediate_size")
+    layers = zip(*(widths[kind] for kind in kinds for widths in (learned, adjusted)), strict=True)
+    for index, (heads, heads_after, channels, after) in enumerate(layers):
+        print(f"{index:>5}  {heads:>8}  {heads_after:>8}  {channels:>12}  {after:>8}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,13 +73,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model_name_or_path", required=True, help="folder or hub id of the model; config.json is enough"
     )
+    default = "default: as the mask's record says; without one:"
     parser.add_argument(
-        "--dim_multiple", type=int, help="adjust widths to multiples of this; 0: off; default 128, small models 8"
+        "--dim_multiple",
+        type=int,
+        help=f"adjust widths to multiples of this; 0: off; {default} 128, small models 8",
     )
-    parser.add_argument("--keep_one_kv_head", action="store_true", help="keep at least one KV head in every layer")
+    for name, said in (
+        ("keep_one_kv_head", "keep at least one KV head in every layer"),
+        ("uniform", "keep as many KV heads and MLP channels in every layer"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=string_to_bool, nargs="?", const=True, metavar="BOOL", help=f"{said}; {default} False"
+        )
+    parser.add_argument(
+        "--tensor_parallel", type=int, help=f"keep KV heads and MLP channels in multiples of this; {default} 1"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
-    content = describe(args.mask, args.model_name_or_path, args.dim_multiple, int(args.keep_one_kv_head))
+    content = describe(
+        args.mask,
+        args.model_name_or_path,
+        args.dim_multiple,
+        args.keep_one_kv_head,
+        args.uniform,
+        args.tensor_parallel,
+    )
     if args.json:
         print(json.dumps(content, indent=2))
     else:
