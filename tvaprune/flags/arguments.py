@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from tvaprune.errors import InputError
 from tvaprune.flags.recipes import recipe_of
@@ -83,7 +84,13 @@ class FinetuneRunArguments(RunArguments):
 
 
 class _Parser(HfArgumentParser):
-    """Says what is wrong with the flags in one line."""
+    """Says what is wrong with the flags in one line; a truth value's flag alone means True, whatever its default."""
+
+    def __init__(self, classes: tuple[Any, ...]) -> None:
+        super().__init__(classes)
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:  # transformers' way where the default is None
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see --help")
