@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, out_of_memory
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
@@ -19,7 +19,7 @@ GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
 
 
 def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
-    """Runs a command and returns its exit code; a user's mistake ends in one line.
+    """Runs a command and returns its exit code; a user's mistake, or memory that ran out, ends in one line.
 
     Args:
         goes_on: What an interrupted user is told.
@@ -32,6 +32,12 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; {goes_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        return EXIT_INPUT
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError, quoted, reason
+from tvaprune.files import as_json
 from tvaprune.models.families import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
@@ -115,7 +116,7 @@ def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MASK_NAME.format(perplexity=perplexity)
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record | {"perplexity": perplexity}, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(as_json(record | {"perplexity": perplexity}) + "\n", encoding="utf-8")
     save_masks(masks, path)
     os.replace(temporary, path.with_suffix(".json"))
     if before is not None:

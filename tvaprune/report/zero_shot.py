@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.files import write_json
+from tvaprune.files import as_json, write_json
 from tvaprune.measure.zeroshot import Score
 
 IDENTITY = (
@@ -158,7 +158,7 @@ def write_examples(score: Score, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("w", encoding="utf-8") as file:
         for sample in score.samples:
-            file.write(json.dumps(_example(sample), default=str) + "\n")
+            file.write(as_json(_example(sample), indent=None, default=str) + "\n")
     os.replace(temporary, path)
 
 

@@ -1,12 +1,12 @@
 """`python -m tvaprune.describe MASK --model_name_or_path DIR`: what a mask keeps, from the model's config alone."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
 
+from tvaprune.files import as_json
 from tvaprune.models.families import shape_of
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
@@ -33,7 +33,7 @@ def describe(
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
     shape = shape_of(load_config(model))
-    masks = load_masks(mask)
+    masks = load_masks(mask, shape)
     masks.check_fits(shape, str(mask))
     given = {"dim_multiple": dim_multiple, "keep_one_kv_head": keep_one_kv_head, "uniform": uniform,
              "tensor_parallel": tensor_parallel}  # fmt: skip
@@ -100,6 +100,6 @@ def main(arguments: list[str] | None = None) -> None:
         args.tensor_parallel,
     )
     if args.json:
-        print(json.dumps(content, indent=2))
+        print(as_json(content))
     else:
         _print(content)

@@ -4,13 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
 from tvaprune.export.verify import require
+from tvaprune.models.load import read_tokenizer
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime"), "vanilla": ()}
 
@@ -40,7 +39,7 @@ def export(
 
 
 def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    return read_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> None:
