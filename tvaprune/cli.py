@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from tvaprune.errors import InputError, out_of_memory
+from tvaprune.errors import InputError, one_line, out_of_memory
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
@@ -27,7 +27,7 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
     try:
         command()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"interrupted; {goes_on}", file=sys.stderr)

@@ -13,10 +13,14 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what came, what was needed and what to do."""
 
 
+def one_line(text: str) -> str:
+    """Returns a text without line breaks and control characters: a name in a stranger's file can forge no line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 def reason(error: BaseException) -> str:
-    """Returns a library's message as a part of one line: no line breaks, no control characters, not endless."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:LONGEST]
+    """Returns a library's message as a part of one line, and not an endless one."""
+    return (one_line(str(error)) or type(error).__name__)[:LONGEST]
 
 
 def quoted(name: object, longest: int = 80) -> str:
