@@ -32,7 +32,7 @@ def load_config(path: str | None) -> Any:
     if path is None:
         raise InputError("--model_name_or_path is missing: give a checkpoint's folder or hub id")
     check_folder(path)
-    with _in_one_line(path):
+    with _in_one_line(f"--model_name_or_path {path}", path):
         raw, _ = PretrainedConfig.get_config_dict(path)
         check_config(path, raw)
         config = read_config(path)
@@ -51,9 +51,25 @@ def read_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def read_tokenizer(path: str | Path) -> Any:
-    """Reads a tokenizer as transformers does, but runs no code and passes none on."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:
+    """Loads the tokenizer of a model; runs no code and passes none on.
+
+    Args:
+        named: How a message begins: the flag and the folder.
+
+    Raises:
+        InputError: If it cannot be read, knows no text, or gives tokens that the model has no embedding for.
+    """
+    with _in_one_line(named, path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("a", add_special_tokens=False, verbose=False)  # some settings are wrong only in use
+        token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if not 0 <= largest < vocab_size:
+        told = f"{quoted(token)} is token {largest}" if largest >= 0 else "it is empty"
+        raise InputError(
+            f"{named}: the tokenizer is not the model's, which has {vocab_size} tokens ({told}); give the tokenizer "
+            "that the model was trained with"
+        )
     for key in CODE_KEYS:
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
@@ -85,9 +101,9 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
     config = load_config(path)
     assert path is not None
     torch_dtype = ("auto" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    with _in_one_line(path):
-        tokenizer = read_tokenizer(config.name_or_path)
-        _check_vocabulary(path, config.vocab_size, tokenizer)
+    named = f"--model_name_or_path {path}"
+    tokenizer = load_tokenizer(config.name_or_path, config.vocab_size, named)
+    with _in_one_line(named, path):
         check_stored(path, _sizes_of(config))
         model, loaded = read_model(config.name_or_path, config, dtype=torch_dtype)
     _check_whole(path, loaded)
@@ -99,17 +115,6 @@ def _sizes_of(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _check_vocabulary(path: str, vocab_size: int, tokenizer: Any) -> None:
-    """Refuses a tokenizer that knows no text, or gives tokens that the model has no embedding for."""
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if not 0 <= largest < vocab_size:
-        told = f"{quoted(token)} is token {largest}" if largest >= 0 else "it is empty"
-        raise InputError(
-            f"--model_name_or_path {path}: the tokenizer is not the model's, which has {vocab_size} tokens ({told}); "
-            "give the tokenizer that the model was trained with"
-        )
 
 
 def _settle_tie(path: str | Path, model: Any) -> None:
@@ -146,7 +151,7 @@ def _check_whole(path: str, loaded: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _in_one_line(path: str) -> Iterator[None]:
+def _in_one_line(named: str, path: str | Path) -> Iterator[None]:
     """Turns whatever a library raises over a broken file into one line: some of it is no `Exception`, but a panic."""
     try:
         yield
@@ -155,15 +160,11 @@ def _in_one_line(path: str) -> Iterator[None]:
     except BaseException as error:
         if out_of_memory(error) is not None:
             raise
-        raise _unloadable(path, error) from error
+        raise InputError(f"{named}: cannot be loaded ({reason(error)}); give {_needed(Path(path))}") from error
 
 
-def _unloadable(path: str, error: BaseException) -> InputError:
-    folder = Path(path)
-    needs = (
-        "a folder with config.json, safetensors weights and a tokenizer, or a hub id that is in the cache or reachable"
-    )
+def _needed(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         if importlib.util.find_spec("sentencepiece") is None:
-            needs = "its tokenizer.json too, or install what reads tokenizer.model: pip install sentencepiece protobuf"
-    return InputError(f"--model_name_or_path {path}: cannot be loaded ({reason(error)}); give {needs}")
+            return "its tokenizer.json too, or install what reads tokenizer.model: pip install sentencepiece protobuf"
+    return "a folder with config.json, safetensors weights and a tokenizer, or a hub id that is cached or reachable"

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tvaprune.errors import InputError, quoted, reason
+from tvaprune.files import write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -115,6 +116,12 @@ def check_config(path: str, config: dict[str, Any]) -> None:
     Raises:
         InputError: Naming the entry.
     """
+    for key, value in config.items():
+        if not _is_json(value):
+            raise InputError(
+                f"--model_name_or_path {path}: {quoted(key)} in config.json holds NaN or an infinity, which no model "
+                "computes with; mend config.json"
+            )
     for key in QUANTISED_KEYS:
         value = config.get(key)
         if value:
@@ -176,10 +183,22 @@ def _stored(files: Iterable[Path], path: str) -> dict[str, tuple[tuple[int, ...]
 
 
 def drop_code(file: Path) -> None:
-    """Takes out of a JSON file what would have its reader run a Python file of the folder; a missing file is fine."""
+    """Takes out of a JSON file what would have its reader run a Python file of the folder, and what is no JSON.
+
+    A missing file is fine, and one that holds neither stays as it is.
+    """
     if not file.is_file():
         return
     content = json.loads(file.read_text(encoding="utf-8"))
-    if any(key in content for key in CODE_KEYS):
+    if any(key in content for key in CODE_KEYS) or not _is_json(content):
         plain = {key: value for key, value in content.items() if key not in CODE_KEYS}
-        file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(plain, file)
+
+
+def _is_json(content: Any) -> bool:
+    """Tells whether a value is JSON: Python reads NaN and infinities too."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError:
+        return False
+    return True
