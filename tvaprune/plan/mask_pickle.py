@@ -58,11 +58,18 @@ def read_tensors(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def _load(file: io.BytesIO, names: tuple[str, ...]) -> Any:
-    """Reads one pickle from a file; only ``names`` may be named in it."""
-    machine = _Machine(names)
+    """Reads one pickle from a file; only ``names`` may be named in it.
+
+    The length of its last frame is all by which a lost byte among the numbers shows: every number behind it moves.
+    """
+    machine, frame_end = _Machine(names), 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name == "STOP":
+            if frame_end not in (0, file.tell()):
+                raise ValueError("bytes are lost or too many")
             break
+        if opcode.name == "FRAME":
+            frame_end = file.tell() + int(argument or 0)
         if count > _MOST_STEPS:
             raise ValueError("more steps than a mask takes")
         machine.step(opcode.name, argument)
@@ -156,8 +163,8 @@ def _storage(content: bytes) -> torch.Tensor:
     magic, version, system, described, keys = (_load(file, tuple(_DTYPES)) for _ in range(5))
     if magic != _TORCH_MAGIC or version != _TORCH_VERSION or not system["little_endian"]:
         raise ValueError("a storage of a format unknown here")
-    _, name, key, _, count, _ = described
-    if not isinstance(name, _Name) or not isinstance(key, str) or type(count) is not int:
+    kind, name, key, _, count, _ = described
+    if kind != "storage" or not isinstance(name, _Name) or not isinstance(key, str) or type(count) is not int:
         raise ValueError("a storage without a type or a size")
     dtype = _DTYPES[name]
     counted, data = int.from_bytes(file.read(_COUNT_BYTES), "little"), content[file.tell() :]
