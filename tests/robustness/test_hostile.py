@@ -3,6 +3,7 @@
 Each test has a canary that shows what ran, and as a control the loader that lets it sing.
 """
 
+import ast
 import json
 import os
 import pickle
@@ -306,3 +307,27 @@ def test_the_harness_sees_a_traceback_and_a_second_line(monkeypatch):
     monkeypatch.setattr("tvaprune.cli._usage", lambda: sys.exit(3))
     assert run("--help").fault.startswith("code 3")
     assert run("pune").fault == "" and run("pune").code == 2
+
+
+def trusting(source):
+    """The lines of a source where something is loaded by an Auto class without a word against code of its own."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        on_auto = isinstance(node.func.value, ast.Name) and node.func.value.id.startswith("Auto")
+        if on_auto and node.func.attr in ("from_pretrained", "from_config"):
+            said = [word.value for word in node.keywords if word.arg == "trust_remote_code"]
+            if not (said and isinstance(said[0], ast.Constant) and said[0].value is False):
+                found.append(node.lineno)
+    return found
+
+
+def test_nothing_is_loaded_without_a_word_against_its_code():
+    sources = [*(tiny.ROOT / "tvaprune").rglob("*.py"), *(tiny.ROOT / "benchmarks").glob("*.py"),
+               *(tiny.ROOT / "script").glob("*.py")]  # fmt: skip
+    assert {str(path): trusting(path.read_text(encoding="utf-8")) for path in sources} == {
+        str(path): [] for path in sources
+    }
+    assert trusting("AutoConfig.from_pretrained(p)\nAutoModel.from_config(c, trust_remote_code=True)") == [1, 2]
+    assert trusting("AutoTokenizer.from_pretrained(p, trust_remote_code=False)") == []

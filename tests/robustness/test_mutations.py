@@ -22,7 +22,7 @@ from support import tiny
 from support.in_process import Ended, half_written, run, strict_json
 from support.mutate import damage_bytes, damage_json, damage_tensors
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.models.families import shape_of
 from tvaprune.models.units import PerUnit
@@ -59,7 +59,9 @@ def stock_logits(folder: Path) -> torch.Tensor:
     """What transformers alone computes of a folder's weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.__dict__.pop("auto_map", None)  # a damaged one trips transformers; no class here needs it
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     ids = torch.arange(12).unsqueeze(0) % model.config.vocab_size
     return model(input_ids=ids, use_cache=False).logits
 
@@ -182,7 +184,7 @@ def text(choose: random.Random, work: Path) -> tuple[Ended, str]:
 GIVEN = ("nan", "inf", "-inf", "0", "-1", "1", "0.5", "1e308", "1000000000000", "abc", "", "True", "False", "None",
          "[]", "x\ny", "2", "4", "8", "float32", "bfloat16", "fold", "test", "0.3")  # fmt: skip
 FLAGS = {
-    "apply": ("mask_loc", "dtype", "block_size", "ctx_length", "max_eval_samples", "speed_batches", "dim_multiple",
+    "apply": ("mask_loc", "dtype", "block_size", "ctx_length", "max_eval_samples", "dim_multiple",
               "keep_one_kv_head", "uniform", "tensor_parallel", "weight_update", "refit_samples", "eval_split", "seed",
               "per_device_eval_batch_size", "data_dir", "dataset_name", "model_name_or_path", "save_pruned", "config",
               "do_eval", "compare_dense", "unheard_of"),
