@@ -231,21 +231,38 @@ def test_a_kernel_that_a_config_names_is_not_fetched(key, folder, tmp_path, monk
         assert asked
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_weights_outside_the_folder_are_not_read(inside, folder, tmp_path, make_model):
-    where = folder if inside else tmp_path
+def index_to(folder, where):
+    """Moves the weights of a folder and has its index name them there; returns the name."""
     (folder / "model.safetensors").rename(where / "other.safetensors")
     name = os.path.relpath(where / "other.safetensors", folder)
-    tensors = load_file(where / "other.safetensors")
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, name)}
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(load_file(where / "other.safetensors"), name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    AutoModelForCausalLM.from_pretrained(folder)  # control: transformers reads them wherever they are
+    return name
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_outside_the_folder_are_not_read(inside, folder, tmp_path):
+    name = index_to(folder, folder if inside else tmp_path)
     ended = save(folder, tmp_path / "out")
-    AutoModelForCausalLM.from_pretrained(folder)  # control: transformers reads both
     if inside:
         assert ended.code == 0, ended
     else:
-        refused(ended, "names '../other.safetensors', which is no file of this folder")
+        refused(ended, f"names {name!r}, which is no file of this folder")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_outside_a_pruned_folder_are_not_exported(inside, folder, tmp_path):
+    pruned = tmp_path / "pruned"
+    assert save(folder, pruned).code == 0
+    name = index_to(pruned, pruned if inside else tmp_path)
+    ended = run("export", "--format", "vanilla", pruned, tmp_path / "stock")
+    if inside:
+        assert ended.code == 0, ended
+    else:
+        refused(ended, f"names {name!r}, which is no file of this folder")
+        assert not (tmp_path / "stock").exists()
 
 
 FORGED = "x\ntvaprune: all is well\r\x1b[2J\u202e"

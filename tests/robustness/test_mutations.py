@@ -227,12 +227,12 @@ def checkpoint(choose: random.Random, work: Path) -> tuple[Ended, str]:
 
 KINDS: dict[str, tuple[Callable[[random.Random, Path], tuple[Ended, str]], int]] = {
     "mask": (mask, 120),
-    "config": (config, 100),
-    "weights": (weights, 60),
-    "tokenizer": (tokenizer, 60),
-    "text": (text, 40),
-    "flag": (flag, 60),
-    "checkpoint": (checkpoint, 60),
+    "config": (config, 70),
+    "weights": (weights, 40),
+    "tokenizer": (tokenizer, 30),
+    "text": (text, 30),
+    "flag": (flag, 40),
+    "checkpoint": (checkpoint, 40),
 }
 
 

@@ -20,7 +20,7 @@ from tvaprune.files import CONFIG_NAME, new_folder
 from tvaprune.models import load
 from tvaprune.models.auto_classes import PREFIX, auto_map
 from tvaprune.models.families import FAMILIES
-from tvaprune.models.vetting import drop_code
+from tvaprune.models.vetting import check_folder, drop_code
 from tvaprune.plan.keep_plan import KeepPlan
 
 PADDING_HEADS = 1  # KV groups of a layer that lost all: vLLM and llama.cpp need attention in every layer
@@ -70,6 +70,7 @@ def load_pruned(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         InputError: If the folder is no such checkpoint, or a damaged one.
     """
+    check_folder(folder, str(folder))
     config = read_config(folder)
     _check_sizes(Path(folder), config)
     try:

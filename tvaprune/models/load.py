@@ -31,10 +31,11 @@ def load_config(path: str | None) -> Any:
     """
     if path is None:
         raise InputError("--model_name_or_path is missing: give a checkpoint's folder or hub id")
-    check_folder(path)
-    with _in_one_line(f"--model_name_or_path {path}", path):
+    named = f"--model_name_or_path {path}"
+    check_folder(path, named)
+    with _in_one_line(named, path):
         raw, _ = PretrainedConfig.get_config_dict(path)
-        check_config(path, raw)
+        check_config(raw, named)
         config = read_config(path)
         family_of(config)
     return config
@@ -104,7 +105,7 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
     named = f"--model_name_or_path {path}"
     tokenizer = load_tokenizer(config.name_or_path, config.vocab_size, named)
     with _in_one_line(named, path):
-        check_stored(path, _sizes_of(config))
+        check_stored(path, _sizes_of(config), named)
         model, loaded = read_model(config.name_or_path, config, dtype=torch_dtype)
     _check_whole(path, loaded)
     return model.to(device), tokenizer

@@ -37,8 +37,11 @@ _SIZES = {  # the largest that can be meant: masks number layers by four digits
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
-def check_folder(path: str) -> None:
+def check_folder(path: str | Path, named: str) -> None:
     """Refuses a folder whose files are not there, lead elsewhere, or are quantised; a hub id passes.
+
+    Args:
+        named: How a message begins, here and below: the flag and the folder.
 
     Raises:
         InputError: Naming the file.
@@ -47,45 +50,41 @@ def check_folder(path: str) -> None:
     files = sorted(file for pattern in _READ for file in folder.glob(pattern)) if folder.is_dir() else []
     for file in files:
         if file.is_file():
-            _check_fetched(path, file)
-            _check_within(path, file)
+            _check_fetched(file, named)
+            _check_within(folder.resolve(), file, named)
     for name in (file.name for file in files if file.name in QUANTISED_FILES):
         raise InputError(
-            f"--model_name_or_path {path}: holds a {name}, its weights are quantised: give the unquantised checkpoint, "
+            f"{named}: holds a {name}, its weights are quantised: give the unquantised checkpoint, "
             "or dequantise this one first"
         )
     if (folder / ADAPTER).is_file():
         raise InputError(
-            f"--model_name_or_path {path}: holds an {ADAPTER}, which would change the weights while they are loaded: "
+            f"{named}: holds an {ADAPTER}, which would change the weights while they are loaded: "
             "merge the adapter first, or move it away"
         )
-    shards(path)
+    shards(path, named)
 
 
-def _check_fetched(path: str, file: Path) -> None:
+def _check_fetched(file: Path, named: str) -> None:
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
             raise InputError(
-                f"--model_name_or_path {path}: {file.name} is a git-lfs pointer, not the file; run `git lfs pull` in "
-                "that folder"
+                f"{named}: {file.name} is a git-lfs pointer, not the file; run `git lfs pull` in that folder"
             )
 
 
-def _check_within(path: str, file: Path) -> None:
+def _check_within(folder: Path, file: Path, named: str) -> None:
     """Refuses a link that leaves the folder: what it leads to would go into the saved folder.
 
     The hub's cache links a snapshot to its repository's blobs. Weights are often linked, and nothing else passes as
     weights.
     """
-    folder = Path(path).resolve()
     home = folder.parent.parent if folder.parent.name == "snapshots" else folder
     if file.suffix != ".safetensors" and not file.resolve().is_relative_to(home):
-        raise InputError(
-            f"--model_name_or_path {path}: {file.name} is a link out of the folder: put a copy of the file there"
-        )
+        raise InputError(f"{named}: {file.name} is a link out of the folder: put a copy of the file there")
 
 
-def shards(path: str) -> list[Path]:
+def shards(path: str | Path, named: str) -> list[Path]:
     """Returns the safetensors files of a folder, as its index names them; none of a hub id.
 
     Raises:
@@ -97,20 +96,20 @@ def shards(path: str) -> list[Path]:
     try:
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except Exception as error:  # a broken index raises nearly anything
-        raise InputError(f"--model_name_or_path {path}: {INDEX} cannot be read ({reason(error)}); mend it") from error
+        raise InputError(f"{named}: {INDEX} cannot be read ({reason(error)}); mend it") from error
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise InputError(
-                f"--model_name_or_path {path}: {INDEX} names {quoted(name)}, which is no file of this folder: give the "
+                f"{named}: {INDEX} names {quoted(name)}, which is no file of this folder: give the "
                 "checkpoint as it was published"
             )
     for name in sorted(names):
         if not (folder / name).is_file():
-            raise InputError(f"--model_name_or_path {path}: {quoted(name)} of {INDEX} is missing; fetch it")
+            raise InputError(f"{named}: {quoted(name)} of {INDEX} is missing; fetch it")
     return [folder / name for name in sorted(names)]
 
 
-def check_config(path: str, config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any], named: str) -> None:
     """Refuses a config of quantised weights, or one whose sizes are no sizes, before a class is built of it.
 
     Raises:
@@ -119,7 +118,7 @@ def check_config(path: str, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if not _is_json(value):
             raise InputError(
-                f"--model_name_or_path {path}: {quoted(key)} in config.json holds NaN or an infinity, which no model "
+                f"{named}: {quoted(key)} in config.json holds NaN or an infinity, which no model "
                 "computes with; mend config.json"
             )
     for key in QUANTISED_KEYS:
@@ -127,7 +126,7 @@ def check_config(path: str, config: dict[str, Any]) -> None:
         if value:
             method = value.get("quant_method") if isinstance(value, dict) else None
             raise InputError(
-                f"--model_name_or_path {path}: its weights are quantised ({key} in config.json"
+                f"{named}: its weights are quantised ({key} in config.json"
                 f"{f', {quoted(method)}' if method else ''}), and pruning needs plain ones: give the unquantised "
                 "checkpoint, or dequantise this one first"
             )
@@ -137,12 +136,12 @@ def check_config(path: str, config: dict[str, Any]) -> None:
             continue
         if type(value) is not int or not 1 <= value <= most:
             raise InputError(
-                f"--model_name_or_path {path}: {key} in config.json is {json.dumps(value)[:80]}: a whole number from 1 "
+                f"{named}: {key} in config.json is {json.dumps(value)[:80]}: a whole number from 1 "
                 f"to {most} is needed; mend config.json"
             )
 
 
-def check_stored(path: str, wanted: dict[str, tuple[int, ...]]) -> None:
+def check_stored(path: str | Path, wanted: dict[str, tuple[int, ...]], named: str) -> None:
     """Compares the tensors of a folder's files with those that its config builds, before any memory is taken for them.
 
     Args:
@@ -151,22 +150,22 @@ def check_stored(path: str, wanted: dict[str, tuple[int, ...]]) -> None:
     Raises:
         InputError: Naming the first that is of another size, or of numbers that are no weights.
     """
-    stored = _stored(shards(path), path)
+    stored = _stored(shards(path, named), named)
     for name in sorted(wanted.keys() & stored.keys()):
         shape, dtype = stored[name]
         if dtype not in FLOATS:
             raise InputError(
-                f"--model_name_or_path {path}: '{name}' holds {dtype} numbers, its weights are quantised: give the "
+                f"{named}: '{name}' holds {dtype} numbers, its weights are quantised: give the "
                 "unquantised checkpoint, or dequantise this one first"
             )
         if shape != wanted[name]:
             raise InputError(
-                f"--model_name_or_path {path}: the weights are not those of its config: '{name}' is {shape} in the "
+                f"{named}: the weights are not those of its config: '{name}' is {shape} in the "
                 f"file and {wanted[name]} by config.json; give the config.json that they were saved with"
             )
 
 
-def _stored(files: Iterable[Path], path: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def _stored(files: Iterable[Path], named: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns the tensors of safetensors files, read from their headers: name -> shape, type of the numbers."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
@@ -177,7 +176,7 @@ def _stored(files: Iterable[Path], path: str) -> dict[str, tuple[tuple[int, ...]
                     found[name] = tuple(part.get_shape()), str(part.get_dtype())
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"--model_name_or_path {path}: {file.name} is no whole safetensors file ({reason(error)}); get it again"
+                f"{named}: {file.name} is no whole safetensors file ({reason(error)}); get it again"
             ) from error
     return found
 
