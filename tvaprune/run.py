@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import check_output
+from tvaprune.files import check_output, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.measure import hardware
@@ -167,24 +167,33 @@ def given_checkpoint(
         raise InputError(
             f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
         )
-    _check_best_within(Path(found), args.output_dir)
+    _settle_best(Path(found), args.output_dir)
     return str(found)
 
 
-def _check_best_within(checkpoint: Path, output_dir: Path) -> None:
-    """Refuses a checkpoint whose best is neither here nor beside it: the Trainer would take weights from anywhere."""
-    state = checkpoint / TRAINER_STATE_NAME
+def _settle_best(checkpoint: Path, output_dir: Path) -> None:
+    """Has a checkpoint name the run's own best: the Trainer would take its weights from wherever that says.
+
+    In a run that was moved it is the one of that name beside the checkpoint.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    if not path.is_file():
+        return
     try:
-        best = json.loads(state.read_text(encoding="utf-8")).get("best_model_checkpoint") if state.is_file() else None
+        state = json.loads(path.read_text(encoding="utf-8"))
+        best = state.get("best_model_checkpoint")
         folders = output_dir.resolve(), checkpoint.resolve().parent
-        within = best is None or any(Path(best).resolve().is_relative_to(folder) for folder in folders)
+        if best is None or any(Path(best).resolve().is_relative_to(folder) for folder in folders):
+            return
+        beside = checkpoint.parent / Path(best).name
     except Exception as error:  # a broken file raises nearly anything
-        raise InputError(f"{state}: cannot be read ({reason(error)}); go on from another checkpoint") from error
-    if not within:
+        raise InputError(f"{path}: cannot be read ({reason(error)}); go on from another checkpoint") from error
+    if not (beside.name.startswith(PREFIX_CHECKPOINT_DIR) and beside.is_dir()):
         raise InputError(
-            f"{state}: its best_model_checkpoint is {quoted(best)}, outside --output_dir {output_dir}: go on in the "
+            f"{path}: its best_model_checkpoint is {quoted(best)}, outside --output_dir {output_dir}: go on in the "
             "folder that the run began in, or begin anew"
         )
+    write_json(state | {"best_model_checkpoint": str(beside)}, path)
 
 
 def check_results(args: Arguments, may_hold_some: bool) -> None:

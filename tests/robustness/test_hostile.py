@@ -312,6 +312,24 @@ def test_the_best_checkpoint_is_one_of_the_run(best, folder, tmp_path, monkeypat
         refused(ended, "--dataset_name")
     else:
         refused(ended, f"its best_model_checkpoint is {named!r}, outside --output_dir {output}")
+        state.write_text(json.dumps({"best_model_checkpoint": "/gone/out/checkpoint-1", "epoch": 1.5}))
+        refused(
+            run(
+                "prune",
+                "--model_name_or_path",
+                folder,
+                "--output_dir",
+                output,
+                "--use_cpu",
+                "--resume_from_checkpoint",
+                "True",
+                "--dataset_name",
+                tmp_path / "no.txt",
+            ),
+            "--dataset_name",
+        )
+        moved = {"best_model_checkpoint": str(output / "checkpoint-1"), "epoch": 1.5}
+        assert tiny.read_json(state) == moved  # a run that was moved goes on with its own
     state.write_text("[" * 10**5)
     refused(run("prune", "--model_name_or_path", folder, "--output_dir", output, "--use_cpu",
                 "--resume_from_checkpoint", "True"), "trainer_state.json: cannot be read")  # fmt: skip

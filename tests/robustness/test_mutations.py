@@ -242,12 +242,7 @@ def try_one(kind: str, seed: int, whole: Path, work: Path) -> str:
     begin = time.perf_counter()
     ended, lie = KINDS[kind][0](random.Random(f"{kind} {seed}"), work)
     seconds = time.perf_counter() - begin
-    left = [
-        name
-        for folder in (work / "out", work)
-        for name in half_written(folder)
-        if f"{work}/out" in name or ".part" in name
-    ]
+    left = [name for name in half_written(work) if f"{work}/out" in name or ".part" in name]
     wrong = ended.fault or lie or "; ".join(left) or ("" if seconds < SLOWEST else f"{seconds:.0f} seconds")
     shutil.rmtree(work)
     return wrong or (REFUSED if ended.code else TRUE)

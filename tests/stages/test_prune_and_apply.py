@@ -203,7 +203,7 @@ def masks_that_cannot_be_used(folder, good):
     yield folder / "missing.pkl", "there is no such file"
     yield truncated, "not a readable mask file"
     yield foreign, "is no gate of a mask file"
-    yield evil, "asks to run builtins.print"
+    yield evil, "asks to run 'builtins.print'"
     yield other, "give the mask of this model"
 
 

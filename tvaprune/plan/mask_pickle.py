@@ -110,9 +110,9 @@ class _Machine:
             self.marks.append(len(self.stack))
         elif name in _TUPLES or name == "TUPLE":
             self.stack.append(tuple(self._pop(_TUPLES.get(name) or len(self.stack) - self.marks.pop())))
-        elif name == "APPEND":
-            (value,) = self._pop(1)
-            self.stack[-1].append(value)
+        elif name in ("APPEND", "APPENDS"):
+            values = self._pop(1 if name == "APPEND" else len(self.stack) - self.marks.pop())
+            self.stack[-1].extend(values)
         elif name in ("SETITEM", "SETITEMS"):
             self._set(self._pop(2 if name == "SETITEM" else len(self.stack) - self.marks.pop()))
         else:
