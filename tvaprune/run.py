@@ -18,8 +18,8 @@ from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
-from tvaprune.models.families import ModelShape, shape_of
 from tvaprune.models.load import load_config, load_model
+from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.masks import Masks, load_masks
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from tvaprune.errors import InputError
 from tvaprune.measure.zeroshot import OFFLINE_GROUP
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import load_masks
 
 MODEL = Path("mistral_saves_tva") / "mini_mistral"

@@ -2,7 +2,7 @@ import pytest
 
 from tvaprune import shipped
 from tvaprune.errors import InputError
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
 
 

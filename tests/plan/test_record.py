@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import read_record, save_masks
 from tvaprune.plan.record import recorded_flags

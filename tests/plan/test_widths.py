@@ -7,15 +7,15 @@ from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_s
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import PruneArguments
-from tvaprune.models.families import ModelShape
 from tvaprune.models.parameters import decoder_sparsity
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import TOLERANCE, calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.widths import WidthRules, Widths
 from tvaprune.run import Run
 
-SHAPE = ModelShape(
+SHAPE = ModelShape.uniform(
     hidden_size=96,
     num_hidden_layers=5,
     num_attention_heads=16,

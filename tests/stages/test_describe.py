@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
 from tvaprune.plan.widths import WidthRules

@@ -11,7 +11,7 @@ from peft import PeftModel
 from support import tiny
 
 from tvaprune.checkpoint.folder import load_pruned
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import Masks, save_masks
 from tvaprune.recover import job as finetune_job
 from tvaprune.recover.teacher import weights_digest

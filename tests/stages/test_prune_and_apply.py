@@ -12,7 +12,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.arguments import Arguments
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks, save_masks

@@ -12,7 +12,7 @@ from support.byte_tokenizer import byte_tokenizer
 from support.documents import document
 
 from tvaprune import shipped
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
 from tvaprune.text import blocks as data
 from tvaprune.text import python_docs

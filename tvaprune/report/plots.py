@@ -80,7 +80,7 @@ def plot_widths(plan: KeepPlan, path: Path) -> None:
         (channels, plan.intermediate_size, plan.shape.intermediate_size, "MLP channels"),
     )
     for axes, kept, full, name in panels:
-        axes.bar(layers, [full] * len(layers), color="0.88", label="unpruned")
+        axes.bar(layers, full, color="0.88", label="unpruned")
         axes.bar(layers, kept, color="tab:blue", label="kept")
         axes.set(ylabel=name)
     channels.set(xlabel="layer", xticks=layers)

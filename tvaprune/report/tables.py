@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tvaprune.models.shape import in_words
+
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """Returns two aligned columns."""
@@ -80,5 +82,5 @@ def _update(results: dict[str, Any]) -> str:
     )
 
 
-def _of(kept: Sequence[int], full: int) -> str:
-    return f"{' '.join(map(str, kept))} of {full}"
+def _of(kept: Sequence[int], full: Sequence[int]) -> str:
+    return f"{' '.join(map(str, kept))} of {in_words(full)}"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
 
-from tvaprune.models.families import shape_of
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import load_masks
 from tvaprune.plan.record import as_recorded, recorded_flags, width_rules

@@ -13,7 +13,7 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores.calibration import Calibration, output_projections, read_inputs
 from tvaprune.choose.scores.ranking import by_head, per_unit, ranked
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
 PRUNED_PER_ROUND = 0.05  # share of the decoder's parameters, as released

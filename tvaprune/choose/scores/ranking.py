@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from tvaprune.choose.scores.calibration import Calibration
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
 ALWAYS_KEPT = 1e3  # a score no threshold reaches
@@ -18,12 +18,12 @@ def per_unit(shape: ModelShape, attn: Sequence[torch.Tensor], inter: Sequence[to
 
 
 def by_head(features: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Returns the mean over each KV head's ``o_proj`` input features, those of all query heads that share it.
+    """Returns the mean over each KV head's features before the output projection, those of all its query heads.
 
     Args:
-        features: Shape ``(num_attention_heads * head_dim,)``.
+        features: Shape ``(query heads of the layer * head_dim,)``.
     """
-    return features.unflatten(0, (shape.num_key_value_heads, -1)).mean(1)
+    return features.unflatten(0, (-1, shape.group_size * shape.head_dim)).mean(1)
 
 
 def ranked(score: torch.Tensor, layer: int = 0, num_layers: int = 1) -> torch.Tensor:
@@ -47,9 +47,8 @@ def layerwise(shape: ModelShape, attn: Sequence[torch.Tensor], inter: Sequence[t
 def random_scores(calibration: Calibration) -> PerUnit:
     """Draws the order of each layer's units: the same share goes everywhere, which units is chance."""
     shape, generator = calibration.shape, torch.Generator().manual_seed(calibration.seed)
-    layers = range(shape.num_hidden_layers)
 
-    def draw(units: int) -> list[torch.Tensor]:
-        return [torch.rand(units, generator=generator) for _ in layers]
+    def draw(units: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.rand(count, generator=generator) for count in units]
 
     return layerwise(shape, draw(shape.num_key_value_heads), draw(shape.intermediate_size))
