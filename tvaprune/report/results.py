@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.measure.speed import speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
@@ -58,7 +58,8 @@ def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset, 
         "perplexity": {DENSE: dense, PRUNED: perplexity(pruned, blocks, batch_size, "pruned perplexity")},
     }
     if evaluation.speed_batches:
-        results["speed_up"] = asdict(speed_up(run.model, pruned, blocks, batch_size, evaluation.speed_batches))
+        timed = windows_per_pass(blocks, batch_size)
+        results["speed_up"] = asdict(speed_up(run.model, pruned, blocks, timed, evaluation.speed_batches))
     return results
 
 
