@@ -24,6 +24,8 @@ from tvaprune.plan.masks import Masks, load_masks
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
+from tvaprune.text.protocols import OWN, PROTOCOLS, SPLIT, protocol_windows, starts_with_bos
+from tvaprune.text.sources import HUB_SETS
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
@@ -39,6 +41,7 @@ class Run:
     @classmethod
     def load(cls, args: Arguments) -> "Run":
         """Loads the model that the flags name; the flags that its mask was learned with are the defaults."""
+        check_protocol(args)
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
@@ -57,12 +60,33 @@ class Run:
     @property
     def window(self) -> int:
         """Tokens of an evaluation window."""
+        if self.args.data.protocol != OWN:
+            return PROTOCOLS[self.args.data.protocol].window
         return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+
+    def windows(self) -> Dataset:
+        """Returns the windows that are reported on, as ``--protocol`` says."""
+        data = self.args.data
+        if data.protocol != OWN:
+            return protocol_windows(self.tokenizer, data.protocol, data.data_dir)
+        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples)
+
+    def protocol(self, windows: Dataset) -> dict[str, Any]:
+        """Returns what a perplexity on these windows may be compared by."""
+        data, evaluation = self.args.data, self.args.evaluation
+        told = {"name": data.protocol, "window": self.window, "num_windows": len(windows)}
+        if data.protocol != OWN:
+            field = PROTOCOLS[data.protocol]
+            text = {"dataset_name": field.dataset_name, "split": SPLIT, "join": field.join, "end": None}
+            return told | text | {"bos": starts_with_bos(self.tokenizer)}
+        join = HUB_SETS[data.dataset_name].join if data.dataset_name in HUB_SETS else None
+        text = {"dataset_name": data.dataset_name, "split": evaluation.eval_split, "join": join}
+        return told | text | {"end": self.tokenizer.eos_token, "bos": False}
 
     def dense_perplexity(self, windows: Dataset) -> float:
         """Measures the unpruned model, before anything is trained or cut.
@@ -108,6 +132,22 @@ class Run:
             "versions": hardware.versions(),
             "command": hardware.command_line(),
         }
+
+
+def check_protocol(args: Arguments) -> None:
+    """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
+    name = args.data.protocol
+    if name == OWN:
+        return
+    if args.recipe.get("eval_split", SPLIT) != SPLIT:
+        raise InputError(f"--eval_split {args.evaluation.eval_split}: --protocol {name} is of the {SPLIT} text; leave "
+                         "one out")  # fmt: skip
+    longest, window = load_config(args.source.model_name_or_path).max_position_embeddings, PROTOCOLS[name].window
+    if window > longest:
+        raise InputError(
+            f"--protocol {name}: has windows of {window} tokens, the model is made for {longest} at most; choose one "
+            "of shorter windows, or own"
+        )
 
 
 def _as_the_mask_says(args: Arguments) -> Arguments:

@@ -46,9 +46,20 @@ class DataArguments:
     )
     max_train_samples: int | None = _flag(None, "Training blocks drawn; default: 4,500, for one-shot scores 128.")
     max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all.")
+    protocol: Literal["own", "wikitext2-2048", "wikitext2-4096", "ptb-2048", "ptb-4096", "c4-2048", "c4-4096"] = _flag(
+        "own",
+        "What perplexity is reported on. own: --eval_split of --dataset_name, windows of --ctx_length; else a test "
+        "text as the field takes it, to stand beside published figures.",
+    )
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
+        if self.protocol != "own":
+            for name in ("ctx_length", "max_eval_samples"):
+                if getattr(self, name) is not None:
+                    raise InputError(
+                        f"--{name} {getattr(self, name)}: --protocol {self.protocol} settles the windows; leave one out"
+                    )
         sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
         _check_positive(self, *sizes)
         if min(self.block_size, self.ctx_length or 2) < 2:

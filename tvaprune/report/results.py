@@ -48,10 +48,10 @@ def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset, 
         dense: The dense model's perplexity on the same windows.
     """
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
+    protocol = run.protocol(blocks)
     results: dict[str, Any] = {
-        "split": evaluation.eval_split,
-        "window": run.window,
-        "num_windows": len(blocks),
+        "protocol": protocol,
+        **{name: protocol[name] for name in ("split", "window", "num_windows")},
         "shape": asdict(plan.shape),
         "sparsity_definition": SPARSITY_DEFINITION,
         "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},

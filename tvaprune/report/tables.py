@@ -14,12 +14,14 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the closing table's rows for the results of one measurement."""
     ppl, speed, widths = results["perplexity"], results.get("speed_up"), results["widths"]
+    protocol = results["protocol"]
     rows = [
         (
-            f"perplexity ({results['dataset_name']} {results['split']}, windows of {results['window']})",
+            f"perplexity ({protocol['dataset_name']} {protocol['split']}, windows of {protocol['window']})",
             f"{ppl['dense']:.2f} dense -> {ppl['pruned']:.2f} pruned "
             f"(gap in log perplexity {math.log(ppl['pruned'] / ppl['dense']):.3f})",
         ),
+        ("protocol", _protocol(protocol)),
         ("sparsity of the decoder layers", _sparsity(results)),
         ("parameters", f"{results['parameters']['dense']:,} -> {results['parameters']['pruned']:,}"),
         ("kept hidden dims", f"{widths['hidden_size']} of {results['shape']['hidden_size']}"),
@@ -60,6 +62,14 @@ def finetune_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             ("adapter and merged model differ by at most", f"{told['adapter_merged_difference']:.1e} in logits")
         )
     return rows
+
+
+def _protocol(protocol: dict[str, Any]) -> str:
+    """Returns what a perplexity may be compared by, in a line."""
+    joined = "" if protocol["join"] is None else f"rows joined by {protocol['join']!r}, "
+    ended = "" if protocol["end"] is None else f"documents ended by {protocol['end']}, "
+    bos = "one BOS at the start" if protocol["bos"] else "no BOS"
+    return f"{protocol['name']}: {joined}{ended}{bos}, {protocol['num_windows']} windows"
 
 
 def _sparsity(results: dict[str, Any]) -> str:
