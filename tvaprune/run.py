@@ -24,8 +24,7 @@ from tvaprune.plan.masks import Masks, load_masks
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
-from tvaprune.text.protocols import OWN, PROTOCOLS, SPLIT, protocol_windows, starts_with_bos
-from tvaprune.text.sources import HUB_SETS
+from tvaprune.text.protocols import OWN, PROTOCOLS, SPLIT, EvaluationText, evaluation_text, protocol_windows
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
@@ -76,17 +75,10 @@ class Run:
             return protocol_windows(self.tokenizer, data.protocol, data.data_dir)
         return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples)
 
-    def protocol(self, windows: Dataset) -> dict[str, Any]:
+    def evaluation_text(self, windows: Dataset) -> EvaluationText:
         """Returns what a perplexity on these windows may be compared by."""
-        data, evaluation = self.args.data, self.args.evaluation
-        told = {"name": data.protocol, "window": self.window, "num_windows": len(windows)}
-        if data.protocol != OWN:
-            field = PROTOCOLS[data.protocol]
-            text = {"dataset_name": field.dataset_name, "split": SPLIT, "join": field.join, "end": None}
-            return told | text | {"bos": starts_with_bos(self.tokenizer)}
-        join = HUB_SETS[data.dataset_name].join if data.dataset_name in HUB_SETS else None
-        text = {"dataset_name": data.dataset_name, "split": evaluation.eval_split, "join": join}
-        return told | text | {"end": self.tokenizer.eos_token, "bos": False}
+        data, split = self.args.data, self.args.evaluation.eval_split
+        return evaluation_text(self.tokenizer, data.protocol, data.dataset_name, split, windows)
 
     def dense_perplexity(self, windows: Dataset) -> float:
         """Measures the unpruned model, before anything is trained or cut.
@@ -136,12 +128,15 @@ class Run:
 
 def check_protocol(args: Arguments) -> None:
     """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
-    name = args.data.protocol
+    name, data = args.data.protocol, args.data
     if name == OWN:
         return
+    settled = {"ctx_length": data.ctx_length, "max_eval_samples": data.max_eval_samples}
     if args.recipe.get("eval_split", SPLIT) != SPLIT:
-        raise InputError(f"--eval_split {args.evaluation.eval_split}: --protocol {name} is of the {SPLIT} text; leave "
-                         "one out")  # fmt: skip
+        settled["eval_split"] = args.recipe["eval_split"]
+    for flag, value in settled.items():
+        if value is not None:
+            raise InputError(f"--{flag} {value}: --protocol {name} settles text and windows; leave one out")
     longest, window = load_config(args.source.model_name_or_path).max_position_embeddings, PROTOCOLS[name].window
     if window > longest:
         raise InputError(

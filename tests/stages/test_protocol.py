@@ -54,7 +54,8 @@ def test_our_own_is_told_too(source, tmp_path, command):
     [
         (("--protocol", "wikitext2-4096"), "windows of 96 tokens, the model is made for 64 at most"),
         (("--protocol", "wikitext2-2048", "--eval_split", "validation"), "--eval_split validation: --protocol wik"),
-        (("--protocol", "wikitext2-2048", "--ctx_length", 16), "settles the windows; leave one out"),
+        (("--protocol", "wikitext2-2048", "--ctx_length", 16), "--ctx_length 16: --protocol wikitext2-2048 settles"),
+        (("--protocol", "wikitext2-2048", "--max_eval_samples", 2), "settles text and windows; leave one out"),
         (("--protocol", "ptb-2048"), "--dataset_name ptb: cannot load"),
     ],
 )

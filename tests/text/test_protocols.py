@@ -1,7 +1,7 @@
 import gzip
 import json
 from dataclasses import replace
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from datasets import Dataset
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tvaprune.errors import InputError
-from tvaprune.flags.settings import DataArguments
+from tvaprune.flags.arguments import Arguments
 from tvaprune.text import protocols
 from tvaprune.text.blocks import token_blocks
 from tvaprune.text.protocols import OWN, PROTOCOLS, protocol_windows, starts_with_bos
@@ -93,16 +93,10 @@ def test_a_copy_shorter_than_a_window_is_refused(copies, monkeypatch):
 
 
 def test_the_flag_names_every_protocol():
-    assert get_type_hints(DataArguments)["protocol"].__args__ == (OWN, *PROTOCOLS)
+    flag = get_type_hints(get_type_hints(Arguments)["data"])["protocol"]
+    assert get_args(flag) == (OWN, *PROTOCOLS)
     assert all(name == f"{p.dataset_name}-{p.window}" for name, p in PROTOCOLS.items())
 
 
 def test_whether_a_text_begins_with_bos_is_the_tokenizers():
     assert starts_with_bos(make_tokenizer()) and not starts_with_bos(make_tokenizer(with_bos=False))
-
-
-@pytest.mark.parametrize(("name", "value"), [("ctx_length", 2048), ("max_eval_samples", 8)])
-def test_what_a_protocol_settles_is_refused_beside_it(name, value):
-    with pytest.raises(InputError, match=f"--{name} {value}: --protocol c4-2048 settles the windows; leave one out"):
-        DataArguments(protocol="c4-2048", **{name: value})
-    DataArguments(protocol="own", **{name: value})  # control

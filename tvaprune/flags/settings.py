@@ -54,12 +54,6 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        if self.protocol != "own":
-            for name in ("ctx_length", "max_eval_samples"):
-                if getattr(self, name) is not None:
-                    raise InputError(
-                        f"--{name} {getattr(self, name)}: --protocol {self.protocol} settles the windows; leave one out"
-                    )
         sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
         _check_positive(self, *sizes)
         if min(self.block_size, self.ctx_length or 2) < 2:

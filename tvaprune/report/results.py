@@ -48,10 +48,12 @@ def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset, 
         dense: The dense model's perplexity on the same windows.
     """
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
-    protocol = run.protocol(blocks)
+    text = run.evaluation_text(blocks)
     results: dict[str, Any] = {
-        "protocol": protocol,
-        **{name: protocol[name] for name in ("split", "window", "num_windows")},
+        "protocol": asdict(text),
+        "split": text.split,
+        "window": text.window,
+        "num_windows": text.num_windows,
         "shape": asdict(plan.shape),
         "sparsity_definition": SPARSITY_DEFINITION,
         "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tvaprune.text.protocols import EvaluationText
+
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """Returns two aligned columns."""
@@ -14,14 +16,14 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the closing table's rows for the results of one measurement."""
     ppl, speed, widths = results["perplexity"], results.get("speed_up"), results["widths"]
-    protocol = results["protocol"]
+    text = EvaluationText(**results["protocol"])
     rows = [
         (
-            f"perplexity ({protocol['dataset_name']} {protocol['split']}, windows of {protocol['window']})",
+            f"perplexity ({text.dataset_name} {text.split}, windows of {text.window})",
             f"{ppl['dense']:.2f} dense -> {ppl['pruned']:.2f} pruned "
             f"(gap in log perplexity {math.log(ppl['pruned'] / ppl['dense']):.3f})",
         ),
-        ("protocol", _protocol(protocol)),
+        ("protocol", text.line),
         ("sparsity of the decoder layers", _sparsity(results)),
         ("parameters", f"{results['parameters']['dense']:,} -> {results['parameters']['pruned']:,}"),
         ("kept hidden dims", f"{widths['hidden_size']} of {results['shape']['hidden_size']}"),
@@ -62,14 +64,6 @@ def finetune_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             ("adapter and merged model differ by at most", f"{told['adapter_merged_difference']:.1e} in logits")
         )
     return rows
-
-
-def _protocol(protocol: dict[str, Any]) -> str:
-    """Returns what a perplexity may be compared by, in a line."""
-    joined = "" if protocol["join"] is None else f"rows joined by {protocol['join']!r}, "
-    ended = "" if protocol["end"] is None else f"documents ended by {protocol['end']}, "
-    bos = "one BOS at the start" if protocol["bos"] else "no BOS"
-    return f"{protocol['name']}: {joined}{ended}{bos}, {protocol['num_windows']} windows"
 
 
 def _sparsity(results: dict[str, Any]) -> str:

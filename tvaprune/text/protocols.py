@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tvaprune.errors import InputError
-from tvaprune.text.sources import hub_rows
+from tvaprune.text.sources import HUB_SETS, hub_rows
 
 OWN = "own"
 SPLIT = "test"  # our name; C4's validation file is its test text
@@ -42,6 +42,36 @@ class Protocol:
     window: int
     rows: int | None = None
     num_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """What a perplexity may be compared by.
+
+    Attributes:
+        name: Of a protocol of `PROTOCOLS`, or `OWN`.
+        join: What joins the rows of a document; None: a row is a document.
+        end: What ends each document; None: nothing does.
+        bos: Whether the first window begins with BOS.
+        window: Tokens of a window.
+    """
+
+    name: str
+    dataset_name: str
+    split: str
+    join: str | None
+    end: str | None
+    bos: bool
+    window: int
+    num_windows: int
+
+    @property
+    def line(self) -> str:
+        """How the text became windows, in a line."""
+        joined = "" if self.join is None else f"rows joined by {self.join!r}, "
+        ended = "" if self.end is None else f"documents ended by {self.end}, "
+        bos = "one BOS at the start" if self.bos else "no BOS"
+        return f"{self.name}: {joined}{ended}{bos}, {self.num_windows} windows"
 
 
 PROTOCOLS = {
@@ -70,6 +100,18 @@ def protocol_windows(tokenizer: PreTrainedTokenizerBase, name: str, data_dir: st
         )
     windows = stream[: count * protocol.window].reshape(count, protocol.window)
     return Dataset.from_dict({"input_ids": windows}).with_format("torch")
+
+
+def evaluation_text(
+    tokenizer: PreTrainedTokenizerBase, name: str, dataset_name: str, split: str, windows: Dataset
+) -> EvaluationText:
+    """Returns what windows are of: a protocol of `PROTOCOLS`, or a split of a text by `OWN`."""
+    sizes = len(windows[0]["input_ids"]), len(windows)
+    if name == OWN:
+        join = HUB_SETS[dataset_name].join if dataset_name in HUB_SETS else None
+        return EvaluationText(name, dataset_name, split, join, tokenizer.eos_token, False, *sizes)
+    text = PROTOCOLS[name]
+    return EvaluationText(name, text.dataset_name, SPLIT, text.join, None, starts_with_bos(tokenizer), *sizes)
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,6 +1,7 @@
 """Text sets as documents per split: local copies first, then the hub, and a clear line where neither is there."""
 
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -171,6 +172,16 @@ def _unwritable(cache: Path, error: OSError) -> InputError:
     )
 
 
+def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a hub's file one by one: JSON Lines, compressed, or parquet."""
+    if str(path).endswith(".json.gz"):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+    else:
+        yield from load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+
+
 def hub_rows(dataset_name: str, split: str, data_dir: str | Path) -> Iterator[str]:
     """Yields the rows of a split of a public set in order, each read when it is asked for.
 
@@ -188,10 +199,8 @@ def hub_rows(dataset_name: str, split: str, data_dir: str | Path) -> Iterator[st
             if local.exists()
             else hf_hub_download(hub_set.repo, name, repo_type="dataset", revision=hub_set.revision)
         )
-        builder = "parquet" if name.endswith(".parquet") else "json"
-        rows = load_dataset(builder, data_files={split: glob.escape(str(path))}, split=split, streaming=True)
         taken = hub_set.rows.get(split, range(ROWS))
-        for index, row in enumerate(rows):
+        for index, row in enumerate(_rows(path)):
             if index % ROWS in taken:
                 yield row[hub_set.column]
     except Exception as error:  # the hub's client raises a dozen kinds for "no network"
