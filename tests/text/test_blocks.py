@@ -339,6 +339,31 @@ def test_nothing_half_written_is_left_if_building_fails(cache, tokenizer, tmp_pa
     assert [name.split("-")[0] for name in os.listdir(cache)] == ["blocks"]
 
 
+def damage(folder, how):
+    (arrow,) = folder.glob("*.arrow")
+    if how == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:-300])
+    elif how == "empty":
+        arrow.write_bytes(b"")
+    elif how == "gone":
+        arrow.unlink()
+    else:
+        (folder / "state.json").write_text('{"_data_files": ')
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "gone", "state"])
+def test_a_damaged_cache_is_built_again(how, cache, tokenizer, tmp_path, monkeypatch):
+    path = write_text(tmp_path, "jsonl")
+    expected = token_blocks(tokenizer, path, "train", 6)[:]["input_ids"].tolist()
+    (folder,) = cache.glob("blocks-*")
+    damage(folder, how)
+    assert token_blocks(tokenizer, path, "train", 6)[:]["input_ids"].tolist() == expected
+    damage(folder, how)
+    monkeypatch.setattr(sources.shutil, "rmtree", lambda *args, **options: None)  # a cache of somebody else's
+    with pytest.raises(InputError, match="the text cache .*blocks-.* is damaged .* and cannot be removed; remove it"):
+        token_blocks(tokenizer, path, "train", 6)
+
+
 def test_two_processes_that_build_the_same_blocks_do_not_disturb_each_other(cache):
     def build(target):
         Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(target)

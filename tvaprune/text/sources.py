@@ -147,6 +147,7 @@ def _version(package: str) -> str:
 
 def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
     """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
+    _clear_damaged(folder)
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +163,20 @@ def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
+
+
+def _clear_damaged(folder: Path) -> None:
+    """Removes a folder that cannot be loaded: it is built again."""
+    try:
+        if folder.exists():
+            load_from_disk(str(folder))
+    except Exception as error:  # each kind of damage raises kinds of its own
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            raise InputError(
+                f"the text cache {folder} is damaged ({type(error).__name__}) and cannot be removed; remove it, or set "
+                "TVAPRUNE_CACHE to another folder"
+            ) from error
 
 
 def _unwritable(cache: Path, error: OSError) -> InputError:
