@@ -11,7 +11,8 @@ from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 
 VIB, VIB_ONCE = "vib", "vib_once"
-PER_TARGET = (VIB, "wanda_sp")  # chosen anew for every target; what the others choose once is cut at all of them
+# Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
+PER_TARGET = (VIB, "magnitude", "wanda_sp", "taylor", "random")
 _SETTINGS = (
     "dataset", "second_text", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
 )  # fmt: skip

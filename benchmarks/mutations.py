@@ -1,6 +1,6 @@
-"""Do the tests see what must not go wrong? Each mutation below is put into a copy of the project, and its tests must fail.
+"""Do the tests see what must not go wrong? Each mutation is put into a copy of the project, and its tests must fail.
 
-    python -m benchmarks.mutations
+python -m benchmarks.mutations
 """
 
 import argparse

@@ -24,6 +24,7 @@ from tvaprune.plan.masks import Masks, load_masks
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
+from tvaprune.text.protocols import OWN, PROTOCOLS, SPLIT, EvaluationText, evaluation_text, protocol_windows
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
@@ -39,6 +40,7 @@ class Run:
     @classmethod
     def load(cls, args: Arguments) -> "Run":
         """Loads the model that the flags name; the flags that its mask was learned with are the defaults."""
+        check_protocol(args)
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
@@ -57,12 +59,26 @@ class Run:
     @property
     def window(self) -> int:
         """Tokens of an evaluation window."""
+        if self.args.data.protocol != OWN:
+            return PROTOCOLS[self.args.data.protocol].window
         return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+
+    def windows(self) -> Dataset:
+        """Returns the windows that are reported on, as ``--protocol`` says."""
+        data = self.args.data
+        if data.protocol != OWN:
+            return protocol_windows(self.tokenizer, data.protocol, data.data_dir)
+        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples)
+
+    def evaluation_text(self, windows: Dataset) -> EvaluationText:
+        """Returns what a perplexity on these windows may be compared by."""
+        data, split = self.args.data, self.args.evaluation.eval_split
+        return evaluation_text(self.tokenizer, data.protocol, data.dataset_name, split, windows)
 
     def dense_perplexity(self, windows: Dataset) -> float:
         """Measures the unpruned model, before anything is trained or cut.
@@ -108,6 +124,25 @@ class Run:
             "versions": hardware.versions(),
             "command": hardware.command_line(),
         }
+
+
+def check_protocol(args: Arguments) -> None:
+    """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
+    name, data = args.data.protocol, args.data
+    if name == OWN:
+        return
+    settled = {"ctx_length": data.ctx_length, "max_eval_samples": data.max_eval_samples}
+    if args.recipe.get("eval_split", SPLIT) != SPLIT:
+        settled["eval_split"] = args.recipe["eval_split"]
+    for flag, value in settled.items():
+        if value is not None:
+            raise InputError(f"--{flag} {value}: --protocol {name} settles text and windows; leave one out")
+    longest, window = load_config(args.source.model_name_or_path).max_position_embeddings, PROTOCOLS[name].window
+    if window > longest:
+        raise InputError(
+            f"--protocol {name}: has windows of {window} tokens, the model is made for {longest} at most; choose one "
+            "of shorter windows, or own"
+        )
 
 
 def _as_the_mask_says(args: Arguments) -> Arguments:

@@ -18,6 +18,18 @@ def layer_parameters(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShap
     return attention + (2 + shape.gated_mlp) * channels * hidden + norms * hidden
 
 
+def head_parameters(shape: ModelShape) -> int:
+    """Returns what goes with a KV head and its query heads, at the dense hidden width."""
+    parameters: int = layer_parameters(shape.hidden_size, 1, 0, shape, norms=0)
+    return parameters
+
+
+def channel_parameters(shape: ModelShape) -> int:
+    """Returns what goes with an MLP channel, at the dense hidden width."""
+    parameters: int = layer_parameters(shape.hidden_size, 0, 1, shape, norms=0)
+    return parameters
+
+
 def _layers(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[Any], shape: ModelShape) -> Any:
     widths = zip(kv_heads, channels, shape.layer_norms, strict=True)
     return sum(layer_parameters(hidden, heads, width, shape, norms) for heads, width, norms in widths)

@@ -48,7 +48,7 @@ class Job:
         run = Run.load(args)
         if args.finetune.full_ft and run.model.dtype == torch.float16:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
-        windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+        windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
         plan = plan_from_masks(masks, run.shape, run.rules)
         job = cls(run, plan, checkpoint, windows, *blocks, run.model.dtype)

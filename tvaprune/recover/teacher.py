@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
 from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.plan.keep_plan import KeepPlan
 
 _FILES = ("tokens.npy", "log_probs.npy")
 
@@ -37,30 +39,53 @@ class Teacher(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class HiddenTarget:
+    """What of the teacher's hidden states a perfect student has: the kept dims, times the factors of the update.
+
+    Attributes:
+        kept: The teacher's dims that the student has, int64.
+        factors: Of each layer's state, shape ``(len(kept),)``: the hidden gates' means, which the folded weights write
+            to the stream and the refit aims at. After the final norm of a tied model, which divides by them, 1.
+    """
+
+    kept: torch.Tensor
+    factors: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, plan: KeepPlan, weight_update: str) -> "HiddenTarget":
+        """Returns the target of a student that was cut by a plan and updated as ``--weight_update`` says."""
+        scale = plan.scale.hidden
+        ones = torch.ones_like(scale)
+        stream = ones if weight_update == "none" else scale
+        last = ones if plan.shape.tie_word_embeddings else stream
+        return cls(plan.kept.hidden, (*[stream] * (plan.shape.num_hidden_layers - 1), last))
+
+
 class LiveTeacher:
     """The teacher in memory: frozen, in evaluation mode, without gradients.
 
     Args:
         model: The teacher.
         temperature: That of the distillation.
-        kept: The teacher's hidden dims that the student has (int64), where hidden states are compared too.
+        hidden: What the student's hidden states are compared with, where they are compared too.
     """
 
-    def __init__(self, model: Any, temperature: float, kept: torch.Tensor | None = None) -> None:
+    def __init__(self, model: Any, temperature: float, hidden: HiddenTarget | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.temperature, self.kept = temperature, kept
-        self.needs_hidden_states = kept is not None
+        self.temperature, self.hidden = temperature, hidden
+        self.needs_hidden_states = hidden is not None
 
     def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns ``kl`` and, with ``kept``, ``hidden`` (every layer; the last after the final norm)."""
+        """Returns ``kl`` and, as asked, ``hidden`` (every layer; the last after the final norm)."""
         with torch.inference_mode():
             own = self.model(
                 input_ids=batch["input_ids"], use_cache=False, output_hidden_states=self.needs_hidden_states
             )
         found = {"kl": distillation_loss(output.logits, own.logits, self.temperature, batch["labels"])}
-        if self.kept is not None:
-            kept = self.kept.to(output.logits.device)
-            found["hidden"] = hidden_loss(output.hidden_states[1:], own.hidden_states[1:], kept)
+        if self.hidden is not None:
+            kept, *factors = (values.to(output.logits.device) for values in (self.hidden.kept, *self.hidden.factors))
+            found["hidden"] = hidden_loss(output.hidden_states[1:], own.hidden_states[1:], kept, tuple(factors))
         return found
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.nn import functional
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from tvaprune.errors import InputError
 from tvaprune.identity import IDENTITY_NAME, write_identity
-from tvaprune.losses import IGNORE_INDEX
+from tvaprune.losses import cross_entropy
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.recover.teacher import Teacher
 
@@ -117,13 +116,6 @@ class FinetuneTrainer(Trainer):
         """Keeps the column by which a cached teacher finds a block: the model's forward does not take it."""
         super()._set_signature_columns_if_needed()
         self._signature_columns: Any = [*(self._signature_columns or []), "index"]
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the mean negative log-likelihood of the counted labels; the logits at ``i`` predict label ``i + 1``."""
-    flat, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    total = functional.cross_entropy(flat, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.measure.speed import speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
@@ -48,17 +48,20 @@ def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset, 
         dense: The dense model's perplexity on the same windows.
     """
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
+    text = run.evaluation_text(blocks)
     results: dict[str, Any] = {
-        "split": evaluation.eval_split,
-        "window": run.window,
-        "num_windows": len(blocks),
+        "protocol": asdict(text),
+        "split": text.split,
+        "window": text.window,
+        "num_windows": text.num_windows,
         "shape": asdict(plan.shape),
         "sparsity_definition": SPARSITY_DEFINITION,
         "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},
         "perplexity": {DENSE: dense, PRUNED: perplexity(pruned, blocks, batch_size, "pruned perplexity")},
     }
     if evaluation.speed_batches:
-        results["speed_up"] = asdict(speed_up(run.model, pruned, blocks, batch_size, evaluation.speed_batches))
+        timed = windows_per_pass(blocks, batch_size)
+        results["speed_up"] = asdict(speed_up(run.model, pruned, blocks, timed, evaluation.speed_batches))
     return results
 
 

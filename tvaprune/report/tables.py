@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvaprune.models.shape import in_words
+from tvaprune.text.protocols import EvaluationText
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -16,12 +17,14 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the closing table's rows for the results of one measurement."""
     ppl, speed, widths = results["perplexity"], results.get("speed_up"), results["widths"]
+    text = EvaluationText(**results["protocol"])
     rows = [
         (
-            f"perplexity ({results['dataset_name']} {results['split']}, windows of {results['window']})",
+            f"perplexity ({text.dataset_name} {text.split}, windows of {text.window})",
             f"{ppl['dense']:.2f} dense -> {ppl['pruned']:.2f} pruned "
             f"(gap in log perplexity {math.log(ppl['pruned'] / ppl['dense']):.3f})",
         ),
+        ("protocol", text.line),
         ("sparsity of the decoder layers", _sparsity(results)),
         ("parameters", f"{results['parameters']['dense']:,} -> {results['parameters']['pruned']:,}"),
         ("kept hidden dims", f"{widths['hidden_size']} of {results['shape']['hidden_size']}"),

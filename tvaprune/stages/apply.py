@@ -32,7 +32,7 @@ def run_apply(args: Arguments) -> None:
         return
     windows = dense = None
     if training.do_eval:
-        windows = run.blocks(evaluation.eval_split, run.window, args.data.max_eval_samples)
+        windows = run.windows()
         dense = run.dense_perplexity(windows)
     if measures:
         write_plan(plan, args.save_loc)

@@ -29,7 +29,7 @@ from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.speed import training_speed_up
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import add_lora, load_adapter, merge, save_adapter, trainable
-from tvaprune.recover.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher, weights_digest
+from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, Teacher, cache_teacher, weights_digest
 from tvaprune.recover.trainer import FinetuneTrainer, LossWeights, last_checkpoint
 from tvaprune.report import plots, tables
 from tvaprune.report.results import identity, measure, write_plan, write_recipe, zero_shot
@@ -158,8 +158,8 @@ def _teacher(job: Job) -> Teacher | None:
         return CachedTeacher(job.teacher_cache, args.distill.distill_temp)
     if not args.distill.distill:
         return None
-    kept = job.plan.kept.hidden if args.finetune.distill_hidden_alpha else None
-    return LiveTeacher(job.run.model, args.distill.distill_temp, kept)
+    hidden = HiddenTarget.of(job.plan, args.prune.weight_update) if args.finetune.distill_hidden_alpha else None
+    return LiveTeacher(job.run.model, args.distill.distill_temp, hidden)
 
 
 def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

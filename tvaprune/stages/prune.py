@@ -26,7 +26,7 @@ def run_prune(args: Arguments) -> None:
     prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     run = Run.load(args)
-    windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    windows = run.windows()
     dense = run.dense_perplexity(windows)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:

@@ -24,11 +24,9 @@ def taylor_scores(calibration: Calibration) -> PerUnit:
     They also leave the first 4 and the last 2 of 32 layers unpruned, since the loss is most sensitive there; here that
     share of the layers goes after all others, so that a target which the others cannot meet is met.
     """
-    scores = layerwise(calibration.shape, *group_importance(calibration))
-    for index in protected_layers(calibration.shape.num_hidden_layers):
-        scores.attn[index].add_(1.0)  # above every rank
-        scores.inter[index].add_(1.0)
-    return scores
+    shape = calibration.shape
+    attn, inter = group_importance(calibration)
+    return layerwise(shape, calibration.target, attn, inter, last=protected_layers(shape.num_hidden_layers))
 
 
 def taylor_global_scores(calibration: Calibration) -> PerUnit:
@@ -60,6 +58,10 @@ def group_importance(calibration: Calibration) -> tuple[list[torch.Tensor], list
     value projections, the rows of the query projection of all query heads that share it and their columns of the output
     projection. Within a group importances are added: the default of the released code, and of the paper's four the one
     that counts every weight.
+
+    What differs from the released code: its script for grouped queries scores KV head ``j`` with the query heads
+    ``j, j + n_kv, ...``, this with those that share it; it scores on 10 windows of 64 tokens, this on all of the
+    calibration text.
     """
     model, shape = calibration.model, calibration.shape
     layers = both_blocks(model)
