@@ -100,7 +100,9 @@ MUTATIONS = [
         'return self.blocks("validation", self.args.data.block_size, self.args.prune.refit_samples)',
         RUNS,
     ),
-    Mutation("--eval_split ignored", RUN, "evaluation.eval_split, ", '"validation", ', RUNS),
+    Mutation(
+        "--eval_split ignored", RUN, "self.blocks(self.args.evaluation.eval_split, ", 'self.blocks("validation", ', RUNS
+    ),
     Mutation(
         "evaluation windows that follow the seed",
         RUN,
@@ -113,7 +115,7 @@ MUTATIONS = [
         "tvaprune/cut/narrow.py",
         "if not run.args.prune.refit_offload:",
         "if True:",
-        "tests/cut",
+        RUNS,
     ),
     Mutation(
         "the speed-up upside down",
