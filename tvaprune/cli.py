@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tvaprune.errors import InputError
 from tvaprune.flags.recipes import expand
@@ -35,8 +36,8 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
     return 0
 
 
-def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
-    """Runs a verb of the method: prune, apply or finetune.
+def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any:
+    """Runs a verb and returns what its stage does; the one way in, for command lines and calls from Python.
 
     Args:
         also: Flags that are accepted beside the verb's own: the released scripts' modes.
@@ -44,16 +45,17 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Non
     Raises:
         InputError: If the flags cannot be used.
     """
+    module, _, function = VERBS[verb].entry.partition(":")
+    if not VERBS[verb].first:  # a verb with a parser of its own
+        return getattr(import_module(module), function)(arguments)
     arguments = expand(verb, arguments)
     check_flags(verb, arguments, also)
     from transformers.utils import logging
 
-    from tvaprune.flags.arguments import Arguments
+    from tvaprune.flags.conditions import parse
 
     logging.set_verbosity_error()
-    args = Arguments.parse(arguments, verb)
-    module, _, function = VERBS[verb].entry.partition(":")
-    getattr(import_module(module), function)(args)
+    return getattr(import_module(module), function)(parse(verb, arguments))
 
 
 def main() -> int:
@@ -68,10 +70,6 @@ def main() -> int:
 def _run(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         raise InputError(f"'{verb}' is no verb: give one of {', '.join(VERBS)}; --help says what each does")
-    if not VERBS[verb].first:  # a verb with a parser of its own
-        module, _, function = VERBS[verb].entry.partition(":")
-        getattr(import_module(module), function)(arguments)
-        return
     run_verb(verb, ["--do_eval", "True", *arguments] if verb == "apply" else arguments)
 
 

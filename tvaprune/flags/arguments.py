@@ -11,15 +11,16 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from tvaprune.errors import InputError
+from tvaprune.flags.ranges import check_ranges
 from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
     RELEASED_BATCH,
-    DataArguments,
-    DistillArguments,
-    EvalArguments,
-    FinetuneArguments,
-    ModelArguments,
-    PruneArguments,
+    DataSettings,
+    DistillSettings,
+    EvalSettings,
+    FinetuneSettings,
+    ModelSettings,
+    PruneSettings,
 )
 from tvaprune.flags.verbs import ALWAYS, VERBS
 
@@ -49,7 +50,8 @@ class RunArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
-        """Keeps `--do_eval` as it was given: transformers sets it wherever `eval_strategy` is not no."""
+        """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no."""
+        check_ranges(self)
         given = self.do_eval
         super().__post_init__()
         self.do_eval = given
@@ -110,7 +112,7 @@ def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple
         raise InputError(" ".join(str(error).split())) from error
 
 
-STAGES = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
+STAGES = (ModelSettings, DataSettings, PruneSettings, DistillSettings, FinetuneSettings, EvalSettings)
 
 
 def help_text(verb: str, parser: HfArgumentParser) -> str:
@@ -141,12 +143,12 @@ def help_text(verb: str, parser: HfArgumentParser) -> str:
 class Arguments:
     """One command's flags, by the stage they belong to."""
 
-    source: ModelArguments
-    data: DataArguments
-    prune: PruneArguments
-    distill: DistillArguments
-    finetune: FinetuneArguments
-    evaluation: EvalArguments
+    source: ModelSettings
+    data: DataSettings
+    prune: PruneSettings
+    distill: DistillSettings
+    finetune: FinetuneSettings
+    evaluation: EvalSettings
     training: RunArguments
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -177,7 +179,7 @@ class Arguments:
 
     def at(self, target: float) -> "Arguments":
         """Returns the flags of one of several targets, with folders of its own."""
-        args, name = copy.copy(self), f"sparsity_{target:g}"
+        args, name = copy.copy(self), f"sparsity_{target}"  # whole: targets that differ in the last digit are two
         args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
         args.training = copy.copy(args.training)
         args.prune.target_sparsity = [target]

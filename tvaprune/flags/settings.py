@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tvaprune.errors import InputError
+from tvaprune.flags.ranges import check_ranges
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
@@ -22,7 +23,7 @@ def _flag(default: Any, help: str) -> Any:
 
 
 @dataclass
-class ModelArguments:
+class ModelSettings:
     """The model to prune."""
 
     model_name_or_path: str | None = _flag(None, "A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a folder or a hub id.")
@@ -32,7 +33,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataSettings:
     """The text that gates are trained on and perplexity is measured on."""
 
     dataset_name: str = _flag(
@@ -49,14 +50,11 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
-        _check_positive(self, *sizes)
-        if min(self.block_size, self.ctx_length or 2) < 2:
-            raise InputError("--block_size and --ctx_length need at least 2 tokens: one is predicted from the other")
+        check_ranges(self)
 
 
 @dataclass
-class PruneArguments:
+class PruneSettings:
     """Mask learning, and applying a mask."""
 
     prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
@@ -135,27 +133,14 @@ class PruneArguments:
     )
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
-        for target in self.target_sparsity:
-            if not 0 < target < 1:
-                raise InputError(
-                    f"--target_sparsity is {target}: it is a share of the decoder's parameters, give a "
-                    "number between 0 and 1, such as 0.5"
-                )
-        if not 0 <= self.settle_share < 1:
-            raise InputError(f"--settle_share is {self.settle_share}: give a share of the steps, from 0 to below 1")
-        if self.gate_ce_weight < 0:
-            raise InputError(f"--gate_ce_weight is {self.gate_ce_weight}: give 0 or more")
-        if self.dim_multiple is not None and self.dim_multiple < 0:
-            raise InputError(f"--dim_multiple is {self.dim_multiple}: give a width such as 128, or 0 for no adjustment")
+        """Checks the ranges, and that the files are there."""
+        check_ranges(self)
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
-        _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start")
-        _check_positive(self, "tensor_parallel", "refit_samples")
 
 
 @dataclass
-class DistillArguments:
+class DistillSettings:
     """Distillation from the unpruned model."""
 
     distill: bool = _flag(
@@ -165,11 +150,11 @@ class DistillArguments:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_positive(self, "distill_temp")
+        check_ranges(self)
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneSettings:
     """Recovering the narrower model's quality: LoRA, or all weights, under distillation from the unpruned model."""
 
     finetune: bool = _flag(
@@ -207,18 +192,13 @@ class FinetuneArguments:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_positive(self, "lora_r", "lora_alpha_ratio", "epoch_f", "early_stopping_patience", "teacher_top_k")
-        for name in ("distill_ce_loss_alpha", "distill_hidden_alpha"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}: give a weight of 0 or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora_dropout is {self.lora_dropout}: give a share from 0 to below 1")
+        check_ranges(self)
         if self.teacher_cache is not None and self.distill_hidden_alpha:
             raise InputError("--teacher_cache holds no hidden states: leave it or --distill_hidden_alpha out")
 
 
 @dataclass
-class EvalArguments:
+class EvalSettings:
     """What is measured of the pruned model, and where it goes."""
 
     save_loc: str | None = _flag(None, "Folder of results.json, plan.json and the plots; default: the output folder.")
@@ -241,19 +221,6 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_positive(self, "zero_eval_limit")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise InputError(f"--num_fewshot is {self.num_fewshot}: give the number of examples to show, 0 or more")
+        check_ranges(self)
         if self.zero_eval_tasks is not None:  # spaces or commas, as the harness's own command takes them
             self.zero_eval_tasks = [name for names in self.zero_eval_tasks for name in names.split(",") if name]
-        if self.speed_batches < 0:
-            raise InputError(
-                f"--speed_batches is {self.speed_batches}: give the number of batches to time, or 0 for none"
-            )
-
-
-def _check_positive(arguments: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:  # NaN is not
-            raise InputError(f"--{name} is {value}: give a number above 0")
