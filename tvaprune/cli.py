@@ -87,17 +87,19 @@ def released(arguments: list[str]) -> tuple[str, list[str]]:
     """
     flags = {word.split("=", 1)[0]: _is_on(arguments, place) for place, word in enumerate(arguments)}
     asks = {name for name, is_on in flags.items() if name.startswith("--") and is_on}
-    has_mask = "--mask_loc" in asks
+    has_mask = bool({"--mask_loc", "--plan"} & asks)
     rest = _without(arguments, tuple(f"--{name}" for name in MODES if name != "do_eval"))
     if "--finetune" in asks and not has_mask:
-        raise InputError("--finetune needs --mask_loc: fine-tuning begins with the model that a mask leaves")
+        raise InputError("--finetune needs --mask_loc (or --plan): fine-tuning begins with the model that it leaves")
     if has_mask and asks & {"--do_train", "--finetune"}:
         return "finetune", _without(rest, ("--do_eval",))
     if "--do_train" in asks:
         return "prune", _without(rest, ("--do_eval",))
     if "--do_zero_eval" in asks or (has_mask and asks & {"--do_eval", "--save_pruned"}) or asks & {"--help", "-h"}:
         return "apply", rest
-    raise InputError("nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc, or --do_train")
+    raise InputError(
+        "nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc (or --plan), or --do_train"
+    )
 
 
 def _is_on(arguments: list[str], place: int) -> bool:

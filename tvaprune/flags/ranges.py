@@ -4,6 +4,7 @@ Each class of flags checks itself when it is made, so a command line and a call 
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,12 +30,14 @@ WEIGHT = Range("a weight of 0 or more", lambda value: value >= 0)
 DURATION = Range("a number of 0 or more", lambda value: value >= 0)
 SHARE = Range("a share from 0 to below 1", lambda value: 0 <= value < 1)
 TARGET = Range(
-    "a share of the decoder's parameters to remove, a number between 0 and 1, such as 0.5",
+    "a number between 0 and 1, such as 0.5: it is the share of the decoder's parameters that goes",
     lambda value: 0 < value < 1,
 )
 COUNT = _at_least(1, "a number above 0, a whole one")
 COUNT_OR_NONE = _at_least(0, "a whole number of 0 or more")
 TOKENS = _at_least(2, "at least 2 tokens: one is predicted from the other")
+CORES = os.cpu_count() or 1
+WORKERS = Range(f"a whole number from 0 to this machine's {CORES} cores", lambda value: value in range(CORES + 1))
 SEED = Range("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32 and value == int(value))
 
 RANGES = {
@@ -60,7 +63,8 @@ RANGES = {
             "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps",
             "dataloader_prefetch_factor",
         ),
-        COUNT_OR_NONE: ("dim_multiple", "speed_batches", "num_fewshot", "dataloader_num_workers"),
+        COUNT_OR_NONE: ("dim_multiple", "speed_batches", "num_fewshot"),
+        WORKERS: ("dataloader_num_workers",),
         SEED: ("seed", "data_seed"),
     }.items()
     for name in names

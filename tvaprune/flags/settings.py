@@ -121,6 +121,9 @@ class PruneSettings:
         "record says; without one: 1.",
     )
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
+    plan: str | None = _flag(
+        None, "A keep plan (plan.json of a run) to apply as it is, in place of --mask_loc and the width flags."
+    )
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold", "refit"] = _flag(
         "refit",
@@ -137,6 +140,18 @@ class PruneSettings:
         check_ranges(self)
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
+        if self.plan is not None:
+            self._check_plan()
+
+    def _check_plan(self) -> None:
+        decided = ("mask_loc", "dim_multiple", "keep_one_kv_head", "uniform", "tensor_parallel")
+        other = [f"--{name}" for name in decided if getattr(self, name) is not None]
+        if other:
+            raise InputError(
+                f"--plan {self.plan}: says already what is kept; leave out {' and '.join(other)}, or --plan"
+            )
+        if not Path(self.plan or "").is_file():
+            raise InputError(f"--plan {self.plan}: there is no such file; give the plan.json of a run")
 
 
 @dataclass

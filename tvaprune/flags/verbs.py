@@ -73,7 +73,7 @@ def _verb(help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...],
 
 _SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
 _MEASURED = (*_names(ModelSettings, DataSettings, EvalSettings), *_WIDTHS, *_UPDATE, *_FOLDERS)
-_WITHOUT_MASK = tuple(name for name in _names(PruneSettings) if name != "mask_loc")
+_WITHOUT_MASK = tuple(name for name in _names(PruneSettings) if name not in ("mask_loc", "plan"))
 _TUNED = tuple(name for name in _names(DistillSettings, FinetuneSettings) if name != "finetune")
 VERBS = {
     "prune": _verb(
@@ -84,16 +84,16 @@ VERBS = {
         _TRAINING,
     ),
     "apply": _verb(
-        "apply a mask: measure the narrower model, score it zero-shot, save it",
+        "apply a mask or a plan: measure the narrower model, score it zero-shot, save it",
         "tvaprune.stages.apply:run_apply",
-        (*_SEEN_FIRST, "mask_loc", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
+        (*_SEEN_FIRST, "mask_loc", "plan", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
         (*(name for name in _MEASURED if name != "max_train_samples"), "prune_method"),
         (),
     ),
     "finetune": _verb(
         "recover what a mask cost: LoRA, or all weights, distilled from the dense model",
         "tvaprune.stages.finetune:run_finetune",
-        (*_SEEN_FIRST, "mask_loc", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples", "block_size"),
+        (*_SEEN_FIRST, "mask_loc", "plan", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples"),
         (*_MEASURED, *_TUNED, "prune_method"),
         tuple(name for name in (*_TRAINING, *_TUNING) if name not in ("learning_rate", "num_train_epochs")),
     ),
