@@ -16,10 +16,9 @@ from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
-GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
 
 
-def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
+def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
     """Runs a command and returns its exit code; a user's mistake ends in one line.
 
     Args:
@@ -64,7 +63,7 @@ def main() -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    return run_command(lambda: _run(words[0], words[1:]))
+    return run_command(lambda: _run(words[0], words[1:]), VERBS.get(words[0], VERBS["prune"]).goes_on)
 
 
 def _run(verb: str, arguments: list[str]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import get_available_reporting_integrations
 
 from tvaprune.errors import InputError
 from tvaprune.flags.ranges import check_ranges
 from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
     RELEASED_BATCH,
+    CompareSettings,
     DataSettings,
     DistillSettings,
     EvalSettings,
@@ -22,7 +24,7 @@ from tvaprune.flags.settings import (
     ModelSettings,
     PruneSettings,
 )
-from tvaprune.flags.verbs import ALWAYS, VERBS
+from tvaprune.flags.verbs import ALWAYS, VERBS, check_flags
 
 
 @dataclass
@@ -55,6 +57,10 @@ class RunArguments(TrainingArguments):
         given = self.do_eval
         super().__post_init__()
         self.do_eval = given
+        known = get_available_reporting_integrations() if self.report_to else []
+        missing = [name for name in self.report_to or [] if name not in known]
+        if missing:
+            raise InputError(f"--report_to {' '.join(missing)}: is not installed; install it, or give another or none")
 
 
 @dataclass
@@ -88,8 +94,8 @@ class FinetuneRunArguments(RunArguments):
 class _Parser(HfArgumentParser):
     """Says what is wrong with the flags in one line; a truth value's flag alone means True, whatever its default."""
 
-    def __init__(self, classes: tuple[Any, ...]) -> None:
-        super().__init__(classes)
+    def __init__(self, classes: tuple[Any, ...], **options: Any) -> None:
+        super().__init__(classes, allow_abbrev=False, **options)
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:  # transformers' way where the default is None
                 action.nargs, action.const = "?", True
@@ -110,6 +116,23 @@ def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple
         raise
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise InputError(" ".join(str(error).split())) from error
+
+
+def parse_comparison(arguments: list[str]) -> CompareSettings:
+    """Parses the flags of a comparison; what is no flag of its own goes to every cell, as a flag of prune.
+
+    Raises:
+        InputError: If a flag is none of prune's either, or a value cannot be used.
+    """
+    parser = _Parser((CompareSettings,), prog="tvaprune compare", description=CompareSettings.__doc__)
+    for action in parser._actions:
+        if action.dest in ("zero_eval_sparsities", "zero_eval_seeds"):
+            action.nargs = "*"
+    settings, flags = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    check_flags("prune", flags)
+    settings.flags = flags
+    found: CompareSettings = settings
+    return found
 
 
 STAGES = (ModelSettings, DataSettings, PruneSettings, DistillSettings, FinetuneSettings, EvalSettings)

@@ -13,8 +13,9 @@ _GATES = (
     "lagrangian_warmup_epochs", "beta", "beta_start", "settle_share", "gate_noise", "gate_ce_weight",
     "initial_log_variance", *(entry.name for entry in fields(DistillSettings)),
 )  # fmt: skip
-# What fits the machine may stand in a command line or a recipe for all methods alike.
-_TRAINED = tuple(name for name in VERBS["prune"].training if name != "per_device_train_batch_size")
+# What fits the machine or the screen may stand in a command line or a recipe for all methods alike.
+_ANYWHERE = ("per_device_train_batch_size", "disable_tqdm", "log_level", "report_to", "run_name")
+_TRAINED = tuple(name for name in VERBS["prune"].training if name not in _ANYWHERE)
 _DISTILLED = (
     "distill_temp", "gate_ce_weight", "distill_ce_loss_alpha", "distill_hidden_alpha", "teacher_cache", "teacher_top_k",
 )  # fmt: skip
@@ -51,6 +52,9 @@ CONDITIONS = (
               "without --do_zero_eval True", lambda args: args.evaluation.do_zero_eval),
     Condition(("fp16", "tf32"), "without a GPU, where --bf16 may serve",
               lambda args: args.training.device.type != "cpu"),
+    Condition(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+              "without --activation_checkpointing True",
+              lambda args: bool(args.training.activation_checkpointing or args.training.gradient_checkpointing)),
     Condition(("dataloader_prefetch_factor", "dataloader_persistent_workers"), "without --dataloader_num_workers",
               lambda args: args.training.dataloader_num_workers > 0),
 )  # fmt: skip

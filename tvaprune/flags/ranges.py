@@ -55,17 +55,17 @@ RANGES = {
         ),
         DURATION: ("lagrangian_warmup_epochs", "warmup_steps", "eval_delay", "max_grad_norm"),
         SHARE: ("settle_share", "lora_dropout", "adam_beta1", "adam_beta2"),
-        TARGET: ("target_sparsity",),
+        TARGET: ("target_sparsity", "sparsities", "zero_eval_sparsities"),
         TOKENS: ("block_size", "ctx_length"),
         COUNT: (
             "max_train_samples", "max_eval_samples", "tensor_parallel", "refit_samples", "lora_r", "teacher_top_k",
             "early_stopping_patience", "zero_eval_limit", "max_steps", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps",
-            "dataloader_prefetch_factor",
+            "dataloader_prefetch_factor", "train_samples", "calibration_samples", "eval_batch_size", "threads",
         ),
         COUNT_OR_NONE: ("dim_multiple", "speed_batches", "num_fewshot"),
         WORKERS: ("dataloader_num_workers",),
-        SEED: ("seed", "data_seed"),
+        SEED: ("seed", "data_seed", "seeds", "zero_eval_seeds"),
     }.items()
     for name in names
 }  # fmt: skip

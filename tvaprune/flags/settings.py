@@ -6,7 +6,7 @@ never overwritten.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tvaprune.errors import InputError
 from tvaprune.flags.ranges import check_ranges
@@ -16,6 +16,10 @@ RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and acc
 # Below this many tokens the released gate settings cannot reach their target (method: section 10). Tokens, not steps:
 # the same run in larger batches takes fewer steps and is no shorter.
 SHORT_RUN_TOKENS = 512_000
+
+Method = Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"]
+METHODS: tuple[str, ...] = get_args(Method)
+VIB_ONCE = "vib_once"  # in a comparison: gates trained to the largest sparsity alone, and cut at each
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -57,12 +61,10 @@ class DataSettings:
 class PruneSettings:
     """Mask learning, and applying a mask."""
 
-    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
-        _flag(
-            "vib",
-            "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a "
-            "mask, the default is as its record says.",
-        )
+    prune_method: Method = _flag(
+        "vib",
+        "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a mask, "
+        "the default is as its record says.",
     )
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.5],
@@ -239,3 +241,54 @@ class EvalSettings:
         check_ranges(self)
         if self.zero_eval_tasks is not None:  # spaces or commas, as the harness's own command takes them
             self.zero_eval_tasks = [name for names in self.zero_eval_tasks for name in names.split(",") if name]
+
+
+def _flags(default: list[Any], help: str) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": f"{help}; default: {default}"})
+
+
+@dataclass
+class CompareSettings:
+    """A comparison of methods on one model or more; other flags are those of prune, and go to every cell.
+
+    Attributes:
+        flags: These other flags, as words of a command line.
+    """
+
+    models: list[str] = _flags(
+        ["mistral_saves_tva/mini_mistral", "llama3_saves_tva/mini_llama3"], "Checkpoint folders or hub ids"
+    )
+    dataset: str = _flag("python_docs", "Text that units are chosen by and that is tested first.")
+    second_text: str = _flag("package_readmes", "Text from another source, tested only.")
+    split: Literal["validation", "test"] = _flag("test", "Of both texts; choose nothing on the test split.")
+    methods: list[str] = _flags(
+        list(METHODS), f"Of {', '.join(METHODS)} and {VIB_ONCE}; vib trains gates for each sparsity, {VIB_ONCE} to the "
+        "largest only"
+    )  # fmt: skip
+    weight_updates: list[str] = _flags(["fold", "refit"], "Instant weight updates")
+    sparsities: list[float] = _flags([0.2, 0.35, 0.5, 0.65], "Shares of the decoder to remove")
+    seeds: list[int] = _flags([0, 1, 2], "Of the calibration blocks and of training")
+    output: str = _flag("out/compare", "Folder of cells, table and picture.")
+    block_size: int = _flag(256, "Tokens of a block and of an evaluation window.")
+    train_samples: int = _flag(1200, "Blocks that gates are trained on.")
+    calibration_samples: int = _flag(128, "Blocks of the one-shot scores and of the update.")
+    max_eval_samples: int = _flag(256, "Windows of each text, at most.")
+    eval_batch_size: int = _flag(8, "Windows of a forward pass.")
+    zero_eval_limit: int = _flag(50, "Examples of each zero-shot task.")
+    zero_eval_sparsities: list[float] = _flags([0.5], "Where zero-shot tasks are scored too, perhaps nowhere")
+    zero_eval_seeds: list[int] = _flags([0], "The seeds of these cells")
+    threads: int | None = _flag(None, "CPU threads; default: as many as torch takes.")
+    flags: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the ranges, and that nothing is compared with itself."""
+        check_ranges(self)
+        known = (*METHODS, VIB_ONCE)
+        wrong = [method for method in self.methods if method not in known]
+        if wrong:
+            raise InputError(f"--methods {' '.join(wrong)}: give some of {', '.join(known)}")
+        names = [Path(model).name for model in self.models]
+        if len(set(names)) < len(names):
+            raise InputError(f"--models {' '.join(self.models)}: two have the same name; give each once")
+        if self.dataset == self.second_text:
+            raise InputError(f"--second_text {self.second_text}: is the --dataset too; give a text from another source")

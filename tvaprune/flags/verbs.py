@@ -53,6 +53,7 @@ class Verb:
         first: Flags that users set first.
         expert: Flags that few need.
         training: transformers' training arguments that act.
+        goes_on: What an interrupted user is told.
     """
 
     help: str
@@ -60,6 +61,7 @@ class Verb:
     first: tuple[str, ...] = ()
     expert: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
+    goes_on: str = "--resume_from_checkpoint True goes on from the last checkpoint"
 
     @property
     def flags(self) -> frozenset[str]:
@@ -96,6 +98,11 @@ VERBS = {
         (*_SEEN_FIRST, "mask_loc", "plan", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples"),
         (*_MEASURED, *_TUNED, "prune_method"),
         tuple(name for name in (*_TRAINING, *_TUNING) if name not in ("learning_rate", "num_train_epochs")),
+    ),
+    "compare": Verb(
+        "compare all methods on a model and two texts, at several sparsities and seeds: a table, a picture, JSON",
+        "tvaprune.stages.compare:main",
+        goes_on="the same command goes on where it was",
     ),
     "export": Verb("write a pruned checkpoint as GGUF, ONNX or a stock checkpoint", "tvaprune.stages.export:main"),
     "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),
