@@ -50,7 +50,7 @@ CONDITIONS = (
     Condition(("refit_offload",), "without --weight_update refit", lambda args: args.prune.weight_update == "refit"),
     Condition(("zero_eval_tasks", "num_fewshot", "zero_eval_limit", "compare_dense", "write_out"),
               "without --do_zero_eval True", lambda args: args.evaluation.do_zero_eval),
-    Condition(("fp16", "tf32"), "without a GPU, where --bf16 may serve",
+    Condition(("fp16",), "without a GPU, where --bf16 may serve",
               lambda args: args.training.device.type != "cpu"),
     Condition(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
               "without --activation_checkpointing True",

@@ -35,7 +35,7 @@ _TRAINING = (
     "disable_tqdm", "log_level", "resume_from_checkpoint", "bf16", "fp16", "tf32", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "data_seed",
     "full_determinism", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-    "dataloader_pin_memory", "torch_compile", "torch_empty_cache_steps",
+    "dataloader_pin_memory", "torch_empty_cache_steps",
 )  # fmt: skip
 _TUNING = (
     "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
