@@ -21,11 +21,13 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["choose"],
     ["cut"],
     ["checkpoint"],
-    ["recover", "report", "export"],
+    ["recover", "export"],
+    ["report"],
+    ["study"],
     ["stages"],
     ["shipped"],
     ["cli"],
-    ["describe", "__main__"],
+    ["library", "describe", "__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # A command that prints one line for a mistake ends in cli; the exporters have an entry of their own.

@@ -161,7 +161,8 @@ def test_the_update_is_the_users_choice(pruned, checkpoint, text, tmp_path, comm
     base = ("--model_name_or_path", checkpoint, "--mask_loc", mask, "--dataset_name", text, "--output_dir", tmp_path)
     values = {}
     for level in ("none", "fold", "refit"):
-        flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level, *options)
+        flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level)
+        flags += options if level == "refit" else ()
         code, _, error = command(*base, *RUN, *flags)
         assert code == 0, error
         values[level] = tiny.read_json(tmp_path / level / "results.json")
