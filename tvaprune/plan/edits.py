@@ -43,6 +43,8 @@ class Edit:
         """Returns a dense parameter's kept rows and columns: what the cut leaves of it."""
         values = values if self.rows is None else values.index_select(0, self.rows)
         values = values if self.columns is None else values.index_select(1, self.columns)
+        if self.constant == 0:
+            return torch.zeros_like(values)
         return values if self.constant == 1 else (values + self.offset) * self.constant - self.offset
 
     @property
