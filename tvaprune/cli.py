@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tvaprune.errors import InputError
 from tvaprune.flags.recipes import expand
@@ -15,10 +16,9 @@ from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
-GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
 
 
-def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
+def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
     """Runs a command and returns its exit code; a user's mistake ends in one line.
 
     Args:
@@ -35,8 +35,8 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
     return 0
 
 
-def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
-    """Runs a verb of the method: prune, apply or finetune.
+def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any:
+    """Runs a verb and returns what its stage does; the one way in, for command lines and calls from Python.
 
     Args:
         also: Flags that are accepted beside the verb's own: the released scripts' modes.
@@ -44,16 +44,17 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Non
     Raises:
         InputError: If the flags cannot be used.
     """
+    module, _, function = VERBS[verb].entry.partition(":")
+    if not VERBS[verb].first:  # a verb with a parser of its own
+        return getattr(import_module(module), function)(arguments)
     arguments = expand(verb, arguments)
     check_flags(verb, arguments, also)
     from transformers.utils import logging
 
-    from tvaprune.flags.arguments import Arguments
+    from tvaprune.flags.conditions import parse
 
     logging.set_verbosity_error()
-    args = Arguments.parse(arguments, verb)
-    module, _, function = VERBS[verb].entry.partition(":")
-    getattr(import_module(module), function)(args)
+    return getattr(import_module(module), function)(parse(verb, arguments))
 
 
 def main() -> int:
@@ -62,16 +63,12 @@ def main() -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    return run_command(lambda: _run(words[0], words[1:]))
+    return run_command(lambda: _run(words[0], words[1:]), VERBS.get(words[0], VERBS["prune"]).goes_on)
 
 
 def _run(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         raise InputError(f"'{verb}' is no verb: give one of {', '.join(VERBS)}; --help says what each does")
-    if not VERBS[verb].first:  # a verb with a parser of its own
-        module, _, function = VERBS[verb].entry.partition(":")
-        getattr(import_module(module), function)(arguments)
-        return
     run_verb(verb, ["--do_eval", "True", *arguments] if verb == "apply" else arguments)
 
 
@@ -89,17 +86,19 @@ def released(arguments: list[str]) -> tuple[str, list[str]]:
     """
     flags = {word.split("=", 1)[0]: _is_on(arguments, place) for place, word in enumerate(arguments)}
     asks = {name for name, is_on in flags.items() if name.startswith("--") and is_on}
-    has_mask = "--mask_loc" in asks
+    has_mask = bool({"--mask_loc", "--plan"} & asks)
     rest = _without(arguments, tuple(f"--{name}" for name in MODES if name != "do_eval"))
     if "--finetune" in asks and not has_mask:
-        raise InputError("--finetune needs --mask_loc: fine-tuning begins with the model that a mask leaves")
+        raise InputError("--finetune needs --mask_loc (or --plan): fine-tuning begins with the model that it leaves")
     if has_mask and asks & {"--do_train", "--finetune"}:
         return "finetune", _without(rest, ("--do_eval",))
     if "--do_train" in asks:
         return "prune", _without(rest, ("--do_eval",))
     if "--do_zero_eval" in asks or (has_mask and asks & {"--do_eval", "--save_pruned"}) or asks & {"--help", "-h"}:
         return "apply", rest
-    raise InputError("nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc, or --do_train")
+    raise InputError(
+        "nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc (or --plan), or --do_train"
+    )
 
 
 def _is_on(arguments: list[str], place: int) -> bool:

@@ -18,8 +18,9 @@ from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
-from tvaprune.models.families import ModelShape, shape_of
 from tvaprune.models.load import load_config, load_model
+from tvaprune.models.shape import ModelShape, shape_of
+from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
@@ -53,7 +54,13 @@ class Run:
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
-        return cls(args, *load_model(args.source.model_name_or_path, args.source.dtype, device))
+        run = cls(args, *load_model(args.source.model_name_or_path, args.source.dtype, device))
+        longest = run.model.config.max_position_embeddings
+        for name in ("block_size", "ctx_length"):
+            tokens = getattr(args.data, name)
+            if tokens is not None and tokens > longest:
+                print(f"note: --{name} {tokens} is above the model's longest, {longest} (max_position_embeddings)")
+        return run
 
     @property
     def shape(self) -> ModelShape:
@@ -121,6 +128,10 @@ class Run:
         """Returns the run of one of several targets: the same model, folders of its own."""
         return Run(self.args.at(target), self.model, self.tokenizer)
 
+    def plan(self, units: Masks | KeepPlan) -> KeepPlan:
+        """Returns what is kept: masks cut by the run's rules, a plan as it is."""
+        return plan_from_masks(units, self.shape, self.rules) if isinstance(units, Masks) else units
+
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""
         return {
@@ -173,14 +184,27 @@ def _as_the_mask_says(args: Arguments) -> Arguments:
     return args
 
 
-def given_masks(args: Arguments) -> Masks | None:
-    """Reads ``--mask_loc`` and its record, and compares it with the model's config before the weights are read."""
-    path = args.prune.mask_loc
-    if path is None:
+def given_units(args: Arguments) -> Masks | KeepPlan | None:
+    """Reads ``--mask_loc`` and its record, or ``--plan``, and compares it with the model's config before the weights.
+
+    Raises:
+        InputError: If the file cannot be used, or is of another model.
+    """
+    path, plan = args.prune.mask_loc, args.prune.plan
+    if path is None and plan is None:
         return None
+    shape = shape_of(load_config(args.source.model_name_or_path))
+    if plan is not None:
+        kept = KeepPlan.load(Path(plan))
+        other = [name for name, size in vars(shape).items() if getattr(kept.shape, name) != size]
+        if other:
+            told = ", ".join(f"{name} {getattr(kept.shape, name)} for {getattr(shape, name)}" for name in other)
+            raise InputError(f"--plan {plan}: is of another model ({told}); give the plan of this model")
+        return kept
+    assert path is not None
     masks = load_masks(path)
     recorded_flags(path)  # a damaged one ends the command here
-    masks.check_fits(shape_of(load_config(args.source.model_name_or_path)), f"--mask_loc {path}")
+    masks.check_fits(shape, f"--mask_loc {path}")
     return masks
 
 

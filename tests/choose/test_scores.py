@@ -10,7 +10,7 @@ from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.choose.scores.ranking import heads_kept, layerwise, per_unit, ranked
 from tvaprune.choose.scores.taylor import group_importance, protected_layers
 from tvaprune.cut.slice import apply_plan
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit, head_features
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
@@ -209,8 +209,8 @@ def without(model, attn=(), inter=()):
     kept = PerUnit.full(shape, 1.0).map(lambda units: torch.arange(len(units)))
     kept = PerUnit(
         kept.hidden,
-        (left(shape.num_key_value_heads, attn), *kept.attn[1:]),
-        (left(shape.intermediate_size, inter), *kept.inter[1:]),
+        (left(shape.num_key_value_heads[0], attn), *kept.attn[1:]),
+        (left(shape.intermediate_size[0], inter), *kept.inter[1:]),
     )
     return KeepPlan(kept, kept.map(lambda indices: torch.ones(len(indices))), shape, 1)
 
@@ -220,8 +220,7 @@ def test_flaps_bias_makes_up_for_a_constant_channel_exactly(make_model):
     for model in (dense, cut, bare):
         make_constant(model.model.layers[0].mlp, 3)
     plan = without(dense, inter=[3])
-    apply_plan(compensate_bias(cut, plan, BLOCKS), plan)
-    apply_plan(bare, plan)
+    cut, bare = apply_plan(compensate_bias(cut, plan, BLOCKS), plan), apply_plan(bare, plan)
     with torch.no_grad():
         expected = dense(IDS).logits
         torch.testing.assert_close(cut(IDS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import FinetuneRunArguments
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.recover.lora import LoraSettings, add_lora, load_adapter, merge, save_adapter, trainable
 from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, cache_teacher, weights_digest

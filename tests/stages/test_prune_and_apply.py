@@ -12,7 +12,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.arguments import Arguments
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks, save_masks
@@ -161,7 +161,8 @@ def test_the_update_is_the_users_choice(pruned, checkpoint, text, tmp_path, comm
     base = ("--model_name_or_path", checkpoint, "--mask_loc", mask, "--dataset_name", text, "--output_dir", tmp_path)
     values = {}
     for level in ("none", "fold", "refit"):
-        flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level, *options)
+        flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level)
+        flags += options if level == "refit" else ()
         code, _, error = command(*base, *RUN, *flags)
         assert code == 0, error
         values[level] = tiny.read_json(tmp_path / level / "results.json")

@@ -90,7 +90,7 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
     masks = calibrate(masks, run.shape, target, run.rules)
     plan = plan_from_masks(masks, run.shape, run.rules)
     gated = GatedModel(run.model)
-    with gated.using(plan.full_scale()):
+    with gated.applying(plan):
         value = perplexity(gated, run.choice_blocks(), batch_size)
     gated.detach_gates()
     _clear(run.args.output_dir)

@@ -148,7 +148,7 @@ class GateTrainer(Trainer):
         if not self._objective.settled:
             masks = calibrate(masks, self.gated.shape, settings.target_sparsity, settings.rules)
         plan = plan_from_masks(masks, self.gated.shape, settings.rules)
-        with self.gated.using(plan.full_scale()):
+        with self.gated.applying(plan):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
         metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
         if self.args.should_save:

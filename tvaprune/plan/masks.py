@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
 

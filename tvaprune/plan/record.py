@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.plan.masks import read_record
 from tvaprune.plan.widths import WidthRules, default_dim_multiple
 

@@ -14,7 +14,7 @@ from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.identity import check_identity
-from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
+from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.recover.lora import LoraSettings
 from tvaprune.recover.teacher import weights_digest
@@ -43,15 +43,14 @@ class Job:
     teacher_cache: Path | None = None
 
     @classmethod
-    def load(cls, args: Arguments, masks: Masks, checkpoint: Path | None) -> "Job":
+    def load(cls, args: Arguments, units: Masks | KeepPlan, checkpoint: Path | None) -> "Job":
         """Loads all that the flags name: whatever is wrong with it ends the job before an earlier one's files go."""
         run = Run.load(args)
         if args.finetune.full_ft and run.model.dtype == torch.float16:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
         windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
-        plan = plan_from_masks(masks, run.shape, run.rules)
-        job = cls(run, plan, checkpoint, windows, *blocks, run.model.dtype)
+        job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype)
         job.identity = _identity(job)
         if checkpoint is not None:
             check_identity("checkpoint", checkpoint, job.identity)

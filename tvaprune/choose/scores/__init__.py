@@ -17,7 +17,7 @@ from tvaprune.choose.scores.calibration import Calibration
 from tvaprune.choose.scores.flap import flap_scores
 from tvaprune.choose.scores.ranking import random_scores
 from tvaprune.choose.scores.taylor import taylor_global_scores, taylor_scores
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
 

@@ -9,7 +9,7 @@ from tvaprune.models.units import PerUnit
 
 
 def magnitude_scores(calibration: Calibration) -> PerUnit:
-    """Scores a unit by the norm of its columns of ``o_proj`` or ``down_proj``, ranked within each layer.
+    """Scores a unit by the norm of its columns of the output or down projection, ranked within each layer.
 
     Source: the structured magnitude baseline of An et al. (FLAP, AAAI 2024): a column's 2-norm, averaged over a head;
     the same share of units goes in every layer. Reads no text.
@@ -22,7 +22,7 @@ def magnitude_scores(calibration: Calibration) -> PerUnit:
 
 
 def wanda_sp_scores(calibration: Calibration) -> PerUnit:
-    """Scores a unit by ``|W| * ||x||`` of its columns of ``o_proj`` or ``down_proj``, ranked within each layer.
+    """Scores a unit by ``|W| * ||x||`` of its columns of the output or down projection, ranked within each layer.
 
     Source: Wanda (Sun et al., ICLR 2024, eq. 1) in the structured form of An et al. (FLAP, AAAI 2024): averaged over
     the rows of a column and the columns of a head. The same share of units goes in every layer. As in Wanda's

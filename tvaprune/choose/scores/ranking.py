@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from tvaprune.choose.scores.calibration import Calibration
-from tvaprune.models.families import ModelShape
-from tvaprune.models.parameters import layer_parameters
+from tvaprune.models.parameters import channel_parameters, dense_layers, head_parameters
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
 ALWAYS_KEPT = 1e3  # a score no threshold reaches
@@ -20,12 +20,12 @@ def per_unit(shape: ModelShape, attn: Sequence[torch.Tensor], inter: Sequence[to
 
 
 def by_head(features: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Returns the mean over each KV head's ``o_proj`` input features, those of all query heads that share it.
+    """Returns the mean over each KV head's features before the output projection, those of all its query heads.
 
     Args:
-        features: Shape ``(num_attention_heads * head_dim,)``.
+        features: Shape ``(query heads of the layer * head_dim,)``.
     """
-    return features.unflatten(0, (shape.num_key_value_heads, -1)).mean(1)
+    return features.unflatten(0, (-1, shape.group_size * shape.head_dim)).mean(1)
 
 
 def ranked(score: torch.Tensor, layer: int = 0, num_layers: int = 1) -> torch.Tensor:
@@ -74,21 +74,20 @@ def heads_kept(shape: ModelShape, target: float, last: Sequence[int] = ()) -> li
     The nearest number to that share for which the channels can meet the rest of it: one for the layers in ``last``,
     one for all others, which go first.
     """
-    layers = shape.num_hidden_layers
-    counted = layer_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
-    units = counted - layer_parameters(shape.hidden_size, 0, 0, shape)  # norms stay
-    wanted = target * layers * counted / units  # in layers' worth of units
-    first = layers - len(last)
+    layers = range(shape.num_hidden_layers)
+    widths = zip(shape.num_key_value_heads, shape.intermediate_size, strict=True)
+    units = [heads * head_parameters(shape) + channels * channel_parameters(shape) for heads, channels in widths]
+    wanted, first = target * dense_layers(shape), sum(units[i] for i in layers if i not in last)
     share = min(1.0, wanted / first) if first else 0.0
-    rest = min(1.0, (wanted - share * first) / len(last)) if last else 0.0
-    return [_heads_at(shape, rest if layer in last else share) for layer in range(layers)]
+    left = sum(units) - first
+    rest = min(1.0, (wanted - share * first) / left) if left else 0.0
+    return [_heads_at(shape, i, rest if i in last else share) for i in layers]
 
 
-def _heads_at(shape: ModelShape, share: float) -> int:
+def _heads_at(shape: ModelShape, layer: int, share: float) -> int:
     """Returns the KV heads that a layer keeps which loses a share of its units' parameters."""
-    heads, nothing = shape.num_key_value_heads, layer_parameters(shape.hidden_size, 0, 0, shape)
-    channels = layer_parameters(shape.hidden_size, 0, shape.intermediate_size, shape) - nothing
-    head = layer_parameters(shape.hidden_size, 1, 0, shape) - nothing
+    heads, head = shape.num_key_value_heads[layer], head_parameters(shape)
+    channels = shape.intermediate_size[layer] * channel_parameters(shape)
     left = (1 - share) * (heads * head + channels)
     most, least = math.floor(left / head), math.ceil((left - channels) / head)  # the channels make up for the rest
     return max(0, min(max(math.floor(heads * (1 - share) + 0.5), least), most, heads))
@@ -97,9 +96,8 @@ def _heads_at(shape: ModelShape, share: float) -> int:
 def random_scores(calibration: Calibration) -> PerUnit:
     """Draws the order of each layer's units: the same share goes everywhere, which units is chance."""
     shape, generator = calibration.shape, torch.Generator().manual_seed(calibration.seed)
-    layers = range(shape.num_hidden_layers)
 
-    def draw(units: int) -> list[torch.Tensor]:
-        return [torch.rand(units, generator=generator) for _ in layers]
+    def draw(units: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.rand(count, generator=generator) for count in units]
 
     return layerwise(shape, calibration.target, draw(shape.num_key_value_heads), draw(shape.intermediate_size))

@@ -6,15 +6,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from compare_grid import VIB, VIB_ONCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from tvaprune.files import write_json
+from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.report.plots import save_figure
+from tvaprune.study.grid import VIB
 
 DENSE, PRUNED = "dense", "pruned"
 LEARNED = (VIB, VIB_ONCE)
