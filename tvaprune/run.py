@@ -25,7 +25,16 @@ from tvaprune.plan.masks import Masks, load_masks
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
-from tvaprune.text.protocols import OWN, PROTOCOLS, SPLIT, EvaluationText, evaluation_text, protocol_windows
+from tvaprune.text.protocols import (
+    C4_WINDOWS,
+    OWN,
+    PROTOCOLS,
+    SPLIT,
+    EvaluationText,
+    evaluation_text,
+    protocol_windows,
+)
+from tvaprune.text.sources import STREAMED
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
@@ -80,7 +89,8 @@ class Run:
         data = self.args.data
         if data.protocol != OWN:
             return protocol_windows(self.tokenizer, data.protocol, data.data_dir)
-        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples)
+        default = C4_WINDOWS if data.dataset_name in STREAMED else None
+        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default)
 
     def evaluation_text(self, windows: Dataset) -> EvaluationText:
         """Returns what a perplexity on these windows may be compared by."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.families import ROWS
+from support.other_families import OTHER_ROWS
 from torch import nn
 
 from tvaprune.choose.gated_model import GatedModel
@@ -101,9 +102,9 @@ def whole(model, rows, batch_size):
     return math.exp(total / (len(rows) * (len(rows[0]) - 1)))
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_it_is_the_models_own_loss_to_the_bit_where_a_batch_is_a_chunk(row, make_model, monkeypatch):
-    model_type, values = ROWS[row]
+@pytest.mark.usefixtures("other_families")
+@pytest.mark.parametrize(("model_type", "values"), (ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+def test_it_is_the_models_own_loss_to_the_bit_where_a_batch_is_a_chunk(model_type, values, make_model, monkeypatch):
     model = make_model(model_type, **values)
     rows = torch.randint(0, 47, (5, 13), generator=torch.Generator().manual_seed(0)).tolist()
     expected = whole(model, rows, 2)

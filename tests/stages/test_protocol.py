@@ -1,5 +1,7 @@
 """A protocol of the field in whole commands: what is measured, what is told, what is refused before any work."""
 
+import gzip
+import json
 from dataclasses import replace
 
 import pytest
@@ -47,6 +49,19 @@ def test_our_own_is_told_too(source, tmp_path, command):
     protocol = tiny.read_json(tmp_path / "out" / "results.json")["protocol"]
     assert (protocol["name"], protocol["end"], protocol["num_windows"]) == ("own", "</s>", 4)
     assert "own: documents ended by </s>, no BOS, 4 windows" in out
+
+
+def test_of_c4_256_windows_are_reported_on_unless_asked_otherwise(source, tmp_path, command):
+    c4 = tmp_path / "allenai/c4/en/c4-validation.00000-of-00008.json.gz"
+    c4.parent.mkdir(parents=True)
+    for name in (c4.name, "c4-train.00000-of-01024.json.gz"):
+        with gzip.open(c4.with_name(name), "wt") as file:
+            file.writelines(json.dumps({"text": " ".join(tiny.WORDS)}) + "\n" for _ in range(1000))
+    flags = (*source, "--dataset_name", "c4", "--ctx_length", 16, "--eval_split", "test")
+    for asked, expected in (((), 256), (("--max_eval_samples", 300, "--overwrite_output_dir"), 300)):
+        code, _, error = command(*flags, *asked)
+        assert code == 0, error
+        assert tiny.read_json(tmp_path / "out" / "results.json")["protocol"]["num_windows"] == expected
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class DataSettings:
         None, f"Tokens of an evaluation window; default: the model's longest, at most {RELEASED_MAX_WINDOW}."
     )
     max_train_samples: int | None = _flag(None, "Training blocks drawn; default: 4,500, for one-shot scores 128.")
-    max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all.")
+    max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all, of C4 256.")
     protocol: Literal["own", "wikitext2-2048", "wikitext2-4096", "ptb-2048", "ptb-4096", "c4-2048", "c4-4096"] = _flag(
         "own",
         "What perplexity is reported on. own: --eval_split of --dataset_name, windows of --ctx_length; else a test "

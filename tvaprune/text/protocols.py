@@ -23,6 +23,7 @@ from tvaprune.text.sources import HUB_SETS, hub_rows
 
 OWN = "own"
 SPLIT = "test"  # our name; C4's validation file is its test text
+C4_WINDOWS = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class EvaluationText:
 PROTOCOLS = {
     f"{name}-{window}": Protocol(name, join, window, rows, num_windows)
     for name, join, rows, num_windows in (("wikitext2", "\n\n", None, None), ("ptb", " ", None, None),
-                                          ("c4", " ", 1100, 256))
+                                          ("c4", " ", 1100, C4_WINDOWS))
     for window in (2048, 4096)
 }  # fmt: skip
 

@@ -79,7 +79,8 @@ def heads_kept(shape: ModelShape, target: float, last: Sequence[int] = ()) -> li
     units = [heads * head_parameters(shape) + channels * channel_parameters(shape) for heads, channels in widths]
     wanted, first = target * dense_layers(shape), sum(units[i] for i in layers if i not in last)
     share = min(1.0, wanted / first) if first else 0.0
-    rest = min(1.0, (wanted - share * first) / (sum(units) - first)) if last else 0.0
+    left = sum(units) - first
+    rest = min(1.0, (wanted - share * first) / left) if left else 0.0
     return [_heads_at(shape, i, rest if i in last else share) for i in layers]
 
 
