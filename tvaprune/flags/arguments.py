@@ -12,7 +12,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
 from tvaprune.errors import InputError
-from tvaprune.flags.ranges import check_ranges
+from tvaprune.flags.ranges import CHOICES, check_ranges
 from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
     RELEASED_BATCH,
@@ -124,7 +124,9 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
     Raises:
         InputError: If a flag is none of prune's either, or a value cannot be used.
     """
-    parser = _Parser((CompareSettings,), prog="tvaprune compare", description=CompareSettings.__doc__)
+    parser = _Parser(
+        (CompareSettings,), prog="tvaprune compare", description=str(CompareSettings.__doc__).split("\n")[0]
+    )
     for action in parser._actions:
         if action.dest in ("zero_eval_sparsities", "zero_eval_seeds"):
             action.nargs = "*"
@@ -155,6 +157,7 @@ def help_text(verb: str, parser: HfArgumentParser) -> str:
         for action in shown:
             choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices and not is_short else ""
             said = " ".join((action.help or "").replace("%%", "%").split())
+            said = f"One of {', '.join(CHOICES[action.dest])}." if action.dest in CHOICES else said
             if is_short:
                 said = shorten(said, 118 - 3 - len(action.dest) - 4, placeholder=" ...")
             text = f"--{action.dest}{choices}: {said}"

@@ -249,7 +249,7 @@ class EvalSettings:
 
 
 def _flags(default: list[Any], help: str) -> Any:
-    return field(default_factory=lambda: list(default), metadata={"help": f"{help}; default: {default}"})
+    return field(default_factory=lambda: list(default), metadata={"help": f"{help}."})
 
 
 @dataclass
