@@ -13,7 +13,8 @@ PACKAGE = ROOT / "tvaprune"
 ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
     ["errors"],
-    ["files", "losses", "identity", "flags", "models"],
+    ["files", "losses", "identity", "flags"],
+    ["models"],
     ["text"],
     ["measure"],
     ["plan"],

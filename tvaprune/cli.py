@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, one_line, out_of_memory
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
-    """Runs a command and returns its exit code; a user's mistake ends in one line.
+    """Runs a command and returns its exit code; a user's mistake, or memory that ran out, ends in one line.
 
     Args:
         goes_on: What an interrupted user is told.
@@ -27,11 +27,17 @@ def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goe
     try:
         command()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"interrupted; {goes_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        return EXIT_INPUT
     return 0
 
 

@@ -1,10 +1,11 @@
 """Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,21 @@ CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Writes JSON under a temporary name, then renames it."""
-    write_text(json.dumps(content, indent=2) + "\n", path)
+    """Writes JSON under a temporary name, then renames it; NaN and infinities, which JSON lacks, become null."""
+    write_text(as_json(content) + "\n", path)
+
+
+def as_json(content: Any, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
+    """Returns a value as JSON: what is no finite number is null, where Python would write what JSON does not know."""
+    return json.dumps(_finite(content), indent=indent, default=default, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(content: str, path: Path) -> None:

@@ -1,6 +1,7 @@
 """One command: its flags, the loaded model, what follows from both, and what is refused before any work."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +10,16 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
+from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.load import load_config, load_model
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
@@ -55,6 +57,8 @@ class Run:
         set_seed(args.training.seed)
         device = args.training.device
         run = cls(args, *load_model(args.source.model_name_or_path, args.source.dtype, device))
+        if args.evaluation.do_zero_eval:
+            check_tokenizer(run.tokenizer)
         longest = run.model.config.max_position_embeddings
         for name in ("block_size", "ctx_length"):
             tokens = getattr(args.data, name)
@@ -202,7 +206,7 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
             raise InputError(f"--plan {plan}: is of another model ({told}); give the plan of this model")
         return kept
     assert path is not None
-    masks = load_masks(path)
+    masks = load_masks(path, shape)
     recorded_flags(path)  # a damaged one ends the command here
     masks.check_fits(shape, f"--mask_loc {path}")
     return masks
@@ -230,7 +234,24 @@ def given_checkpoint(
         raise InputError(
             f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
         )
+    _check_best_within(Path(found), args.output_dir)
     return str(found)
+
+
+def _check_best_within(checkpoint: Path, output_dir: Path) -> None:
+    """Refuses a checkpoint whose best is neither here nor beside it: the Trainer would take weights from anywhere."""
+    state = checkpoint / TRAINER_STATE_NAME
+    try:
+        best = json.loads(state.read_text(encoding="utf-8")).get("best_model_checkpoint") if state.is_file() else None
+        folders = output_dir.resolve(), checkpoint.resolve().parent
+        within = best is None or any(Path(best).resolve().is_relative_to(folder) for folder in folders)
+    except Exception as error:  # a broken file raises nearly anything
+        raise InputError(f"{state}: cannot be read ({reason(error)}); go on from another checkpoint") from error
+    if not within:
+        raise InputError(
+            f"{state}: its best_model_checkpoint is {quoted(best)}, outside --output_dir {output_dir}: go on in the "
+            "folder that the run began in, or begin anew"
+        )
 
 
 def check_results(args: Arguments, may_hold_some: bool) -> None:

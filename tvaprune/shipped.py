@@ -3,10 +3,9 @@
 import shlex
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from tvaprune.errors import InputError
 from tvaprune.measure.zeroshot import OFFLINE_GROUP
+from tvaprune.models.load import load_config
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import load_masks
 
@@ -57,7 +56,7 @@ def _mask(model: Path) -> Path:
         raise InputError(
             f"--do_zero_eval: the shipped model is not at {model}; give --model_name_or_path and --mask_loc"
         )
-    shape = shape_of(AutoConfig.from_pretrained(model))
+    shape = shape_of(load_config(str(model)))
     fitting = []
     for path in sorted(model.parent.glob("mask_info_*.pkl")):
         try:

@@ -268,6 +268,17 @@ def test_merges_that_are_not_sentencepiece_s_are_refused(make_folder, tmp_path):
         export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
 
 
+def test_tokens_beyond_the_embedding_are_refused(make_folder):
+    words = byte_level()
+    _, folder = make_folder(words=words, vocab_size=len(words))
+    config = load_pruned(folder).config
+    assert len(tokenizer_fields(folder, config)["tokenizer.ggml.tokens"]) == len(words)  # control: as many as rows
+    words.add_tokens(["one more"])
+    words.save_pretrained(folder)
+    with pytest.raises(InputError, match=f"'one more' in tokenizer.json is token {config.vocab_size}, the model has"):
+        tokenizer_fields(folder, config)
+
+
 def test_a_tokenizer_that_llama_cpp_cannot_name_is_refused(make_folder, tmp_path):
     _, folder = make_folder(words=byte_level(r"\p{N}+|\p{L}+"), vocab_size=300)
     with pytest.raises(InputError, match="llama.cpp has no name for this tokenizer's way to split text"):

@@ -156,3 +156,13 @@ def test_groups_and_tags_are_scored_task_by_task():
     offline = [path.stem for path in zeroshot.task_folder().glob("*.yaml") if path.stem != zeroshot.OFFLINE_GROUP]
     assert sorted(ZeroShot(["tva_offline"], "data").names) == sorted(offline) != []
     assert ZeroShot(["ai2_arc", "arc_easy"], "data").names == ["arc_challenge", "arc_easy"]
+
+
+def test_a_tokenizer_without_a_beginning_or_an_end_is_refused():
+    tokenizer = byte_tokenizer()
+    for bos, eos in (("<s>", None), (None, "</s>"), ("<s>", "</s>")):
+        tokenizer.bos_token, tokenizer.eos_token = bos, eos
+        zeroshot.check_tokenizer(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(InputError, match="--do_zero_eval: the tokenizer has no bos_token and no eos_token"):
+        zeroshot.check_tokenizer(tokenizer)

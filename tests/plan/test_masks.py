@@ -1,4 +1,6 @@
 import pickle
+import time
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -91,7 +93,7 @@ class Evil:
 def test_a_malicious_pickle_is_not_executed(hidden_in, write, tmp_path):
     trace = tmp_path / "executed"
     path = write(hidden_in(Evil(exec, f"open({str(trace)!r}, 'w').close()")))
-    with pytest.raises(InputError, match="asks to run builtins.exec: a mask holds tensors only"):
+    with pytest.raises(InputError, match="asks to run 'builtins.exec': a mask holds tensors only"):
         load_masks(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())  # control: pickle would have
@@ -116,6 +118,17 @@ def test_a_truncated_file_is_refused(share, write):
         load_masks(path)
 
 
+def test_a_byte_lost_among_the_numbers_is_refused(make_masks, tmp_path):
+    """Python's bytes are longer by what follows them: without a look at the frame every number behind it moves."""
+    path = tmp_path / "mask_info_1.0.pkl"
+    save_masks(make_masks(SHAPE), path)
+    content = path.read_bytes()
+    place = content.index(make_masks(SHAPE).mu.inter[5].numpy().tobytes()) + 9
+    path.write_bytes(content[:place] + content[place + 1 :])
+    with pytest.raises(InputError, match="not a readable mask file"):
+        load_masks(path)
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing.pkl: there is no such file; give a mask_info"):
         load_masks(tmp_path / "nothing.pkl")
@@ -128,7 +141,7 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"mu": torch.ones(9)}, "'mu' is no gate of a mask file"),
         ({"hidden_mask_z_mu": "text"}, "'hidden_mask_z_mu' is no gate"),
         ({"hidden_mask_z_mu": torch.ones(3, 3)}, "'hidden_mask_z_mu' is no gate"),
-        ({3: torch.ones(3)}, "'3' is no gate"),
+        ({3: torch.ones(3)}, "3 is no gate"),
         ({"attn_layer1_z_mu": torch.tensor([1.0, float("nan")])}, "'attn_layer1_z_mu' holds NaN or infinity"),
         ({"inter_layer0_z_logD": torch.full((5,), -float("inf"))}, "'inter_layer0_z_logD' holds NaN or infinity"),
         ({"inter_layer0_z_mu": torch.ones(4)}, "means and log-variances differ in size"),
@@ -187,3 +200,115 @@ def test_published_masks(pattern, hidden, fewest_heads, empty_layers, tmp_path):
         )
         assert abs(plan.sparsity - target) < 0.005
         assert not any(width % 128 for width in (plan.hidden_size, *plan.intermediate_size))
+
+
+def rebuilt(*arguments):
+    """What pickles as a tensor that is rebuilt with these arguments."""
+    return Evil(torch._utils._rebuild_tensor_v2, *arguments)
+
+
+def storage(values):
+    untyped = torch.tensor(values).untyped_storage()
+    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=torch.float32, _internal=True)
+
+
+def tensor_lies():
+    """Name -> what stands for the hidden means, what the refusal says."""
+    nine = [0.5] * 9
+    return {
+        "another size": (rebuilt(storage(nine), 0, (10**9,), (1,), False, OrderedDict()), "1000000000 elements from 0"),
+        "an offset": (rebuilt(storage(nine), 5, (9,), (1,), False, OrderedDict()), "9 elements from 5 on, in a storag"),
+        "a negative offset": (rebuilt(storage(nine), -1, (9,), (1,), False, OrderedDict()), "without a storage or a s"),
+        "a stride of 0": (rebuilt(storage(nine), 0, (9,), (0,), False, OrderedDict()), r"size \(9,\) with strides \(0"),
+        "a long stride": (rebuilt(storage(nine), 0, (9,), (9,), False, OrderedDict()), r"size \(9,\) with strides \(9"),
+        "no storage": (rebuilt(b"123", 0, (9,), (1,), False, OrderedDict()), "without a storage"),
+        "integers": (torch.arange(9), "holds a 'torch.LongStorage': a mask's numbers are floating-point"),
+        "truth values": (torch.ones(9) > 0, "holds a 'torch.BoolStorage': a mask's numbers are floating-point"),
+    }
+
+
+@pytest.mark.parametrize("lie", tensor_lies())
+def test_a_tensor_is_within_its_storage_and_of_floating_point(lie, write):
+    stands, message = tensor_lies()[lie]
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=message):
+        load_masks(write(mask_dict() | {"hidden_mask_z_mu": stands}))
+    assert time.perf_counter() - begin < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_floating_point_is_read_as_it_is(dtype, write):
+    content = {key: value.to(dtype) for key, value in mask_dict().items()}
+    loaded = load_masks(write(content))
+    assert torch.equal(loaded.mu.inter[1], content["inter_layer1_z_mu"].float())
+
+
+def test_a_part_of_a_storage_is_read_as_it_is(write):
+    whole = torch.randn(30)
+    loaded = load_masks(write(mask_dict() | {"hidden_mask_z_mu": whole[7:16]}))
+    assert torch.equal(loaded.mu.hidden, whole[7:16])
+
+
+def test_a_number_that_float32_cannot_hold_is_refused(write):
+    with pytest.raises(InputError, match="'hidden_mask_z_mu' holds NaN or infinity"):
+        load_masks(write(mask_dict() | {"hidden_mask_z_mu": torch.full((9,), 1e300, dtype=torch.float64)}))
+
+
+def test_a_storage_that_many_tensors_claim_is_refused(write):
+    shared = torch.randn(4000)
+    content = {f"inter_layer{layer}_z_{name}": shared for layer in range(50) for name in ("mu", "logD")}
+    with pytest.raises(InputError, match="its tensors claim more than the file holds"):
+        load_masks(write(content))
+
+
+def nested_key(depth=60):
+    """A pickle of a dict whose key takes 2**depth steps to hash."""
+    twice = b"h\x00h\x00\x86q\x00"  # the memo's entry, twice, as a tuple, into the memo
+    return b"\x80\x02}(" + b"K\x01q\x00" + twice * depth + b"K\x01u."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (nested_key(), "a key that is no text|a damaged pickle"),
+        (b"\x80\x02}r\xff\xff\xff\xff.", "gates are missing"),  # a memo of 4 billion entries
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.", "not a readable mask file .bytes are lost"),  # a frame
+        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fx.", "not a readable mask file"),  # bytes
+        (b"\x80\x02ccollections\nOrderedDict\n)R}X\x01\x00\x00\x00aK\x01sb.", "BUILD is not among what tensors"),
+        (b"\x80\x02" + b"(" * 100_000 + b".", "not a readable mask file"),
+        (b"\x80\x02" + b"}" * 600_000 + b".", "more steps than a mask takes"),
+        (b"\x80\x02}.}.", "bytes behind the end"),
+    ],
+    ids=["nested key", "memo", "frame", "bytes", "BUILD", "marks", "steps", "a second pickle"],
+)
+def test_a_small_file_takes_neither_memory_nor_time(content, message, tmp_path):
+    path = tmp_path / "mask_info_1.0.pkl"
+    path.write_bytes(content)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=message) as error:
+        load_masks(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.perf_counter() - begin < 20 and peak < 200 * 2**20 and "\n" not in str(error.value)
+
+
+def test_a_key_forges_no_line(write):
+    with pytest.raises(InputError) as error:
+        load_masks(write(mask_dict() | {"\nresults: 1.0\x1b[2J": torch.ones(2)}))
+    assert str(error.value).isprintable() and r"'\nresults: 1.0\x1b[2J' is no gate" in str(error.value)
+
+
+def test_a_file_larger_than_the_models_mask_is_not_read(make_masks, tmp_path, monkeypatch):
+    path = tmp_path / "mask_info_1.0.pkl"
+    save_masks(make_masks(SHAPE), path)
+    load_masks(path, SHAPE)  # control
+    with path.open("ab") as file:
+        file.truncate(2**20)
+    monkeypatch.setattr("tvaprune.plan.masks.read_tensors", lambda content: pytest.fail("was read"))
+    with pytest.raises(InputError, match="a file of 1,048,576 bytes, the mask of this model takes at most"):
+        load_masks(path, SHAPE)
+    with path.open("ab") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(InputError, match="the mask of any model takes at most 268,435,456"):
+        load_masks(path)

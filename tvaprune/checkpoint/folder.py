@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.checkpoint.card import model_card
 from tvaprune.errors import InputError
 from tvaprune.files import CONFIG_NAME, new_folder
+from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX
 from tvaprune.models.pruned import empty_model
+from tvaprune.models.vetting import check_folder, drop_code
 from tvaprune.plan.keep_plan import KeepPlan
 
 
@@ -56,10 +58,12 @@ def load_pruned(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         InputError: If the folder is no such checkpoint, or a damaged one.
     """
+    check_folder(folder, str(folder))
     config = read_config(folder)
     _check_sizes(Path(folder), config)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, **options).eval()
+        model: PreTrainedModel = load.read_model(folder, config, **options)[0]
+        return model
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded ({_short(error)}); prune again") from error
 
@@ -76,7 +80,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     try:
         model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
         if model_type.removeprefix(PREFIX) in FAMILIES:
-            return AutoConfig.from_pretrained(folder)
+            return load.read_config(folder)
     except Exception as error:  # a broken config raises nearly anything
         raise InputError(f"{folder}: {CONFIG_NAME} cannot be read ({_short(error)}); prune again") from error
     raise InputError(f"{folder}: not a pruned checkpoint (its type is '{model_type}'); give a folder of --save_pruned")
@@ -91,6 +95,8 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
     target.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        drop_code(folder / "tokenizer_config.json")
+    drop_code(folder / "generation_config.json")
     _complete_config(folder / CONFIG_NAME, config)
 
 
@@ -137,7 +143,7 @@ def _check_sizes(folder: Path, config: PretrainedConfig) -> None:
 def _sizes_of(folder: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # sizes that fit no model raise nearly anything
         raise InputError(f"{folder}: {CONFIG_NAME} builds no model ({_short(error)}); prune again") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

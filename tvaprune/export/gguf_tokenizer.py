@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, quoted
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 LOWEST_SCORE = -1e6  # of a SentencePiece token that no merge makes
@@ -74,6 +74,13 @@ def _tokens(content: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """Returns the tokens by id and their types; ids that the embedding has and the tokenizer lacks are unused."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
+    added_ids = {added["content"]: added["id"] for added in content.get("added_tokens", [])}
+    for token, index in (content["model"]["vocab"] | added_ids).items():
+        if not 0 <= index < vocab_size:
+            raise InputError(
+                f"--format gguf: {quoted(token)} in tokenizer.json is token {index}, the model has {vocab_size}: give "
+                "the tokenizer that the model was trained with"
+            )
     for token, index in content["model"]["vocab"].items():
         is_byte = content["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
         tokens[index], types[index] = token, BYTE if is_byte else NORMAL

@@ -17,6 +17,7 @@ from tvaprune.checkpoint.folder import CONFIG_NAME
 from tvaprune.export.verify import NUM_CACHED, fixed_prompt, reference_logits, report_difference
 from tvaprune.files import new_folder
 from tvaprune.models.shape import shape_of
+from tvaprune.models.vetting import drop_code
 
 MODEL_NAME = "model.onnx"
 WITH_PAST_NAME = "model_with_past.onnx"
@@ -53,6 +54,7 @@ def export_onnx(model: PreTrainedModel, source: Path, out: Path, overwrite: bool
         for name in (CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
+                drop_code(temporary / name)
         if verify:
             _verify(model, temporary)
 

@@ -38,6 +38,6 @@ def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwri
         if verify:
             input_ids = fixed_prompt(config.vocab_size)
             with torch.device("cpu"):
-                loaded = AutoModelForCausalLM.from_pretrained(temporary).eval()
+                loaded = AutoModelForCausalLM.from_pretrained(temporary, trust_remote_code=False).eval()
             found, expected = reference_logits(loaded, input_ids), reference_logits(model, input_ids)
             report_difference(f"{type(loaded).__name__} in transformers", found, expected)

@@ -195,7 +195,23 @@ def _harness_model(model: Any, tokenizer: Any, max_length: int | None) -> Any:
 
     # Without a GPU the search for a batch size ends where it starts, and costs a third of a short task.
     batch_size = "auto" if next(model.parameters()).is_cuda else CPU_BATCH
-    return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    return HFLM(
+        pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
+        trust_remote_code=False,
+    )  # fmt: skip
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuses a tokenizer without a token that the harness could put before a text: call it before the work begins.
+
+    Raises:
+        InputError: If it has neither a beginning nor an end.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(
+            "--do_zero_eval: the tokenizer has no bos_token and no eos_token, one of which the harness puts before a "
+            "text: name one in tokenizer_config.json"
+        )
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:

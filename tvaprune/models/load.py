@@ -1,64 +1,138 @@
-"""A stock checkpoint in: its config, its weights, its tokenizer."""
+"""A checkpoint in: its config, its weights, its tokenizer; whole and without code of its own, or one line of error."""
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
-from tvaprune.errors import InputError
-from tvaprune.models.families import family_of
+from tvaprune.errors import InputError, out_of_memory, quoted, reason
+from tvaprune.models.auto_classes import auto_map
+from tvaprune.models.families import PREFIX, family_of
+from tvaprune.models.vetting import CODE_KEYS, check_config, check_folder, check_stored
+
+ATTENTION = "sdpa"  # ours to choose: a config may name a kernel that would be fetched from the hub
 
 
 def load_config(path: str | None) -> Any:
     """Loads the config of a supported checkpoint.
 
     Raises:
-        InputError: If there is none, or its family is not supported.
+        InputError: If there is none, it is broken, or its family is not supported.
     """
     if path is None:
         raise InputError("--model_name_or_path is missing: give a checkpoint's folder or hub id")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unloadable(path, error) from error
-    family_of(config)
-    if getattr(config, "quantization_config", None):
-        raise InputError(
-            f"--model_name_or_path {path}: its weights are quantised (quantization_config in config.json), and pruning "
-            "needs plain ones: give the unquantised checkpoint, or dequantise this one first"
-        )
+    named = f"--model_name_or_path {path}"
+    check_folder(path, named)
+    with _in_one_line(named, path):
+        raw, _ = PretrainedConfig.get_config_dict(path)
+        check_config(raw, named)
+        config = read_config(path)
+        family_of(config)
     return config
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """Reads a config as transformers does, but runs no code, passes none on but ours, leaves attention to us."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config._attn_implementation = ATTENTION
+    for key in CODE_KEYS:
+        config.__dict__.pop(key, None)
+    if config.model_type.startswith(PREFIX):
+        config.auto_map = auto_map(config.model_type.removeprefix(PREFIX))
+    return config
+
+
+def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:
+    """Loads the tokenizer of a model; runs no code and passes none on.
+
+    Args:
+        named: How a message begins: the flag and the folder.
+
+    Raises:
+        InputError: If it cannot be read, knows no text, or gives tokens that the model has no embedding for.
+    """
+    with _in_one_line(named, path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("a", add_special_tokens=False, verbose=False)  # some settings are wrong only in use
+        token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if not 0 <= largest < vocab_size:
+        told = f"{quoted(token)} is token {largest}" if largest >= 0 else "it is empty"
+        raise InputError(
+            f"{named}: the tokenizer is not the model's, which has {vocab_size} tokens ({told}); give the tokenizer "
+            "that the model was trained with"
+        )
+    for key in CODE_KEYS:
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+def read_model(path: str | Path, config: PretrainedConfig, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads weights as transformers does, but runs no code; tied is what shares storage, and the config says so.
+
+    Returns:
+        The model in evaluation mode, and transformers' account of what it found.
+    """
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=config, attn_implementation=ATTENTION, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, loaded = found
+    _settle_tie(path, model)
+    for key in CODE_KEYS:
+        model.generation_config.__dict__.pop(key, None)
+    return model.eval(), loaded
 
 
 def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """Loads a supported checkpoint and its tokenizer.
 
     Raises:
-        InputError: If there is no such checkpoint, its weights are not its config's, or its family is not supported.
+        InputError: If there is no such checkpoint, its weights are not its config's, its tokenizer is not its own, or
+            its family is not supported.
     """
     config = load_config(path)
+    assert path is not None
     torch_dtype = ("auto" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False)
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            config.name_or_path, config=config, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise _unloadable(path, error) from error
-    model, loaded = found
+    named = f"--model_name_or_path {path}"
+    tokenizer = load_tokenizer(config.name_or_path, config.vocab_size, named)
+    with _in_one_line(named, path):
+        check_stored(path, _sizes_of(config), named)
+        model, loaded = read_model(config.name_or_path, config, dtype=torch_dtype)
     _check_whole(path, loaded)
-    module: torch.nn.Module = model
-    module.to(device).eval()
-    return model, tokenizer
+    return model.to(device), tokenizer
 
 
-def _check_whole(path: str | None, loaded: dict[str, Any]) -> None:
+def _sizes_of(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that a config builds."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _settle_tie(path: str | Path, model: Any) -> None:
+    """Makes the config say what is true: transformers leaves a head untied that differs from the embedding in the file.
+
+    Whatever counts, cuts or saves asks the config.
+    """
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if bool(model.config.tie_word_embeddings) != tied:
+        print(
+            f"note: {path}: config.json says tie_word_embeddings {str(not tied).lower()}, but the file's lm_head "
+            f"{'is' if tied else 'is not'} the embedding: taken as {'tied' if tied else 'untied'}"
+        )
+        model.config.tie_word_embeddings = tied
+
+
+def _check_whole(path: str, loaded: dict[str, Any]) -> None:
     """Refuses a partial load: what the file lacks would be drawn at random. Tied heads are not missing."""
     missing, unknown = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
     if not missing and not unknown:
@@ -77,9 +151,21 @@ def _check_whole(path: str | None, loaded: dict[str, Any]) -> None:
     )
 
 
-def _unloadable(path: str | None, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(
-        f"--model_name_or_path {path}: cannot be loaded ({reason}); give a folder with config.json, safetensors "
-        "weights and a tokenizer, or a hub id that is in the cache or reachable"
-    )
+@contextmanager
+def _in_one_line(named: str, path: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises over a broken file into one line: some of it is no `Exception`, but a panic."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if out_of_memory(error) is not None:
+            raise
+        raise InputError(f"{named}: cannot be loaded ({reason(error)}); give {_needed(Path(path))}") from error
+
+
+def _needed(folder: Path) -> str:
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        if importlib.util.find_spec("sentencepiece") is None:
+            return "its tokenizer.json too, or install what reads tokenizer.model: pip install sentencepiece protobuf"
+    return "a folder with config.json, safetensors weights and a tokenizer, or a hub id that is cached or reachable"

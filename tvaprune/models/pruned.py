@@ -68,7 +68,7 @@ def empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedMo
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=like.dtype, attn_implementation=like.config._attn_implementation
+            config, dtype=like.dtype, attn_implementation=like.config._attn_implementation, trust_remote_code=False
         )
     for module in list(model.modules()):
         names = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]

@@ -1,28 +1,30 @@
-"""Gate means and log-variances as one value, and the mask files that carry them: the only file that touches pickle.
+"""Gate means and log-variances as one value, and the mask files that carry them.
 
-A mask file is a pickled ``dict`` of float32 tensors (method: section 4). A pickle runs code when it is loaded, so it is
-read by an unpickler that knows nothing but tensors, and the tensors' bytes by `torch.load` with ``weights_only``.
+A mask file is a pickled ``dict`` of float32 tensors (method: section 4). A pickle runs code when it is loaded: it is
+written here, and read by `mask_pickle` as data.
 """
 
-import io
 import json
 import math
 import os
 import pickle
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, quoted, reason
+from tvaprune.files import as_json
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
+from tvaprune.plan.mask_pickle import read_tensors
 
 MASK_NAME = "mask_info_{perplexity}.pkl"
+LARGEST_FILE = 256 * 2**20  # bytes: twice the float64 mask of a model of 400 billion parameters
+_TENSOR_OVERHEAD = 2048  # bytes that a pickle spends on a tensor beside its numbers: some 600
 _KEY = re.compile(r"(?:(hidden)_mask|(attn|inter)_layer(\d{1,4}))_z_(mu|logD)")
 
 
@@ -41,7 +43,8 @@ class Masks:
     def check_fits(self, shape: ModelShape, origin: str) -> None:
         """Raises `InputError` if the masks are not those of a model of this shape."""
         if not self.mu.fits(shape):
-            need = PerUnit.full(shape, 0.0).describe()
+            with torch.device("meta"):  # a broken config's sizes take no memory
+                need = PerUnit.full(shape, 0.0).describe()
             raise InputError(f"{origin} holds {self.mu.describe()}; the model has {need}: give the mask of this model")
 
 
@@ -59,26 +62,44 @@ def save_masks(masks: Masks, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def load_masks(path: str | Path) -> Masks:
+def load_masks(path: str | Path, shape: ModelShape | None = None) -> Masks:
     """Reads a mask file without running what it may carry.
 
+    Args:
+        shape: The model's, where it is known: a file that is larger than any mask of it is not read.
+
     Raises:
-        InputError: If the file is missing, truncated, holds anything but tensors, or other tensors than a mask's.
+        InputError: If the file is missing, truncated, too large, holds anything but tensors, or other tensors than a
+            mask's.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--mask_loc {path}: there is no such file; give a mask_info_*.pkl")
+    _check_size(path, shape)
     try:
-        with path.open("rb") as file:
-            loaded = _TensorUnpickler(file).load()
-    except InputError:
-        raise
+        loaded = read_tensors(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"--mask_loc {path}: {error}") from error
     except Exception as error:  # a broken pickle raises nearly anything
         raise InputError(
-            f"--mask_loc {path}: not a readable mask file ({type(error).__name__}), perhaps truncated; "
+            f"--mask_loc {path}: not a readable mask file ({reason(error)}), perhaps truncated; "
             "give a whole mask_info_*.pkl"
         ) from error
     return _from_dict(loaded, path)
+
+
+def _check_size(path: Path, shape: ModelShape | None) -> None:
+    """Refuses a file that is larger than the model's mask in float64 could be."""
+    size, most = path.stat().st_size, LARGEST_FILE
+    if shape is not None:
+        units = shape.hidden_size + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
+        most = 16 * units + 2 * _TENSOR_OVERHEAD * (1 + 2 * shape.num_hidden_layers)
+    if size > most:
+        whose = "any model" if shape is None else "this model"
+        raise InputError(
+            f"--mask_loc {path}: is a file of {size:,} bytes, the mask of {whose} takes at most {most:,}: give the "
+            "mask of this model"
+        )
 
 
 def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, Any]) -> Path:
@@ -95,7 +116,7 @@ def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MASK_NAME.format(perplexity=perplexity)
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record | {"perplexity": perplexity}, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(as_json(record | {"perplexity": perplexity}) + "\n", encoding="utf-8")
     save_masks(masks, path)
     os.replace(temporary, path.with_suffix(".json"))
     if before is not None:
@@ -139,37 +160,18 @@ def perplexity_of(path: Path) -> float:
         return math.inf
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows how to rebuild tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            ("torch.storage", "_load_from_bytes"): _load_storage,
-        }
-        if (module, name) not in allowed:
-            raise InputError(
-                f"the mask file asks to run {module}.{name}: a mask holds tensors only; do not trust it, get another"
-            )
-        return allowed[module, name]
-
-
-def _load_storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _from_dict(loaded: Any, path: Path) -> Masks:
+def _from_dict(loaded: dict[str, torch.Tensor], path: Path) -> Masks:
     """Sorts the tensors of a mask file by kind and layer."""
     found: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
-    for key, tensor in loaded.items() if isinstance(loaded, dict) else ():
+    for key, tensor in loaded.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None or not isinstance(tensor, torch.Tensor) or tensor.dim() != 1:
-            raise InputError(f"--mask_loc {path}: '{key}' is no gate of a mask file; give a mask_info_*.pkl")
+            raise InputError(f"--mask_loc {path}: {quoted(key)} is no gate of a mask file; give a mask_info_*.pkl")
+        tensor = tensor.float()  # first: what float64 holds may be infinite in float32
         if not torch.isfinite(tensor).all():
             raise InputError(f"--mask_loc {path}: '{key}' holds NaN or infinity; give the mask of a run that converged")
         hidden_kind, layer_kind, layer, name = match.groups()
-        found.setdefault((hidden_kind or layer_kind, name), {})[int(layer or 0)] = tensor.float()
+        found.setdefault((hidden_kind or layer_kind, name), {})[int(layer or 0)] = tensor
     num_layers = max((max(layers) + 1 for layers in found.values()), default=0)
     values = {}
     for name in ("mu", "logD"):

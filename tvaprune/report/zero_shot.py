@@ -3,7 +3,6 @@
 Scores are written one by one, so a crash in a later task loses nothing, and a later run adds its tasks to them.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from tvaprune.files import as_json
 from tvaprune.measure.zeroshot import Score
 from tvaprune.report.results import Average, Difference, Results, ScoringRun, TaskResults, TaskScore, ZeroShotResults
 
@@ -96,7 +96,7 @@ def write_examples(score: Score, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("w", encoding="utf-8") as file:
         for sample in score.samples:
-            file.write(json.dumps(_example(sample), default=str) + "\n")
+            file.write(as_json(_example(sample), indent=None, default=str) + "\n")
     os.replace(temporary, path)
 
 

@@ -1,13 +1,13 @@
 """`python -m tvaprune.describe MASK --model_name_or_path DIR`: what a mask keeps, from the model's config alone."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
 
+from tvaprune.files import as_json
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import shape_of
@@ -46,7 +46,7 @@ def describe(
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
     shape = shape_of(load_config(model))
-    masks = load_masks(mask)
+    masks = load_masks(mask, shape)
     masks.check_fits(shape, str(mask))
     given = {"dim_multiple": dim_multiple, "keep_one_kv_head": keep_one_kv_head, "uniform": uniform,
              "tensor_parallel": tensor_parallel}  # fmt: skip
@@ -108,6 +108,6 @@ def main(arguments: list[str] | None = None) -> None:
         args.tensor_parallel,
     )
     if args.json:
-        print(json.dumps(asdict(content), indent=2))
+        print(as_json(asdict(content)))
     else:
         _print(content)

@@ -4,13 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
 from tvaprune.export.verify import require
+from tvaprune.models.load import load_tokenizer
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime"), "vanilla": ()}
 
@@ -36,11 +35,12 @@ def export(
     elif format_name == "onnx":
         export_onnx(model, folder, out, overwrite, verify)
     else:
-        export_vanilla(model, _tokenizer(folder), out, overwrite, verify)
+        export_vanilla(model, _tokenizer(folder, model.config.vocab_size), out, overwrite, verify)
 
 
-def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+def _tokenizer(folder: Path, vocab_size: int) -> Any:
+    there = (folder / "tokenizer_config.json").is_file()
+    return load_tokenizer(folder, vocab_size, str(folder)) if there else None
 
 
 def main(arguments: list[str] | None = None) -> None:

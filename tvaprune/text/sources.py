@@ -257,10 +257,10 @@ def _path_documents(path: Path, split: str) -> list[str]:
         raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")
     texts = list(rows["text"])
     for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
+        told = "null" if text is None else type(text).__name__
+        if not isinstance(text, str) or (told := _no_unicode(text)):
             raise InputError(
-                f"--dataset_name {path}: 'text' of row {number} is {'null' if text is None else type(text).__name__}, "
-                "needs a string; leave the row out or mend it"
+                f"--dataset_name {path}: 'text' of row {number} is {told}, needs a string; leave the row out or mend it"
             )
     if not own_splits:
         first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
@@ -268,9 +268,32 @@ def _path_documents(path: Path, split: str) -> list[str]:
     return [_joint(path.read_text(encoding="utf-8")).join(texts)] if path.suffix == ".txt" else texts
 
 
+def _no_unicode(text: str) -> str:
+    """Returns what is wrong with a string that UTF-8 cannot hold; JSON can name half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "a string with half a character (a lone surrogate)"
+    return ""
+
+
 def _joint(text: str) -> str:
     """Returns where a plain text is cut: at blank lines, or at every line if there are none."""
     return "\n\n" if "\n\n" in text.strip() else "\n"
+
+
+class _Rows:
+    """The rows of a JSON Lines file; the JSON reader of `datasets` dies of some damaged ones, with all of Python."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open(encoding="utf-8") as file:
+            self.rows: list[dict[str, Any]] = [json.loads(line) for line in file if line.strip()]
+        if not all(isinstance(row, dict) for row in self.rows):
+            raise ValueError("a row is no object")
+        self.column_names = list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return [row.get(column) for row in self.rows]
 
 
 def _read_path(path: Path) -> Any:
@@ -283,8 +306,9 @@ def _read_path(path: Path) -> Any:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8")
             return Dataset.from_dict({"text": text.split(_joint(text))})
-        builder = "json" if path.suffix == ".jsonl" else "parquet"
-        return load_dataset(builder, data_files=glob.escape(str(path)), split="train")
+        if path.suffix == ".jsonl":
+            return _Rows(path)
+        return load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # each reader raises kinds of its own
         kind = "folder of save_to_disk" if path.is_dir() else f"{path.suffix} file in UTF-8"
         raise InputError(

@@ -1,0 +1,79 @@
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from tvaprune.cli import run_command
+from tvaprune.errors import InputError, out_of_memory, quoted, reason
+from tvaprune.files import as_json, write_json
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 3.00 GiB is "
+    "free. Process 1 has 76.25 GiB memory in use."
+)
+
+
+def ends(error, monkeypatch, capsys):
+    """Returns a command's exit code and what it says when this is raised in it."""
+
+    def command():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["tva_prune.py"])
+    return run_command(command), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError(CUDA), "GPU is out of memory (20.00 GiB asked for, 3.00 GiB free): 1/7 of the batch"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU is out of memory: a smaller batch"),
+        (MemoryError(), "the machine is out of memory: a smaller batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the machine is out of memory"),
+    ],
+)
+def test_memory_that_ran_out_is_one_line_with_what_would_fit(error, told, monkeypatch, capsys):
+    code, line = ends(error, monkeypatch, capsys)
+    assert code == 2 and line.startswith("tva_prune.py: the ") and told in line
+    assert line.count("\n") == 1 and "--per_device_eval_batch_size" in line and "--ctx_length" in line
+
+
+def test_what_is_a_fault_of_ours_stays_a_traceback(monkeypatch, capsys):
+    assert out_of_memory(RuntimeError("size mismatch")) is None
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ends(RuntimeError("size mismatch"), monkeypatch, capsys)
+    assert ends(InputError("give a folder"), monkeypatch, capsys) == (2, "tva_prune.py: give a folder\n")
+
+
+@pytest.mark.gpu
+def test_a_gpus_own_error_is_read(monkeypatch, capsys):
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    code, line = ends(caught.value, monkeypatch, capsys)
+    assert code == 2 and "asked for" in line and "of the batch" in line
+
+
+def test_a_librarys_message_is_part_of_one_line():
+    assert reason(ValueError("first\n  second\x1b[2J\ttab")) == "first second?[2J tab"
+    assert reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("x" * 1000))) == 200
+
+
+def test_a_name_forges_no_line():
+    assert quoted("a\nb\x1b") == r"'a\nb\x1b'"
+    assert quoted(3) == "3" and quoted(("a",)) == "'tuple'"
+
+
+def test_no_json_of_ours_holds_nan(tmp_path):
+    write_json({"a": [1.5, math.nan, {"b": (math.inf, -math.inf, 2)}], "c": "nan", "d": None}, tmp_path / "x.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert content == {"a": [1.5, None, {"b": [None, None, 2]}], "c": "nan", "d": None}
+    with pytest.raises(AssertionError, match="NaN is not JSON"):  # control
+        json.loads(json.dumps({"a": math.nan}), parse_constant=refuse)
+    assert as_json({"a": math}, indent=None, default=lambda value: value.__name__) == '{"a": "math"}'

@@ -1,0 +1,203 @@
+"""What the files of a checkpoint may not be, looked at before anything of them is loaded.
+
+A folder is a stranger's: it may name files and code outside itself, hold what git has not fetched, or numbers that are
+no weights. Of a hub id that is not a folder only the config is looked at; the hub's client keeps the rest together.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from tvaprune.errors import InputError, quoted, reason
+from tvaprune.files import write_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "quant_strategy.json", "hf_quant_config.json")
+CODE_KEYS = ("auto_map", "custom_pipelines")  # by which a JSON file has a reader run a Python file
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in; the rest needs scales to be weights
+_POINTER = b"version https://git-lfs"  # how a file begins that git left on the server
+_READ = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin")
+_MUCH = 10**8
+_SIZES = {  # the largest that can be meant: masks number layers by four digits
+    "hidden_size": _MUCH,
+    "intermediate_size": _MUCH,
+    "num_hidden_layers": 9999,
+    "num_attention_heads": _MUCH,
+    "num_key_value_heads": _MUCH,
+    "head_dim": _MUCH,
+    "vocab_size": _MUCH,
+    "max_position_embeddings": _MUCH,
+    "sliding_window": _MUCH,
+}
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+def check_folder(path: str | Path, named: str) -> None:
+    """Refuses a folder whose files are not there, lead elsewhere, or are quantised; a hub id passes.
+
+    Args:
+        named: How a message begins, here and below: the flag and the folder.
+
+    Raises:
+        InputError: Naming the file.
+    """
+    folder = Path(path)
+    files = sorted(file for pattern in _READ for file in folder.glob(pattern)) if folder.is_dir() else []
+    for file in files:
+        if file.is_file():
+            _check_fetched(file, named)
+            _check_within(folder.resolve(), file, named)
+    for name in (file.name for file in files if file.name in QUANTISED_FILES):
+        raise InputError(
+            f"{named}: holds a {name}, its weights are quantised: give the unquantised checkpoint, "
+            "or dequantise this one first"
+        )
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{named}: holds an {ADAPTER}, which would change the weights while they are loaded: "
+            "merge the adapter first, or move it away"
+        )
+    shards(path, named)
+
+
+def _check_fetched(file: Path, named: str) -> None:
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise InputError(
+                f"{named}: {file.name} is a git-lfs pointer, not the file; run `git lfs pull` in that folder"
+            )
+
+
+def _check_within(folder: Path, file: Path, named: str) -> None:
+    """Refuses a link that leaves the folder: what it leads to would go into the saved folder.
+
+    The hub's cache links a snapshot to its repository's blobs. Weights are often linked, and nothing else passes as
+    weights.
+    """
+    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if file.suffix != ".safetensors" and not file.resolve().is_relative_to(home):
+        raise InputError(f"{named}: {file.name} is a link out of the folder: put a copy of the file there")
+
+
+def shards(path: str | Path, named: str) -> list[Path]:
+    """Returns the safetensors files of a folder, as its index names them; none of a hub id.
+
+    Raises:
+        InputError: If the index is damaged, or names a file outside the folder.
+    """
+    folder = Path(path)
+    if not (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():  # one file goes before an index
+        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    try:
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except Exception as error:  # a broken index raises nearly anything
+        raise InputError(f"{named}: {INDEX} cannot be read ({reason(error)}); mend it") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise InputError(
+                f"{named}: {INDEX} names {quoted(name)}, which is no file of this folder: give the "
+                "checkpoint as it was published"
+            )
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise InputError(f"{named}: {quoted(name)} of {INDEX} is missing; fetch it")
+    return [folder / name for name in sorted(names)]
+
+
+def check_config(config: dict[str, Any], named: str) -> None:
+    """Refuses a config of quantised weights, or one whose sizes are no sizes, before a class is built of it.
+
+    Raises:
+        InputError: Naming the entry.
+    """
+    for key, value in config.items():
+        if not _is_json(value):
+            raise InputError(
+                f"{named}: {quoted(key)} in config.json holds NaN or an infinity, which no model "
+                "computes with; mend config.json"
+            )
+    for key in QUANTISED_KEYS:
+        value = config.get(key)
+        if value:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            raise InputError(
+                f"{named}: its weights are quantised ({key} in config.json"
+                f"{f', {quoted(method)}' if method else ''}), and pruning needs plain ones: give the unquantised "
+                "checkpoint, or dequantise this one first"
+            )
+    for key, most in _SIZES.items():
+        value = config.get(key)
+        if value is None and (key in _MAY_BE_NULL or key not in config):
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(
+                f"{named}: {key} in config.json is {json.dumps(value)[:80]}: a whole number from 1 "
+                f"to {most} is needed; mend config.json"
+            )
+
+
+def check_stored(path: str | Path, wanted: dict[str, tuple[int, ...]], named: str) -> None:
+    """Compares the tensors of a folder's files with those that its config builds, before any memory is taken for them.
+
+    Args:
+        wanted: The config's tensors and their shapes.
+
+    Raises:
+        InputError: Naming the first that is of another size, or of numbers that are no weights.
+    """
+    stored = _stored(shards(path, named), named)
+    for name in sorted(wanted.keys() & stored.keys()):
+        shape, dtype = stored[name]
+        if dtype not in FLOATS:
+            raise InputError(
+                f"{named}: '{name}' holds {dtype} numbers, its weights are quantised: give the "
+                "unquantised checkpoint, or dequantise this one first"
+            )
+        if shape != wanted[name]:
+            raise InputError(
+                f"{named}: the weights are not those of its config: '{name}' is {shape} in the "
+                f"file and {wanted[name]} by config.json; give the config.json that they were saved with"
+            )
+
+
+def _stored(files: Iterable[Path], named: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the tensors of safetensors files, read from their headers: name -> shape, type of the numbers."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    found[name] = tuple(part.get_shape()), str(part.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{named}: {file.name} is no whole safetensors file ({reason(error)}); get it again"
+            ) from error
+    return found
+
+
+def drop_code(file: Path) -> None:
+    """Takes out of a JSON file what would have its reader run a Python file of the folder, and what is no JSON.
+
+    A missing file is fine, and one that holds neither stays as it is.
+    """
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if any(key in content for key in CODE_KEYS) or not _is_json(content):
+        plain = {key: value for key, value in content.items() if key not in CODE_KEYS}
+        write_json(plain, file)
+
+
+def _is_json(content: Any) -> bool:
+    """Tells whether a value is JSON: Python reads NaN and infinities too."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError:
+        return False
+    return True
