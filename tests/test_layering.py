@@ -9,8 +9,10 @@ from support.tiny import ROOT
 PACKAGE = ROOT / "tvaprune"
 ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
-    ["errors"],
-    ["files", "losses", "identity", "flags", "models"],
+    ["errors", "endings"],
+    ["files", "losses", "flags", "models"],
+    ["identity"],
+    ["checkpoints"],
     ["text"],
     ["measure"],
     ["plan"],

@@ -1,20 +1,22 @@
 """The command line: a verb, its flags, its stage; and the end of a command.
 
 ``--help`` and what is refused by name answer before anything heavy is imported. A user's mistake is one line and exit
-code 2, an interruption says how to go on.
+code 2, and so is a full disk; an interruption says how to go on. A reader that closes the output early ends nothing.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from tvaprune import endings
 from tvaprune.errors import InputError
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # plus the signal's number
 GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
 
 
@@ -25,13 +27,20 @@ def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
         goes_on: What an interrupted user is told.
     """
     try:
-        command()
+        with endings.unclosed(), endings.watched():
+            command()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return EXIT_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"interrupted; {goes_on}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + getattr(error, "number", signal.SIGINT)
+    except Exception as error:
+        full = endings.full_disk(error)
+        if full is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {full}; {goes_on}", file=sys.stderr)
+        return EXIT_INPUT
     return 0
 
 

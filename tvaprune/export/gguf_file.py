@@ -3,7 +3,6 @@
 llama.cpp's ``llama`` takes layer 0's sizes for all layers; ``deci`` is the same graph and reads every size per layer.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tvaprune.checkpoint.folder import base_type, layer_widths
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require
+from tvaprune.files import clear_leftovers, replacing
 
 QUANTIZATIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 BLOCK = 256  # llama-quantize falls back to larger formats for a matrix whose input size is no multiple of this
@@ -68,17 +68,14 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
     architecture = _architecture(model)
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"--format gguf {out}: is there; give a new .gguf file, or replace it: --overwrite_output_dir")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    clear_leftovers(out.parent)
     try:
-        _write(model, source, temporary, architecture, outtype)
-        if verify:
-            _verify(model, temporary, outtype)
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            _write(model, source, temporary, architecture, outtype)
+            if verify:
+                _verify(model, temporary, outtype)
     except OSError as error:
         raise InputError(f"--format gguf {out}: cannot be written ({error}); nothing was left there") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     _advise(model)
 
 

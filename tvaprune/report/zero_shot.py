@@ -5,18 +5,18 @@ Scores are merged into the file one by one, so a crash in a later task loses not
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.files import write_json
+from tvaprune.files import replacing, write_json
 from tvaprune.measure.zeroshot import Score
 
 IDENTITY = (
     "model",
+    "model_digest",
     "mask",
     "weight_update",
     "calibration",
@@ -154,12 +154,9 @@ class ZeroShotRecord:
 
 def write_examples(score: Score, path: Path) -> None:
     """Writes each example as a line: the document, every continuation with its log-likelihood, and the metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for sample in score.samples:
             file.write(json.dumps(_example(sample), default=str) + "\n")
-    os.replace(temporary, path)
 
 
 def _example(sample: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
-from tvaprune.files import prepare_folder
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.report.results import identity, measure, tell, write_plan, zero_shot
@@ -10,6 +10,7 @@ from tvaprune.report.zero_shot import DENSE, PRUNED, check_same
 from tvaprune.run import Run, check_results, check_save, given_masks, zero_shot_tasks
 
 
+@holding_folders()
 def run_apply(args: Arguments) -> None:
     """Applies a mask file: measures the narrower model, scores it, saves it, as asked.
 

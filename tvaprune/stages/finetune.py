@@ -20,21 +20,21 @@ from transformers import PreTrainedModel, set_seed
 
 from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import save_pruned, write_checkpoint
+from tvaprune.checkpoints import own_checkpoints, remove
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
-from tvaprune.files import check_output, new_folder, prepare_folder, write_json
+from tvaprune.files import check_output, holding_folders, holds_files, new_folder, prepare_folder, write_json
 from tvaprune.flags.arguments import Arguments
-from tvaprune.identity import check_identity
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.speed import training_speed_up
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import add_lora, load_adapter, merge, save_adapter, trainable
-from tvaprune.recover.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher, weights_digest
-from tvaprune.recover.trainer import FinetuneTrainer, LossWeights, last_checkpoint
+from tvaprune.recover.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher
+from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 from tvaprune.report import plots, tables
 from tvaprune.report.results import identity, measure, write_plan, write_recipe, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
-from tvaprune.run import given_checkpoint, given_masks, zero_shot_tasks
+from tvaprune.run import check_save, given_checkpoint, given_masks, zero_shot_tasks
 
 COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
 
@@ -42,6 +42,7 @@ COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
 UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
 
 
+@holding_folders()
 def run_finetune(args: Arguments) -> None:
     """Prunes by a mask, fine-tunes, and leaves an adapter, a merged model and what was measured before and after."""
     tasks, masks = zero_shot_tasks(args), given_masks(args)
@@ -49,12 +50,10 @@ def run_finetune(args: Arguments) -> None:
     if args.finetune.epoch_f is not None:
         args.training.num_train_epochs = args.finetune.epoch_f
     _check_patience(args)
-    found = given_checkpoint(args, last_checkpoint, may_be_none=_may_begin_anew(args))
+    found = given_checkpoint(args, may_be_none=_may_begin_anew(args))
     checkpoint = None if found is None else Path(found)
     _prepare_folders(args, checkpoint)
     job = Job.load(args, masks, checkpoint)
-    _clear(args.output_dir, whole=checkpoint is None)
-    (args.save_loc / "results.json").unlink(missing_ok=True)
     student, results = _tuned(job)
     _write(job, student, results)
     compares = tasks is not None and args.evaluation.compare_dense
@@ -79,7 +78,7 @@ def _check_patience(args: Arguments) -> None:
 
 def _may_begin_anew(args: Arguments) -> bool:
     """Returns whether the folders hold no more than an interrupted fine-tuning left, or may be overwritten."""
-    nothing = not args.output_dir.is_dir() or not any(args.output_dir.iterdir())
+    nothing = not holds_files(args.output_dir)
     begun = (args.save_loc / "plan.json").is_file() and not (args.save_loc / "results.json").exists()
     return nothing or begun or args.training.overwrite_output_dir
 
@@ -88,19 +87,14 @@ def _prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
     """Refuses folders that are in use, before any work."""
     overwrite = args.training.overwrite_output_dir
     resumes = (args.training.resume_from_checkpoint or "false").lower() != "false"
-    if args.prune.save_pruned is not None and checkpoint is None:
-        check_output("save_pruned", args.prune.save_pruned, overwrite)
+    if checkpoint is None:
+        check_save(args)
+    for name in ("adapter", "merged", "pruned"):
+        check_output("output_dir", args.output_dir / name, overwrite=True)
     prepare_folder("output_dir", args.output_dir, overwrite or resumes)
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     if (args.save_loc / "results.json").exists() and not (overwrite or checkpoint):
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
-
-
-def _clear(folder: Path, whole: bool) -> None:
-    """Removes what an earlier fine-tuning left, nothing else; not ``whole``: what this one goes on from stays."""
-    stale = [folder / "adapter", folder / "merged"]
-    for old in [*stale, folder / "pruned", *folder.glob("checkpoint-*")] if whole else stale:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _tuned(job: Job) -> tuple[Any, dict[str, Any]]:
@@ -120,9 +114,7 @@ def _before(job: Job) -> tuple[PreTrainedModel, dict[str, Any]]:
     job.teacher_cache = _teacher_cache(job)
     results |= _prune(job, results)
     pruned = job.load_pruned()
-    job.identity["pruned checkpoint"] = weights_digest(pruned)
-    if job.checkpoint is not None:
-        check_identity("checkpoint", job.checkpoint, job.identity)
+    job.began_with(pruned)
     if not job.needs_dense:
         run.model = pruned  # the dense one leaves the memory
     results |= measure(run, plan, pruned, job.windows, dense)
@@ -135,10 +127,9 @@ def _prune(job: Job, record: dict[str, Any]) -> dict[str, Any]:
     if job.checkpoint is not None and (job.pruned_folder / "config.json").is_file():
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     model, update = narrow(job.run, job.plan, keep_dense=job.needs_dense)
-    overwrite = job.run.args.training.overwrite_output_dir
-    save_pruned(model, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, record | update)
-    if update:
-        write_json(update, path)
+    overwrite = job.run.args.training.overwrite_output_dir or job.run.args.prune.save_pruned is None
+    beside = {UPDATE_NAME: update} if update else {}
+    save_pruned(model, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, record | update, beside)
     return update
 
 
@@ -173,6 +164,9 @@ def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[
         student, training, job.train_blocks, job.choice_blocks, _teacher(job), weights, job.identity,
         args.finetune.early_stopping_patience,
     )  # fmt: skip
+    if job.checkpoint is None:  # an earlier adapter and merged model go when there are new ones
+        for old in own_checkpoints(job.output):
+            remove(old)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
     seconds = time.perf_counter() - begin
@@ -240,6 +234,8 @@ def _write(job: Job, student: Any, results: dict[str, Any]) -> None:
     with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
         write_checkpoint(merged, config, tokenizer, folder)
         (folder / "README.md").write_text(model_card(config, job.plan, results, "merged"), encoding="utf-8")
+    if job.lora is None:  # an earlier run's, which fits this one's pruned model no more
+        shutil.rmtree(job.output / "adapter", ignore_errors=True)
 
 
 def _verify(job: Job, results: dict[str, Any]) -> None:

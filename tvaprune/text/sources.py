@@ -4,9 +4,7 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +14,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from tvaprune.errors import InputError
+from tvaprune.files import clear_leftovers, first_folder
 from tvaprune.text import package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
@@ -140,21 +139,14 @@ def _version(package: str) -> str:
 
 
 def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
-    """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
+    """Loads a ``save_to_disk`` folder; builds it where it is not there."""
     if not folder.exists():
+        clear_leftovers(folder.parent)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+            with first_folder(folder) as temporary:
+                build(temporary)
         except OSError as error:
             raise _unwritable(folder.parent, error) from error
-        try:
-            build(temporary / "data")
-            os.rename(temporary / "data", folder)
-        except OSError as error:
-            if not folder.exists():  # else another process was quicker, with the same data
-                raise _unwritable(folder.parent, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
 
 
