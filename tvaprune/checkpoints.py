@@ -86,14 +86,10 @@ class CheckpointedTrainer(Trainer):
         super().__init__(*args, **options)
         self.identity = identity
         self._resumed: str | None = None
-        self.add_callback(_EndsWhenAsked())
+        self.add_callback(_AtSteps())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        """Trains; halves of checkpoints that a killed run left go first."""
-        if self.args.should_save:
-            for path in own_checkpoints(Path(str(self.args.output_dir))):
-                if missing_in(path):
-                    remove(path)
+        """Trains; an earlier run's checkpoints, or halves that this one left, go when all else is built."""
         self._resumed = resume_from_checkpoint
         with endings.at_steps():
             return super().train(resume_from_checkpoint, *args, **options)
@@ -137,8 +133,15 @@ class CheckpointedTrainer(Trainer):
             remove(path)
 
 
-class _EndsWhenAsked(TrainerCallback):
-    """Looks at the signals before every step, when the last step's checkpoint is written."""
+class _AtSteps(TrainerCallback):
+    """Clears old checkpoints when training begins; looks at the signals before each step, when the last is saved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.should_save:
+            return
+        for path in own_checkpoints(Path(str(args.output_dir))):
+            if state.global_step == 0 or missing_in(path):  # else it goes on
+                remove(path)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         endings.check()

@@ -187,6 +187,11 @@ def given_masks(args: Arguments) -> Masks | None:
     return masks
 
 
+def goes_on(args: Arguments) -> bool:
+    """Tells whether the flags ask to go on with an earlier run."""
+    return (args.training.resume_from_checkpoint or "false").lower() != "false"
+
+
 def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
     """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last whole one there is.
 
@@ -198,7 +203,7 @@ def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
     """
     check_ours(args.output_dir)
     asked = args.training.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
+    if asked is None or not goes_on(args):
         return None
     found: Path | str | None = asked
     if asked.lower() == "true":

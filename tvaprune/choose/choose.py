@@ -23,7 +23,7 @@ from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
 from tvaprune.plan.record import rules_as_flags
-from tvaprune.run import Run, given_checkpoint
+from tvaprune.run import Run, given_checkpoint, goes_on
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
 DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
@@ -53,10 +53,10 @@ def gate_checkpoint(args: Arguments) -> str | None:
     Raises:
         InputError: If there is none, or units are scored in one shot: what an earlier training left is not theirs.
     """
-    asked, method = args.training.resume_from_checkpoint, args.prune.prune_method
-    if method != "vib" and asked is not None and asked.lower() != "false":
+    if args.prune.prune_method != "vib" and goes_on(args):
         raise InputError(
-            f"--resume_from_checkpoint {asked}: --prune_method {method} scores units in one shot and has no "
+            f"--resume_from_checkpoint {args.training.resume_from_checkpoint}: --prune_method "
+            f"{args.prune.prune_method} scores units in one shot and has no "
             "checkpoints; leave the flag out"
         )
     if (args.output_dir / "best").is_symlink() and args.training.overwrite_output_dir:
@@ -110,10 +110,10 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
     trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
-    if checkpoint is None:
-        _clear(args.output_dir)  # but for the best mask, which goes when there is a new one
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.score_mask()
+    if checkpoint is None:
+        _clear_targets(args.output_dir)
     gated.detach_gates()
     assert trainer.best is not None  # a perplexity that is no number ends the training
     return trainer.best, trainer.state.log_history
@@ -142,7 +142,9 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
     gated.detach_gates()
     record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
     path = keep_best(run.args.output_dir / "best", masks, value, record)
-    _clear(run.args.output_dir)
+    for old in own_checkpoints(run.args.output_dir):
+        remove(old)
+    _clear_targets(run.args.output_dir)
     return path
 
 
@@ -171,10 +173,8 @@ def _gate_identity(run: Run, settings: GateSettings, train: Dataset, choice: Dat
     return run.identity(flags, (train, choice), resolved)
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run of this tool left: checkpoints and other targets' files, nothing else."""
-    for path in own_checkpoints(folder):
-        remove(path)
+def _clear_targets(folder: Path) -> None:
+    """Removes what an earlier run of this tool left of other targets, nothing else."""
     for target in folder.glob("sparsity_*"):
         for name in _TARGET_FILES:
             (target / name).unlink(missing_ok=True)

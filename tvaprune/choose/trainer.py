@@ -138,11 +138,10 @@ class GateTrainer(CheckpointedTrainer):
         with torch.no_grad():
             sparsity = expected_sparsity(self.gated.masks().log_alpha, schedule["beta"], self.gated.shape)
         rising = self.state.global_step < self.settings.num_warmup_steps
-        if self._objective.settled:
-            return self.score_mask()
-        if rising or not abs(float(sparsity) - self.settings.target_sparsity) <= BAND:  # NaN is not near
-            return {}
-        return self.score_mask()
+        is_near = abs(float(sparsity) - self.settings.target_sparsity) <= BAND  # NaN is not near
+        metrics = self.score_mask() if self._objective.settled or (is_near and not rising) else {}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""

@@ -69,7 +69,10 @@ def write_recipe(args: Arguments) -> None:
 
 def tell(args: Arguments, results: dict[str, Any]) -> None:
     """Writes the results of one measurement and prints the closing table."""
-    zero_shot_report.merge(args.save_loc / "results.json", results)
+    path = args.save_loc / "results.json"
+    if args.training.overwrite_output_dir:
+        path.unlink(missing_ok=True)
+    zero_shot_report.merge(path, results)
     write_recipe(args)
     written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
     rows = [*tables.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]

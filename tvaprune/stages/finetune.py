@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, set_seed
 
 from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import save_pruned, write_checkpoint
-from tvaprune.checkpoints import own_checkpoints, remove
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
 from tvaprune.files import check_output, holding_folders, holds_files, new_folder, prepare_folder, write_json
@@ -34,7 +33,7 @@ from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 from tvaprune.report import plots, tables
 from tvaprune.report.results import identity, measure, write_plan, write_recipe, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
-from tvaprune.run import check_save, given_checkpoint, given_masks, zero_shot_tasks
+from tvaprune.run import check_save, given_checkpoint, given_masks, goes_on, zero_shot_tasks
 
 COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
 
@@ -86,12 +85,11 @@ def _may_begin_anew(args: Arguments) -> bool:
 def _prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
     """Refuses folders that are in use, before any work."""
     overwrite = args.training.overwrite_output_dir
-    resumes = (args.training.resume_from_checkpoint or "false").lower() != "false"
     if checkpoint is None:
         check_save(args)
     for name in ("adapter", "merged", "pruned"):
         check_output("output_dir", args.output_dir / name, overwrite=True)
-    prepare_folder("output_dir", args.output_dir, overwrite or resumes)
+    prepare_folder("output_dir", args.output_dir, overwrite or goes_on(args))
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     if (args.save_loc / "results.json").exists() and not (overwrite or checkpoint):
         raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
@@ -164,9 +162,6 @@ def _train(job: Job, pruned: PreTrainedModel, results: dict[str, Any]) -> tuple[
         student, training, job.train_blocks, job.choice_blocks, _teacher(job), weights, job.identity,
         args.finetune.early_stopping_patience,
     )  # fmt: skip
-    if job.checkpoint is None:  # an earlier adapter and merged model go when there are new ones
-        for old in own_checkpoints(job.output):
-            remove(old)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
     seconds = time.perf_counter() - begin

@@ -13,7 +13,7 @@ from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
 from tvaprune.report.results import identity, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, check_training, zero_shot_tasks
+from tvaprune.run import Run, check_results, check_save, check_training, goes_on, zero_shot_tasks
 
 
 @holding_folders()
@@ -24,7 +24,7 @@ def run_prune(args: Arguments) -> None:
     for one in targets.values():
         check_save(one)
     check_results(args, checkpoint is not None)
-    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
+    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or goes_on(args))
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
     check_training(args)
     run = Run.load(args)
