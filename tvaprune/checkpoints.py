@@ -4,7 +4,6 @@ One is marked before anything else is in it and told what it belongs to when all
 tool's and stays, what lacks the identity, or a file, is half a checkpoint and does not count.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from tvaprune import endings
 from tvaprune.errors import InputError
-from tvaprune.files import MARK_NAME, is_ours, mark
+from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark
 from tvaprune.identity import IDENTITY_NAME, Identity, write_identity
 
 _NEEDED = (IDENTITY_NAME, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # without one, another result
@@ -69,12 +68,6 @@ def check_ours(folder: Path) -> None:
             )
 
 
-def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; first what says that it is whole."""
-    (checkpoint / IDENTITY_NAME).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 class CheckpointedTrainer(Trainer):
     """A `Trainer` whose checkpoints count only when whole, and which ends between two steps when asked to.
 
@@ -99,9 +92,9 @@ class CheckpointedTrainer(Trainer):
         if not self.args.should_save:
             super()._save_checkpoint(model, trial)
             return
-        remove(folder)
-        folder.mkdir(parents=True)
-        mark(folder)
+        discard(folder)
+        with first_folder(folder) as marked:
+            mark(marked)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
         try:
             super()._save_checkpoint(model, trial)
@@ -130,7 +123,7 @@ class CheckpointedTrainer(Trainer):
         spare = [path for path in own[:-1] if path.name != best]
         surplus = len(own) - limit if limit else 0
         for path in spare[: max(0, surplus)]:
-            remove(path)
+            discard(path)
 
 
 class _AtSteps(TrainerCallback):
@@ -141,7 +134,7 @@ class _AtSteps(TrainerCallback):
             return
         for path in own_checkpoints(Path(str(args.output_dir))):
             if state.global_step == 0 or missing_in(path):  # else it goes on
-                remove(path)
+                discard(path)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         endings.check()

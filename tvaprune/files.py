@@ -99,6 +99,12 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Removes a folder, which loses its name before anything in it goes."""
+    with _temporary(folder, "part") as gone, suppress(FileNotFoundError):
+        os.replace(folder, gone)
+
+
 def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
     """Makes an output folder, refuses one that is in use, and clears what a killed run left.
 

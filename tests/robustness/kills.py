@@ -295,6 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--points", type=int, default=10, help="of each command")
     parser.add_argument("--all", action="store_true", help="every file operation")
+    parser.add_argument("--at", type=int, nargs="+", help="these operations of both commands")
     parser.add_argument("--keep", action="store_true", help="leave the folders where something was wrong")
     args = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="tvaprune-kills-"))
@@ -309,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     for job in make_jobs(folder):
         known = reference(job, folder)
-        points = points_of(known, None if args.all else args.points)
+        points = args.at or points_of(known, None if args.all else args.points)
         tasks = [partial(try_point, job, known, folder, at, halves=bool(i % 2)) for i, at in enumerate(points)]
         print(f"{job.name}: {len(known.operations)} file operations, killed at {len(points)}", flush=True)
         for i, (at, wrong) in enumerate(zip(points, in_pairs(tasks, os.cpu_count() or 1), strict=True)):

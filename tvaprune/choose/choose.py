@@ -9,12 +9,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from tvaprune.checkpoints import own_checkpoints, remove
+from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores import score_masks
 from tvaprune.choose.settings import GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import InputError
+from tvaprune.files import discard
 from tvaprune.flags.arguments import Arguments
 from tvaprune.identity import Identity, check_identity
 from tvaprune.measure.perplexity import perplexity
@@ -143,7 +144,7 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
     record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
     path = keep_best(run.args.output_dir / "best", masks, value, record)
     for old in own_checkpoints(run.args.output_dir):
-        remove(old)
+        discard(old)
     _clear_targets(run.args.output_dir)
     return path
 

@@ -99,11 +99,11 @@ def keep_best(
     """
     if not math.isfinite(perplexity):
         raise InputError("the mask's perplexity is not a number; lower --vib_learning_rate or use --dtype float32")
-    if before is not None and perplexity_of(before) <= perplexity:
-        return before
-    path = folder / MASK_NAME.format(perplexity=perplexity)
-    write_json(record | {"perplexity": perplexity}, path.with_suffix(".json"))  # first: no mask without its record
-    save_masks(masks, path)
+    path = before
+    if path is None or perplexity < perplexity_of(path):
+        path = folder / MASK_NAME.format(perplexity=perplexity)
+        write_json(record | {"perplexity": perplexity}, path.with_suffix(".json"))  # first: no mask without its record
+        save_masks(masks, path)
     clear_leftovers(folder)
     for old in sorted(folder.glob(MASK_NAME.format(perplexity="*")[:-4] + ".*"), reverse=True):  # .pkl before .json
         if old.stem != path.stem and old.suffix in (".pkl", ".json"):

@@ -74,7 +74,7 @@ def tell(args: Arguments, results: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
     zero_shot_report.merge(path, results)
     write_recipe(args)
-    written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
+    written = " ".join(sorted(path.name for path in args.save_loc.glob("[!.]*") if path.is_file()))
     rows = [*tables.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]
     print("\n" + tables.table(rows))
 

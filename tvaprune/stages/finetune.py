@@ -8,7 +8,6 @@ and stays zero).
 import copy
 import gc
 import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import save_pruned, write_checkpoint
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
-from tvaprune.files import check_output, holding_folders, holds_files, new_folder, prepare_folder, write_json
+from tvaprune.files import check_output, discard, holding_folders, holds_files, new_folder, prepare_folder, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.speed import training_speed_up
@@ -230,7 +229,7 @@ def _write(job: Job, student: Any, results: dict[str, Any]) -> None:
         write_checkpoint(merged, config, tokenizer, folder)
         (folder / "README.md").write_text(model_card(config, job.plan, results, "merged"), encoding="utf-8")
     if job.lora is None:  # an earlier run's, which fits this one's pruned model no more
-        shutil.rmtree(job.output / "adapter", ignore_errors=True)
+        discard(job.output / "adapter")
 
 
 def _verify(job: Job, results: dict[str, Any]) -> None:
@@ -252,7 +251,7 @@ def _difference(first: Any, second: Any, windows: Dataset) -> float:
 def _rows(job: Job, results: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the closing table."""
     args = job.run.args
-    written = [path.name for path in args.save_loc.iterdir() if path.is_file()]
+    written = [path.name for path in args.save_loc.glob("[!.]*") if path.is_file()]
     folders = [name for name in ("adapter", "merged") if (job.output / name).is_dir()]
     return [
         *tables.summary_rows(results),
