@@ -12,9 +12,11 @@ from tvaprune.models.families import FAMILIES
 PACKAGE = ROOT / "tvaprune"
 ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
-    ["errors"],
-    ["files", "losses", "identity", "flags"],
+    ["errors", "endings"],
+    ["files", "losses", "flags"],
     ["models"],
+    ["identity"],
+    ["checkpoints"],
     ["text"],
     ["measure"],
     ["plan"],

@@ -1,21 +1,23 @@
 """The command line: a verb, its flags, its stage; and the end of a command.
 
 ``--help`` and what is refused by name answer before anything heavy is imported. A user's mistake is one line and exit
-code 2, an interruption says how to go on.
+code 2, and so is a full disk; an interruption says how to go on. A reader that closes the output early ends nothing.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tvaprune import endings
 from tvaprune.errors import InputError, one_line, out_of_memory
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # plus the signal's number
 
 
 def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
@@ -25,17 +27,19 @@ def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goe
         goes_on: What an interrupted user is told.
     """
     try:
-        command()
+        with endings.unclosed(), endings.watched():
+            command()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"interrupted; {goes_on}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + getattr(error, "number", signal.SIGINT)
     except Exception as error:
-        line = out_of_memory(error)
-        if line is None:
+        full, memory = endings.full_disk(error), out_of_memory(error)
+        if full is None and memory is None:
             raise
+        line = memory if full is None else f"{full}; {goes_on}"
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         return EXIT_INPUT
     return 0

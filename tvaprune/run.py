@@ -3,27 +3,29 @@
 import copy
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
+from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import check_output
+from tvaprune.files import check_apart, check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
+from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.load import load_config, load_model
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
-from tvaprune.plan.masks import Masks, load_masks
+from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
@@ -41,13 +43,26 @@ from tvaprune.text.sources import STREAMED
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
 
+# transformers' own flags that change what a training ends with; where masks or checkpoints are compared is among them.
+_TRAINING_FLAGS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16", "eval_strategy",
+    "eval_steps", "eval_delay", "dataloader_drop_last",
+)  # fmt: skip
+
+
 @dataclass
 class Run:
-    """One command's flags, the loaded model and what follows from both."""
+    """One command's flags, the loaded model and what follows from both.
+
+    Attributes:
+        digest: The unpruned model's, of its config and weights.
+    """
 
     args: Arguments
     model: PreTrainedModel
     tokenizer: Any
+    digest: str = ""
 
     @classmethod
     def load(cls, args: Arguments) -> "Run":
@@ -56,9 +71,11 @@ class Run:
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
-        run = cls(args, *load_model(args.source.model_name_or_path, args.source.dtype, device))
+        model, tokenizer = load_model(args.source.model_name_or_path, args.source.dtype, device)
+        run = cls(args, model, tokenizer, model_digest(model))
         if args.evaluation.do_zero_eval:
-            check_tokenizer(run.tokenizer)
+            check_tokenizer(tokenizer)
+        _tell_another_model(run)
         longest = run.model.config.max_position_embeddings
         for name in ("block_size", "ctx_length"):
             tokens = getattr(args.data, name)
@@ -130,7 +147,24 @@ class Run:
 
     def at(self, target: float) -> "Run":
         """Returns the run of one of several targets: the same model, folders of its own."""
-        return Run(self.args.at(target), self.model, self.tokenizer)
+        return replace(self, args=self.args.at(target))
+
+    def identity(self, flags: Mapping[str, Any], texts: Sequence[Dataset], settings: Mapping[str, Any]) -> Identity:
+        """Returns what tells this run's masks and checkpoints from another's.
+
+        Args:
+            flags: The flags of the run's kind, by name.
+            texts: The blocks that it learns and chooses on.
+            settings: Flags whose defaults were resolved.
+        """
+        training, data = self.args.training, self.args.data
+        common = {name: getattr(training, name) for name in _TRAINING_FLAGS}
+        common |= {"dtype": str(self.model.dtype).removeprefix("torch."), "block_size": data.block_size}
+        contents = {
+            "model_name_or_path": content(self.args.source.model_name_or_path, self.digest),
+            "dataset_name": content(data.dataset_name, blocks_digest(*texts)),
+        }
+        return {"flags": common | dict(flags), "contents": contents, "settings": dict(settings)}
 
     def plan(self, units: Masks | KeepPlan) -> KeepPlan:
         """Returns what is kept: masks cut by the run's rules, a plan as it is."""
@@ -140,6 +174,7 @@ class Run:
         """Returns what repeats the run."""
         return {
             "model": self.args.source.model_name_or_path,
+            "model_digest": self.digest,
             "prune_method": self.args.prune.prune_method,
             "dataset_name": self.args.data.dataset_name,
             "block_size": self.args.data.block_size,
@@ -188,6 +223,18 @@ def _as_the_mask_says(args: Arguments) -> Arguments:
     return args
 
 
+def _tell_another_model(run: Run) -> None:
+    """Says so where the mask was learned on other weights than those it is applied to."""
+    if run.args.prune.mask_loc is None:
+        return
+    record = read_record(run.args.prune.mask_loc)
+    if record.get("model_digest", run.digest) != run.digest:
+        print(
+            f"note: the mask was learned on {record.get('model')} [{str(record['model_digest'])[:8]}], applied to "
+            f"{run.args.source.model_name_or_path} [{run.digest[:8]}], whose weights are others"
+        )
+
+
 def given_units(args: Arguments) -> Masks | KeepPlan | None:
     """Reads ``--mask_loc`` and its record, or ``--plan``, and compares it with the model's config before the weights.
 
@@ -212,21 +259,27 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
     return masks
 
 
-def given_checkpoint(
-    args: Arguments, last: Callable[[Path], Path | str | None] = get_last_checkpoint, may_be_none: bool = False
-) -> str | None:
-    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last of the output folder.
+def goes_on(args: Arguments) -> bool:
+    """Tells whether the flags ask to go on with an earlier run."""
+    return (args.training.resume_from_checkpoint or "false").lower() != "false"
+
+
+def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
+    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last whole one there is.
 
     Args:
-        last: Finds that one.
         may_be_none: Whether a run that has no checkpoint yet begins anew, in place of an error.
+
+    Raises:
+        InputError: If there is none, it is not whole, or the output folder holds somebody else's.
     """
+    check_ours(args.output_dir)
     asked = args.training.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
+    if asked is None or not goes_on(args):
         return None
     found: Path | str | None = asked
     if asked.lower() == "true":
-        found = last(args.output_dir) if args.output_dir.is_dir() else None
+        found = last_checkpoint(args.output_dir)
         if found is None and may_be_none:
             print(f"note: there is no checkpoint in {args.output_dir} yet: the run begins anew")
             return None
@@ -234,6 +287,7 @@ def given_checkpoint(
         raise InputError(
             f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
         )
+    check_whole(Path(found))
     _check_best_within(Path(found), args.output_dir)
     return str(found)
 
@@ -254,6 +308,18 @@ def _check_best_within(checkpoint: Path, output_dir: Path) -> None:
         )
 
 
+def check_training(args: Arguments) -> None:
+    """Builds a trainer of nothing, its optimizer and schedule: what cannot be built is told before anything is touched.
+
+    Raises:
+        InputError: If a package is missing (``--report_to``, ``--optim``), or flags do not go together.
+    """
+    try:
+        Trainer(nn.Linear(1, 1), args.training, eval_dataset=[]).create_optimizer_and_scheduler(1)
+    except (ImportError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"the training cannot begin: {' '.join(str(error).split())[:200]}") from error
+
+
 def check_results(args: Arguments, may_hold_some: bool) -> None:
     """Refuses to replace results that nothing says to touch."""
     if (args.save_loc / "results.json").exists() and not (args.training.overwrite_output_dir or may_hold_some):
@@ -261,9 +327,15 @@ def check_results(args: Arguments, may_hold_some: bool) -> None:
 
 
 def check_save(args: Arguments) -> None:
-    """Refuses a checkpoint folder that is in use, before the work begins."""
-    if args.prune.save_pruned is not None:
-        check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
+    """Refuses a checkpoint folder that is in use, or that would replace what is read or written, before the work."""
+    folder = args.prune.save_pruned
+    if folder is None:
+        return
+    check_apart("save_pruned", folder, "--model_name_or_path", args.source.model_name_or_path)
+    for flag, other in (("output_dir", args.output_dir), ("save_loc", args.save_loc)):
+        if Path(folder).resolve() in (other.resolve(), *other.resolve().parents):
+            raise InputError(f"--save_pruned {folder}: is --{flag} {other}, or holds it; give a folder of its own")
+    check_output("save_pruned", folder, args.training.overwrite_output_dir)
 
 
 def zero_shot_tasks(args: Arguments) -> ZeroShot | None:

@@ -92,6 +92,7 @@ def test_every_family_has_classes_of_its_own():
 def test_the_folder_is_a_hugging_face_folder(folder):
     files = {path.name for path in folder.iterdir()}
     assert files == {
+        ".tvaprune.json",
         "README.md",
         "config.json",
         "generation_config.json",
@@ -336,7 +337,7 @@ def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_pat
     assert "trust_remote_code" not in card and "was not measured" in card
 
 
-def test_an_existing_folder_is_replaced_only_if_it_is_a_checkpoint_and_the_flag_says_so(folder, make_pruned):
+def test_an_existing_folder_is_replaced_only_if_all_in_it_is_ours_and_the_flag_says_so(folder, make_pruned):
     narrow, plan = make_pruned("llama MHA")
     with pytest.raises(InputError, match="--save_pruned .*: is not empty; replace it with --overwrite_output_dir"):
         save_pruned(narrow, plan, None, folder)
@@ -344,8 +345,13 @@ def test_an_existing_folder_is_replaced_only_if_it_is_a_checkpoint_and_the_flag_
     save_pruned(narrow, plan, None, folder, overwrite=True)
     assert read_config(folder)["model_type"] == "pruned_llama"
     assert not (folder / "tokenizer.json").exists()
-    (folder / "config.json").unlink()
-    with pytest.raises(InputError, match="holds something else than a checkpoint; give another folder"):
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds checkpoint-500/notes.txt, which this tool did not write .*; move it"):
+        save_pruned(narrow, plan, None, folder, overwrite=True)
+    (folder / "checkpoint-500" / "notes.txt").unlink()
+    (folder / ".tvaprune.json").unlink()
+    with pytest.raises(InputError, match="holds README.md, which this tool did not write"):
         save_pruned(narrow, plan, None, folder, overwrite=True)
     with pytest.raises(InputError, match="is a file; give a folder"):
         save_pruned(narrow, plan, None, folder / "README.md")

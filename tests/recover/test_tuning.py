@@ -12,17 +12,19 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.nn import functional
 
+from tvaprune.checkpoints import last_checkpoint
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import FinetuneRunArguments
+from tvaprune.identity import weights_digest
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.recover.lora import LoraSettings, add_lora, load_adapter, merge, save_adapter, trainable
-from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, cache_teacher, weights_digest
-from tvaprune.recover.trainer import FinetuneTrainer, LossWeights, last_checkpoint
+from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, cache_teacher
+from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 
 LORA = LoraSettings(r=3, alpha_ratio=4.0, dropout=0.0, train_lm_head=True)
-IDENTITY = {"model": "abc", "mask": "def"}
+IDENTITY = {"flags": {"lora_r": 3}, "contents": {"mask_loc": {"name": "m.pkl", "digest": "def"}}}
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
@@ -143,11 +145,11 @@ def test_an_adapter_is_saved_loaded_and_merged_to_the_same_logits(trainer, make_
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(make_model, tmp_path):
     save_adapter(add_lora(make_model(), LORA), tmp_path / "adapter", IDENTITY)
-    with pytest.raises(InputError, match="is the adapter of another mask; give the flags that it was made with"):
-        load_adapter(make_model(), tmp_path / "adapter", IDENTITY | {"mask": "other"})
+    with pytest.raises(InputError, match=r"is the adapter of a run with --lora_r 3, not 4; give the flags that it was"):
+        load_adapter(make_model(), tmp_path / "adapter", IDENTITY | {"flags": {"lora_r": 4}})
     with pytest.raises(InputError, match="cannot be loaded .*; train it again"):
         load_adapter(make_model(hidden_size=40), tmp_path / "adapter", IDENTITY)
-    with pytest.raises(InputError, match="is no adapter of a fine-tuning"):
+    with pytest.raises(InputError, match="is no adapter that this version wrote"):
         load_adapter(make_model(), tmp_path, IDENTITY)
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

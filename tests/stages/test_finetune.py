@@ -11,11 +11,12 @@ from peft import PeftModel
 from support import tiny
 
 from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.files import MARK_NAME
+from tvaprune.identity import weights_digest
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import Masks, save_masks
 from tvaprune.recover import job as finetune_job
 from tvaprune.recover import training
-from tvaprune.recover.teacher import weights_digest
 from tvaprune.run import Run
 from tvaprune.stages import finetune as recover
 
@@ -82,7 +83,7 @@ def tuned(source, tmp_path_factory):
 
 
 def files_in(folder):
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file() and path.name != MARK_NAME}
 
 
 def logits(model, input_ids):
@@ -192,9 +193,9 @@ def test_a_folder_without_checkpoints_that_is_no_interrupted_run_stays(has, tune
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (("--lora_r", 3), "is the checkpoint of another lora_r"),
-        (("--weight_update", "none"), "is the checkpoint of another weight_update"),
-        (("--full_ft", True), "is the checkpoint of another full_ft"),
+        (("--lora_r", 3), "is the checkpoint of a run with --lora_r 2, not 3; give"),
+        (("--weight_update", "none"), "is the checkpoint of a run with --weight_update refit, not none; give"),
+        (("--full_ft", True), "is the checkpoint of a run with --full_ft False, not True"),
     ],
 )
 def test_a_checkpoint_of_other_flags_is_refused(other, words, tuned, source, tmp_path, command):
@@ -206,9 +207,9 @@ def test_a_checkpoint_of_other_flags_is_refused(other, words, tuned, source, tmp
 
 def test_a_checkpoint_of_another_mask_or_model_is_refused(tuned, make_source, tmp_path, command):
     given = ("--resume_from_checkpoint", tuned[0] / "checkpoint-9", "--output_dir", tmp_path / "out")
-    for other, words in ((make_source(seed=3), "another mask;"), (make_source(vocab_size=48), "another model;")):
+    for other, words in ((make_source(seed=3), "--mask_loc"), (make_source(vocab_size=48), "--model_name_or_path")):
         code, _, error = command(*other, *RUN, *given)
-        assert f"is the checkpoint of {words}" in tiny.refusal(code, error)
+        assert f"is the checkpoint of a run with {words} /" in tiny.refusal(code, error)
 
 
 def test_a_checkpoint_goes_on_with_the_pruned_model_that_it_began_with_or_not_at_all(tuned, source, tmp_path, command):
@@ -218,7 +219,7 @@ def test_a_checkpoint_goes_on_with_the_pruned_model_that_it_began_with_or_not_at
         weights.model.norm.weight.add_(1.0)
     weights.save_pretrained(output / "pruned")
     code, _, error = command(*source, *RUN, "--output_dir", output, "--resume_from_checkpoint", "True")
-    assert "is the checkpoint of another pruned checkpoint" in tiny.refusal(code, error)
+    assert "is the checkpoint of a run with --save_pruned" in tiny.refusal(code, error)
 
 
 def test_a_mask_of_another_model_is_refused(source, make_source, tmp_path, command):
@@ -361,7 +362,7 @@ def test_a_cached_teacher_gives_the_live_ones_model(tuned, source, tmp_path, com
     assert cached["finetune"]["teacher"] == "cached, top 47"
     assert cached["perplexity"]["finetuned"] == pytest.approx(live["perplexity"]["finetuned"], rel=1e-3)
     (folder,) = (tmp_path / "cache").iterdir()
-    assert files_in(folder) == {"tokens.npy", "log_probs.npy"}
+    assert files_in(folder) == {"tokens.npy", "log_probs.npy", "identity.json"}
 
 
 def test_the_dense_model_leaves_the_memory_where_nothing_needs_it(source, tmp_path, command, monkeypatch):

@@ -6,6 +6,7 @@ all its heads or channels gets a group of zeros: the same function, and no reade
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.checkpoint.card import model_card
 from tvaprune.errors import InputError
-from tvaprune.files import CONFIG_NAME, new_folder
+from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
 from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX
 from tvaprune.models.pruned import empty_model
@@ -30,6 +31,7 @@ def save_pruned(
     folder: str | Path,
     overwrite: bool = False,
     record: dict[str, Any] | None = None,
+    beside: Mapping[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Writes a model that was sliced by ``plan`` as a checkpoint; the model stays as it is.
 
@@ -39,6 +41,7 @@ def save_pruned(
         folder: The checkpoint's folder; it appears whole or not at all.
         overwrite: Whether a checkpoint that stands there may be replaced.
         record: What the model card tells: the results of the measurement, or the run's record.
+        beside: Further files of JSON, by name.
 
     Raises:
         InputError: If the folder is in use or cannot be written.
@@ -46,6 +49,8 @@ def save_pruned(
     with new_folder("save_pruned", folder, overwrite) as temporary:
         write_checkpoint(model, model.config, tokenizer, temporary)
         (temporary / "README.md").write_text(model_card(model.config, plan, record or {}, Path(folder).name), "utf-8")
+        for name, content in (beside or {}).items():
+            write_json(content, temporary / name)
     return Path(folder)
 
 
@@ -75,6 +80,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         InputError: If the folder has none, or one of another kind of model.
     """
     path = Path(folder) / CONFIG_NAME
+    clear_leftovers(Path(folder).resolve().parent)  # a swap that did not end gives the older one back
     if not path.is_file():
         raise InputError(f"{folder}: not a pruned checkpoint (no {CONFIG_NAME}); give a folder of --save_pruned")
     try:

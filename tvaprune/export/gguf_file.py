@@ -3,7 +3,6 @@
 llama.cpp's ``llama`` takes layer 0's sizes for all layers; ``deci`` is the same graph and reads every size per layer.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require
+from tvaprune.files import clear_leftovers, replacing
 from tvaprune.models.families import base_type
 from tvaprune.models.shape import shape_of
 
@@ -69,17 +69,14 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
     architecture = _architecture(model)
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"--format gguf {out}: is there; give a new .gguf file, or replace it: --overwrite_output_dir")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    clear_leftovers(out.parent)
     try:
-        _write(model, source, temporary, architecture, outtype)
-        if verify:
-            _verify(model, temporary, outtype)
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            _write(model, source, temporary, architecture, outtype)
+            if verify:
+                _verify(model, temporary, outtype)
     except OSError as error:
         raise InputError(f"--format gguf {out}: cannot be written ({error}); nothing was left there") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     _advise(model)
 
 

@@ -4,7 +4,6 @@ The dimension adjustment (TVA-Prune, eq. 4-5), and the plan as JSON.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError
+from tvaprune.files import write_text
 from tvaprune.models.parameters import decoder_sparsity, total_parameters
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
@@ -89,7 +89,7 @@ class KeepPlan:
         return PerUnit.full(self.shape, 0.0).map(lambda full, kept: full.index_fill(0, kept, 1.0).bool(), self.kept)
 
     def save(self, path: Path) -> None:
-        """Writes the plan as JSON, under a temporary name first."""
+        """Writes the plan as JSON, whole or not at all."""
         layers = range(self.shape.num_hidden_layers)
         content = {
             "shape": asdict(self.shape),
@@ -99,9 +99,7 @@ class KeepPlan:
             "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
             "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
         }
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(json.dumps(content), path)
 
     def _check(self) -> None:
         """Raises `ValueError` unless every layer is there, with ascending indices and a factor for each."""

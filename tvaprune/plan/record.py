@@ -77,6 +77,11 @@ def width_rules(flags: Mapping[str, Any], shape: ModelShape) -> WidthRules:
     )
 
 
+def rules_as_flags(rules: WidthRules) -> dict[str, Any]:
+    """Returns rules by the names of their flags."""
+    return {flag: getattr(rules, name) for name, flag in _RULES.items()}
+
+
 def _plain(name: str, value: Any) -> Any:
     """Returns a flag's value as a rule has it: a multiple of 0 switches the adjustment off, as 1 does."""
     return max(1, value) if name == "dim_multiple" else value

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import write_checkpoint
-from tvaprune.files import new_folder
+from tvaprune.files import discard, new_folder
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import load_adapter, merge, save_adapter
 
@@ -40,6 +40,8 @@ def write_merged(job: Job, merged: PreTrainedModel, record: dict[str, Any]) -> N
     with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
         write_checkpoint(merged, config, job.run.tokenizer, folder)
         (folder / "README.md").write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")
+    if job.lora is None:  # an earlier run's, which fits this one's pruned model no more
+        discard(job.output / "adapter")
 
 
 def read_again(job: Job) -> float | None:

@@ -1,14 +1,10 @@
 """What a student is trained towards: the teacher beside it in memory, or its likeliest tokens on disk.
 
 The cache's folder is named by what it holds (weights, text, number of tokens kept, temperature), so that a stale one is
-never read; it is written under a temporary name, so that half a one is never read either.
+never read; it appears whole, so that half a one is never read either.
 """
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +15,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
+from tvaprune.files import clear_leftovers, first_folder
+from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
 from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -131,21 +129,18 @@ def cache_teacher(
     Raises:
         InputError: If the folder cannot be written.
     """
-    target = Path(folder) / f"teacher-{_cache_key(model, blocks, k, temperature)}"
+    identity = _identity(model, blocks, k, temperature)
+    target = Path(folder) / f"teacher-{digest_of(identity)}"
     if target.is_dir():
+        check_identity("cache", target, identity)
         return target
-    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".teacher-"))
-        _write(temporary, model, blocks, k, temperature, batch_size)
-        os.replace(temporary, target)
+        clear_leftovers(target.parent)
+        with first_folder(target) as temporary:
+            _write(temporary, model, blocks, k, temperature, batch_size)
+            write_identity(temporary, identity)
     except OSError as error:
-        if not target.is_dir():  # else another process was quicker
-            raise InputError(f"--teacher_cache {folder}: cannot be written ({error}); give another folder") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"--teacher_cache {folder}: cannot be written ({error}); give another folder") from error
     return target
 
 
@@ -154,8 +149,7 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
     device, length = next(model.parameters()).device, len(blocks[0]["input_ids"])
     shape = (len(blocks), length, min(k, model.config.vocab_size))
     arrays = [
-        np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
-        for name, dtype in zip(_FILES, (np.int32, np.float32), strict=True)
+        _reserved(folder / name, dtype, shape) for name, dtype in zip(_FILES, (np.int32, np.float32), strict=True)
     ]
     was_training = model.training
     model.eval()
@@ -169,17 +163,18 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
     model.train(was_training)
 
 
-def _cache_key(model: Any, blocks: Dataset, k: int, temperature: float) -> str:
-    tokens = hashlib.sha256(np.ascontiguousarray(blocks.with_format("numpy")["input_ids"][:]).tobytes()).hexdigest()
-    length = len(blocks[0]["input_ids"])
-    identity = json.dumps([weights_digest(model), tokens, length, k, temperature])
-    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a mapped file whose room on the disk is taken: a full disk is told now, not by a bus error."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Returns 16 hex digits that tell a model's weights from any other's."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _identity(model: Any, blocks: Dataset, k: int, temperature: float) -> Identity:
+    """Returns what a cache belongs to."""
+    return {
+        "flags": {"teacher_top_k": k, "distill_temp": temperature, "dtype": str(model.dtype)},
+        "contents": {"model": model_digest(model), "blocks": blocks_digest(blocks)},
+    }

@@ -1,12 +1,11 @@
 """The pictures of a run."""
 
-import os
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from tvaprune.files import write_json
+from tvaprune.files import replacing, write_json
 from tvaprune.plan.keep_plan import KeepPlan
 
 matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no other backend
@@ -93,8 +92,6 @@ def plot_widths(plan: KeepPlan, path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Draws a picture under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".part-{path.name}")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    """Writes a picture, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -148,6 +148,7 @@ class Results:
     """What a run was and what it measured: the first fields repeat it, the others are filled as its stages go.
 
     Attributes:
+        model_digest: Of the dense model's config and weights.
         target_sparsity: What a mask was cut at; None: a mask or a plan was given.
         mask: The mask file that was cut; None: a plan was given, or the dense model was scored.
         plan: The plan file that was given in its place.
@@ -155,6 +156,7 @@ class Results:
     """
 
     model: str
+    model_digest: str
     prune_method: str
     dataset_name: str
     block_size: int
@@ -207,7 +209,7 @@ class Results:
 
     def differing(self, other: "Results") -> list[str]:
         """Returns the fields that say that two results are not of the same pruned model."""
-        same = ("model", "mask", "plan", "weight_update", "calibration", "widths")
+        same = ("model", "model_digest", "mask", "plan", "weight_update", "calibration", "widths")
         return [name for name in same if getattr(self, name) != getattr(other, name)]
 
     def content(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def tell(args: Arguments, results: Results) -> None:
     """Writes the results of one measurement and prints the closing table."""
     results.write(args.save_loc)
     write_recipe(args)
-    written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
+    written = " ".join(sorted(path.name for path in args.save_loc.glob("[!.]*") if path.is_file()))
     rows = [*tables.summary_rows(results), tables.origin(results), (f"in {args.save_loc}", written)]
     print("\n" + tables.table(rows))
 

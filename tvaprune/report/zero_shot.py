@@ -4,13 +4,12 @@ Scores are written one by one, so a crash in a later task loses nothing, and a l
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tvaprune.files import as_json
+from tvaprune.files import as_json, replacing
 from tvaprune.measure.zeroshot import Score
 from tvaprune.report.results import Average, Difference, Results, ScoringRun, TaskResults, TaskScore, ZeroShotResults
 
@@ -92,12 +91,9 @@ class ZeroShotRecord:
 
 def write_examples(score: Score, path: Path) -> None:
     """Writes each example as a line: the document, every continuation with its log-likelihood, and the metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for sample in score.samples:
             file.write(as_json(_example(sample), indent=None, default=str) + "\n")
-    os.replace(temporary, path)
 
 
 def _example(sample: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
-from tvaprune.files import prepare_folder
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
@@ -11,6 +11,7 @@ from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run, check_results, check_save, given_units, zero_shot_tasks
 
 
+@holding_folders()
 def run_apply(args: Arguments) -> Results:
     """Applies a mask file or a plan: measures the narrower model, scores it, saves it, as asked.
 

@@ -14,14 +14,12 @@ from transformers import PreTrainedModel
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
-from tvaprune.files import write_json
+from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
-from tvaprune.identity import check_identity
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.recover.folders import clear, found_checkpoint, prepare_folders
+from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job
 from tvaprune.recover.output import read_again, write_adapter, write_merged
-from tvaprune.recover.teacher import weights_digest
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
@@ -32,6 +30,7 @@ from tvaprune.run import given_units, zero_shot_tasks
 UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
 
 
+@holding_folders()
 def run_finetune(args: Arguments) -> Results:
     """Prunes by a mask, fine-tunes, and leaves an adapter, a merged model and what was measured before and after."""
     tasks, units = zero_shot_tasks(args), given_units(args)
@@ -42,7 +41,6 @@ def run_finetune(args: Arguments) -> Results:
     checkpoint = found_checkpoint(args)
     prepare_folders(args, checkpoint)
     job = Job.load(args, units, checkpoint)
-    clear(args, whole=checkpoint is None)
     write_plan(job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)
     student = _tuned(job, _pruned(job, results), results)
@@ -69,9 +67,7 @@ def _pruned(job: Job, results: Results) -> PreTrainedModel:
     write_teacher_cache(job)
     results.note_update(_written_pruned(job, results))
     pruned = job.load_pruned()
-    job.identity["pruned checkpoint"] = weights_digest(pruned)
-    if job.checkpoint is not None:
-        check_identity("checkpoint", job.checkpoint, job.identity)
+    job.began_with(pruned)
     if not job.needs_dense:
         job.run.model = pruned  # the dense one leaves the memory
     measure(job.run, job.plan, pruned, job.windows, dense, results)
@@ -84,10 +80,9 @@ def _written_pruned(job: Job, results: Results) -> dict[str, Any]:
     if job.checkpoint is not None and (job.pruned_folder / "config.json").is_file():
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     model, update = narrow(job.run, job.plan, keep_dense=job.needs_dense)
-    overwrite = job.run.args.training.overwrite_output_dir
-    save_pruned(model, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, results.content() | update)
-    if update:
-        write_json(update, path)
+    overwrite = job.run.args.training.overwrite_output_dir or job.run.args.prune.save_pruned is None
+    beside = {UPDATE_NAME: update} if update else {}
+    save_pruned(model, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, results.content() | update, beside)
     return update
 
 
@@ -114,7 +109,7 @@ def _written(job: Job, student: Any, results: Results) -> None:
 def _rows(job: Job, results: Results) -> list[tuple[str, str]]:
     """Returns the closing table."""
     save_loc = job.run.args.save_loc
-    written = [path.name for path in save_loc.iterdir() if path.is_file()]
+    written = [path.name for path in save_loc.glob("[!.]*") if path.is_file()]
     folders = [name for name in ("adapter", "merged") if (job.output / name).is_dir()]
     return [
         *tables.summary_rows(results),

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from tvaprune.checkpoint.folder import save_pruned
-from tvaprune.choose.choose import choose_masks
+from tvaprune.choose.choose import choose_masks, gate_checkpoint
 from tvaprune.cut.narrow import narrow
-from tvaprune.files import prepare_folder
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.keep_plan import plan_from_masks
@@ -14,22 +14,24 @@ from tvaprune.report import plots
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, given_checkpoint, zero_shot_tasks
+from tvaprune.run import Run, check_results, check_save, check_training, goes_on, zero_shot_tasks
 
 
+@holding_folders()
 def run_prune(args: Arguments) -> dict[float, Results]:
     """Chooses units, writes a mask for every target, applies each and measures the narrower models.
 
     Returns:
         The results of every target sparsity.
     """
-    tasks, checkpoint = zero_shot_tasks(args), given_checkpoint(args)
+    tasks, checkpoint = zero_shot_tasks(args), gate_checkpoint(args)
     targets, found = args.each_target(), {}
     for one in targets.values():
         check_save(one)
     check_results(args, checkpoint is not None)
-    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
+    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or goes_on(args))
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    check_training(args)
     run = Run.load(args)
     windows = run.windows()
     dense = run.dense_perplexity(windows)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from tvaprune.files import write_json
+from tvaprune.files import write_json, write_text
 from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.report.plots import save_figure
@@ -68,9 +68,7 @@ def write_report(contents: Iterable[dict[str, Any]], folder: Path) -> None:
     write_json({"figures": figures, "worst_change": worst, "orders": orders, "cells": cells.all},
                folder / "compare.json")  # fmt: skip
     text = "\n".join([*_heading(cells), *_tables(cells), *_figures(figures, worst, orders)])
-    temporary = folder / ".compare.md.part"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(folder / "compare.md")
+    write_text(text + "\n", folder / "compare.md")
     plot(cells, folder / "compare.png")
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from tvaprune.errors import InputError
+from tvaprune.files import clear_leftovers, first_folder
 from tvaprune.text import package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
@@ -146,22 +146,15 @@ def _version(package: str) -> str:
 
 
 def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
-    """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
+    """Loads a ``save_to_disk`` folder; builds it where it is not there, or is damaged."""
     _clear_damaged(folder)
     if not folder.exists():
+        clear_leftovers(folder.parent)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+            with first_folder(folder) as temporary:
+                build(temporary)
         except OSError as error:
             raise _unwritable(folder.parent, error) from error
-        try:
-            build(temporary / "data")
-            os.rename(temporary / "data", folder)
-        except OSError as error:
-            if not folder.exists():  # else another process was quicker, with the same data
-                raise _unwritable(folder.parent, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
 
 
