@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from compare_report import FOLD, REFIT, gap
+from tvaprune.study.report import FOLD, REFIT, gap
 
 
 def main(folder: Path) -> None:

@@ -13,7 +13,7 @@ OUTPUT=${1:-out/gates}
 variant() {
     local name=$1
     shift
-    "$PYTHON" benchmarks/compare.py --models mistral_saves_tva/mini_mistral --methods vib --sparsities 0.5 --seeds 0 1 \
+    "$PYTHON" -m tvaprune compare --models mistral_saves_tva/mini_mistral --methods vib --sparsities 0.5 --seeds 0 1 \
         --split validation --max_eval_samples 128 --zero_eval_seeds --output "$OUTPUT/$name" "$@" >/dev/null
 }
 

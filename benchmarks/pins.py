@@ -3,7 +3,7 @@
 Runs the commands of the checkout that it stands in (or of another: ``--root``) on the shipped miniature models and
 prints one JSON line for each. Two checkouts that do the same print the same, bit for bit, on one machine.
 
-    python benchmarks/pins.py --root OTHER_CHECKOUT > before.txt; python benchmarks/pins.py > after.txt
+    python -m benchmarks.pins --root OTHER_CHECKOUT > before.txt; python -m benchmarks.pins > after.txt
 """
 
 import argparse

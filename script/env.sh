@@ -5,7 +5,7 @@
 #   NEEDS=pins     every line of requirement.txt and of what it includes, exactly
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-export TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
+export TOKENIZERS_PARALLELISM=true OMP_WAIT_POLICY=PASSIVE
 
 # Exits 0 if the interpreter has what is needed, and prints the pins that it differs from; else prints what is wrong.
 satisfied() { # INTERPRETER NEEDS

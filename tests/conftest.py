@@ -16,10 +16,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from support.other_families import register
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tvaprune.cli import run_command
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
@@ -82,6 +83,12 @@ def make_model():
         return perturb(AutoModelForCausalLM.from_config(config), seed).eval()
 
     return make
+
+
+@pytest.fixture
+def other_families(monkeypatch):
+    """Makes the families of `support.other_families` known."""
+    register(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,22 @@
 """The design's tiers: a room imports only from the rooms above it in the table, whatever the module."""
 
 import ast
+from dataclasses import fields
 from graphlib import TopologicalSorter
 
 import pytest
 from support.tiny import ROOT
 
+from tvaprune.models.families import FAMILIES
+
 PACKAGE = ROOT / "tvaprune"
 ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
-    ["errors"],
-    ["files", "losses", "identity", "flags"],
+    ["errors", "endings"],
+    ["files", "losses", "flags"],
     ["models"],
+    ["identity"],
+    ["checkpoints"],
     ["text"],
     ["measure"],
     ["plan"],
@@ -19,11 +24,13 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["choose"],
     ["cut"],
     ["checkpoint"],
-    ["recover", "report", "export"],
+    ["recover", "export"],
+    ["report"],
+    ["study"],
     ["stages"],
     ["shipped"],
     ["cli"],
-    ["describe", "__main__"],
+    ["library", "describe", "__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # A command that prints one line for a mistake ends in cli; the exporters have an entry of their own.
@@ -113,3 +120,36 @@ def test_flags_and_errors_need_no_heavy_library(name, heavy):
     names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
     assert heavy not in {imported.split(".")[0] for imported in names}
+
+
+def names_inside_models():
+    """The words by which families name a model's parts, of all rows: ``q_proj``, ``input_layernorm`` and so on."""
+    values = [getattr(row, field.name) for row in FAMILIES.values() for field in fields(row)]
+    words = {word for value in values if isinstance(value, str) for word in value.split(".")}
+    return words - {"model", "layers", "norm", "mlp", "lm_head", "variance_epsilon"}  # the field's own words
+
+
+def spelled(source, names):
+    """The names that a source spells, as attributes or in strings that are no docstrings."""
+    tree = ast.parse(source)
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None
+    }
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    strings = {
+        word
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings
+        for word in node.value.replace(".", " ").split()
+    }
+    return (attributes | strings) & names
+
+
+def test_names_inside_a_model_are_spelled_where_models_are_known():
+    names = names_inside_models()
+    assert {"q_proj", "input_layernorm", "down_proj", "embed_tokens"} <= names
+    found = {name for name, path in MODULES.items() if spelled(path.read_text(encoding="utf-8"), names)}
+    assert found <= {name for name in MODULES if room_of(name) in ("models", "checkpoint")} | {"export.gguf_file"}
+    assert spelled("layer.self_attn.q_proj", names) == {"self_attn", "q_proj"}  # control

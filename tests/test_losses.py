@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.losses import cross_entropy, distillation_loss, hidden_loss, top_k, top_k_distillation_loss
 
 # Vocabulary of two, three positions; the last one predicts nothing.
 TEACHER = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0], [5.0, -5.0]]])
@@ -111,6 +112,64 @@ def test_hidden_states_are_compared_by_direction_on_the_kept_dims():
     teacher = (torch.tensor([[[3.0, 9.0, 4.0]]]), torch.tensor([[[1.0, 7.0, 0.0]]]))
     kept = torch.tensor([0, 2])  # of the teacher: (3, 4) and (1, 0)
     student = (torch.tensor([[[6.0, 8.0]]]), torch.tensor([[[1.0, 1.0]]]))  # the first is twice the teacher's
+    ones = (torch.ones(2), torch.ones(2))
     expected = (0 + (1 - math.sqrt(0.5))) / 2
-    assert hidden_loss(student, teacher, kept).item() == pytest.approx(expected, abs=1e-6)
-    assert hidden_loss(student, teacher, torch.tensor([0, 1])).item() != pytest.approx(expected, abs=1e-3)
+    assert hidden_loss(student, teacher, kept, ones).item() == pytest.approx(expected, abs=1e-6)
+    assert hidden_loss(student, teacher, torch.tensor([0, 1]), ones).item() != pytest.approx(expected, abs=1e-3)
+    # With factors (4, 3) the first of the teacher is (12, 12): the cosine to (6, 8) is 14 / (10 sqrt 2)
+    expected = (1 - 14 / math.sqrt(200) + 1 - math.sqrt(0.5)) / 2
+    assert hidden_loss(student, teacher, kept, (torch.tensor([4.0, 3.0]), ones[1])).item() == pytest.approx(expected)
+
+
+def losses_of(student, teacher, labels):
+    tokens, log_probs = top_k(teacher, 3)
+    return [
+        distillation_loss(student, teacher, 2.0, labels),
+        top_k_distillation_loss(student, tokens, log_probs, 1.0, labels),
+        cross_entropy(student, labels),
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 16, 17])  # tokens, of 2 x 8 that predict
+def test_chunks_of_positions_change_neither_losses_nor_gradients(chunk, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 9, 11, generator=generator) for _ in range(2))
+    labels = torch.randint(0, 11, (2, 9), generator=generator)
+    labels[0, 3:5] = -100
+
+    def observed():
+        logits = student.clone().requires_grad_()
+        losses = losses_of(logits, teacher, labels)
+        return losses, [torch.autograd.grad(loss, logits)[0] for loss in losses]
+
+    whole, gradients = observed()
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", chunk)
+    parts, same = observed()
+    assert all(torch.equal(a, b) for a, b in zip(parts[:2], whole[:2], strict=True))
+    torch.testing.assert_close(parts[2], whole[2])  # a sum of sums
+    assert all(torch.equal(a, b) for a, b in zip(same, gradients, strict=True))
+
+
+def largest_in_float32(student, teacher):
+    """The elements of the largest tensor that a loss and its backward pass make, the gradient of the logits aside."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                sizes.append(result.numel())
+            return result
+
+    with Watch():
+        distillation_loss(student, teacher).backward()
+    return max(sizes)
+
+
+def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
+    student = torch.randn(2, 65, 10).bfloat16().requires_grad_()
+    teacher = torch.randn(2, 65, 10).bfloat16()
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 16)
+    assert largest_in_float32(student, teacher) == 16 * 10
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 128)  # control
+    assert largest_in_float32(student, teacher) == 128 * 10

@@ -87,7 +87,8 @@ def test_a_saved_model_generates_by_transformers_alone_and_is_exported(tmp_path)
     for line in [save, *commands("tvaprune.export")]:
         result = tiny.run(" ".join(shlex.split(line)[1:]).replace(" out/", f" {tmp_path}/"), **SHIPPED_TEXT)
         assert result.returncode == 0, result.stderr
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (code,) = (block for block in blocks if "transformers" in block)
     alone = subprocess.run(
         [sys.executable, "-c", code.replace('"out/', f'"{tmp_path}/')], cwd=tmp_path, capture_output=True, text=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},

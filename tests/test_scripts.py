@@ -137,13 +137,14 @@ MINIATURES = [str(ROOT / "mistral_saves_tva" / "mini_mistral"), str(ROOT / "llam
     [
         ("tva_prune.sh", "tva_prune.py", ["./model", "out", "0.05", "0.5", "0.1", "256", "./a.txt", "--data_dir", "d"]),
         ("tva_fine.sh", "lora_ft_vib.py", ["./model", "out", "mask_info_1.0.pkl", "--data_dir", "d"]),
-        ("compare.sh", "benchmarks/compare.py", ["./model", "./a.txt", "--output", "out"]),
+        ("compare.sh", "tvaprune compare", ["./model", "./a.txt", "--output", "out"]),
     ],
 )
 def test_what_is_given_is_below_the_callers_folder(call, tmp_path, script, program, arguments):
     folder, passed = call(script, *arguments)
     assert folder == tmp_path / "work"
-    assert passed[0] == str(ROOT / program)
+    called = ["-P", "-m", *program.split()] if " " in program else [str(ROOT / program)]
+    assert passed[: len(called)] == called
     assert set(arguments) <= set(passed) and [word for word in passed[1:] if str(ROOT) in word] == []
 
 
@@ -171,8 +172,8 @@ def test_without_arguments_the_shipped_model_is_read_and_the_callers_folder_is_w
 
 
 def test_the_comparison_takes_both_miniatures_unless_a_model_is_given(call):
-    assert call("compare.sh", "--seeds", "3")[1][1:] == ["--models", *MINIATURES, "--seeds", "3"]
-    assert call("compare.sh", "model", "--seeds", "3")[1][1:] == ["--models", "model", "--seeds", "3"]
+    assert call("compare.sh", "--seeds", "3")[1][4:] == ["--models", *MINIATURES, "--seeds", "3"]
+    assert call("compare.sh", "model", "--seeds", "3")[1][4:] == ["--models", "model", "--seeds", "3"]
 
 
 @pytest.mark.parametrize("script", ["tva_prune.sh", "tva_fine.sh"])

@@ -1,48 +1,52 @@
 """The command line: a verb, its flags, its stage; and the end of a command.
 
 ``--help`` and what is refused by name answer before anything heavy is imported. A user's mistake is one line and exit
-code 2, an interruption says how to go on.
+code 2, and so is a full disk; an interruption says how to go on. A reader that closes the output early ends nothing.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from tvaprune import endings
 from tvaprune.errors import InputError, one_line, out_of_memory
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
-EXIT_INTERRUPTED = 130
-GOES_ON = "--resume_from_checkpoint True goes on from the last checkpoint"
+EXIT_SIGNAL = 128  # plus the signal's number
 
 
-def run_command(command: Callable[[], None], goes_on: str = GOES_ON) -> int:
+def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
     """Runs a command and returns its exit code; a user's mistake, or memory that ran out, ends in one line.
 
     Args:
         goes_on: What an interrupted user is told.
     """
     try:
-        command()
+        with endings.unclosed(), endings.watched():
+            command()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return EXIT_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"interrupted; {goes_on}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + getattr(error, "number", signal.SIGINT)
     except Exception as error:
-        line = out_of_memory(error)
-        if line is None:
+        full, memory = endings.full_disk(error), out_of_memory(error)
+        if full is None and memory is None:
             raise
+        line = memory if full is None else f"{full}; {goes_on}"
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         return EXIT_INPUT
     return 0
 
 
-def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
-    """Runs a verb of the method: prune, apply or finetune.
+def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any:
+    """Runs a verb and returns what its stage does; the one way in, for command lines and calls from Python.
 
     Args:
         also: Flags that are accepted beside the verb's own: the released scripts' modes.
@@ -50,16 +54,17 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Non
     Raises:
         InputError: If the flags cannot be used.
     """
+    module, _, function = VERBS[verb].entry.partition(":")
+    if not VERBS[verb].first:  # a verb with a parser of its own
+        return getattr(import_module(module), function)(arguments)
     arguments = expand(verb, arguments)
     check_flags(verb, arguments, also)
     from transformers.utils import logging
 
-    from tvaprune.flags.arguments import Arguments
+    from tvaprune.flags.conditions import parse
 
     logging.set_verbosity_error()
-    args = Arguments.parse(arguments, verb)
-    module, _, function = VERBS[verb].entry.partition(":")
-    getattr(import_module(module), function)(args)
+    return getattr(import_module(module), function)(parse(verb, arguments))
 
 
 def main() -> int:
@@ -68,16 +73,12 @@ def main() -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    return run_command(lambda: _run(words[0], words[1:]))
+    return run_command(lambda: _run(words[0], words[1:]), VERBS.get(words[0], VERBS["prune"]).goes_on)
 
 
 def _run(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         raise InputError(f"'{verb}' is no verb: give one of {', '.join(VERBS)}; --help says what each does")
-    if not VERBS[verb].first:  # a verb with a parser of its own
-        module, _, function = VERBS[verb].entry.partition(":")
-        getattr(import_module(module), function)(arguments)
-        return
     run_verb(verb, ["--do_eval", "True", *arguments] if verb == "apply" else arguments)
 
 
@@ -95,17 +96,19 @@ def released(arguments: list[str]) -> tuple[str, list[str]]:
     """
     flags = {word.split("=", 1)[0]: _is_on(arguments, place) for place, word in enumerate(arguments)}
     asks = {name for name, is_on in flags.items() if name.startswith("--") and is_on}
-    has_mask = "--mask_loc" in asks
+    has_mask = bool({"--mask_loc", "--plan"} & asks)
     rest = _without(arguments, tuple(f"--{name}" for name in MODES if name != "do_eval"))
     if "--finetune" in asks and not has_mask:
-        raise InputError("--finetune needs --mask_loc: fine-tuning begins with the model that a mask leaves")
+        raise InputError("--finetune needs --mask_loc (or --plan): fine-tuning begins with the model that it leaves")
     if has_mask and asks & {"--do_train", "--finetune"}:
         return "finetune", _without(rest, ("--do_eval",))
     if "--do_train" in asks:
         return "prune", _without(rest, ("--do_eval",))
     if "--do_zero_eval" in asks or (has_mask and asks & {"--do_eval", "--save_pruned"}) or asks & {"--help", "-h"}:
         return "apply", rest
-    raise InputError("nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc, or --do_train")
+    raise InputError(
+        "nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc (or --plan), or --do_train"
+    )
 
 
 def _is_on(arguments: list[str], place: int) -> bool:

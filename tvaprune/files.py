@@ -1,12 +1,23 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
+"""Files and folders that appear whole or not at all, the marks that say which are this tool's own, one run a folder.
 
+A file or folder is written beside its place, as ``.tvaprune-part-HOST-PID-NAME``, and takes its name in one step. What
+a killed process left under such a name goes when the next run writes there.
+"""
+
+import ctypes
+import fcntl
+import hashlib
 import json
 import math
 import os
+import platform
+import re
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +26,16 @@ from safetensors import SafetensorError
 from tvaprune.errors import InputError
 
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
+MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
+_LOCK_NAME = ".tvaprune-lock"
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
+_LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
+_in_use: set[Path] = set()  # this process's own temporaries: its number may be that of a dead one
+_held: list[tuple[ExitStack, set[Path]]] = []  # the folders that the running command holds
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Writes JSON under a temporary name, then renames it; NaN and infinities, which JSON lacks, become null."""
+    """Writes JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
     write_text(as_json(content) + "\n", path)
 
 
@@ -36,22 +53,83 @@ def _finite(value: Any) -> Any:
 
 
 def write_text(content: str, path: Path) -> None:
-    """Writes a text under a temporary name, then renames it."""
+    """Writes a text, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name beside ``path``: the file written there takes the path's name at the end, if all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    with _temporary(path, "part") as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary(path: Path, kind: str) -> Iterator[Path]:
+    """Yields a temporary name that tells its process; what is left there at the end goes."""
+    name = path.parent / f".tvaprune-{kind}-{_HOST}-{os.getpid()}-{path.name}"
+    _remove(name)  # of a dead process with this one's number
+    _in_use.add(name)
+    try:
+        yield name
+    finally:
+        _remove(name)
+        _in_use.discard(name)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what killed processes left in a folder; an older folder whose successor never came gets its name back."""
+    for left in folder.glob(".tvaprune-*"):
+        match = _LEFT.fullmatch(left.name)
+        if match is None or left in _in_use or _is_alive(match[2], int(match[3])):
+            continue
+        if match[1] == "old" and not os.path.lexists(folder / match[4]):
+            with suppress(OSError):
+                os.replace(left, folder / match[4])
+        else:
+            _remove(left)
+
+
+def _is_alive(host: str, pid: int) -> bool:
+    if host != _HOST or pid == os.getpid():  # of another machine's processes nothing is known
+        return host != _HOST
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder, which loses its name before anything in it goes."""
+    with _temporary(folder, "part") as gone, suppress(FileNotFoundError):
+        os.replace(folder, gone)
 
 
 def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
-    """Makes an output folder, and refuses one that is in use.
+    """Makes an output folder, refuses one that is in use, and clears what a killed run left.
+
+    Within `holding_folders` the folder is this command's until its end.
 
     Args:
         flag: The flag that named it, for the message.
         may_hold_files: Whether the user said so: overwriting, or going on with an earlier run.
 
     Raises:
-        InputError: If the folder cannot be written, or holds files that nothing says to touch.
+        InputError: If the folder cannot be written, another run holds it, or it holds files that nothing says to touch.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,59 +137,182 @@ def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
             pass
     except OSError as error:
         raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror}); give another folder") from error
-    if any(folder.iterdir()) and not may_hold_files:
+    if _held and folder.resolve() not in _held[-1][1]:
+        stack, held = _held[-1]
+        stack.enter_context(lock_folder(flag, folder))
+        held.add(folder.resolve())
+    if holds_files(folder) and not may_hold_files:
         raise InputError(
             f"--{flag} {folder}: is not empty; go on with --resume_from_checkpoint True, replace it with "
             "--overwrite_output_dir, or give another folder"
         )
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        clear_leftovers(place)
+
+
+def holds_files(folder: Path) -> bool:
+    """Tells whether a folder holds more than locks and leftovers of this tool."""
+    return folder.is_dir() and any(not path.name.startswith(".tvaprune-") for path in folder.iterdir())
+
+
+@contextmanager
+def holding_folders() -> Iterator[None]:
+    """Holds every folder that is prepared within, so that no two runs write into one; a decorator for a command."""
+    with ExitStack() as stack:
+        _held.append((stack, set()))
+        stack.callback(_held.pop)
+        yield
+
+
+@contextmanager
+def lock_folder(flag: str, folder: Path) -> Iterator[None]:
+    """Holds a folder; the lock ends with the process, however that ends.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    path = folder / _LOCK_NAME
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(300).strip() or "another process"
+            file.close()
+            raise InputError(
+                f"--{flag} {folder}: is in use by {holder}; wait for its end, or give another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            print(f"note: {folder} cannot be locked; start no second run there")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break  # else its last holder removed it meanwhile
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)[:200]})\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def mark(folder: Path, files: list[str] | None = None) -> None:
+    """Says that this tool wrote a folder, and which files in it."""
+    write_json({"written_by": "tvaprune", "files": files or []}, folder / MARK_NAME)
+
+
+def is_ours(folder: Path) -> bool:
+    """Tells whether this tool wrote a folder."""
+    return (folder / MARK_NAME).is_file()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Returns the files in a folder that its mark does not name: somebody else's."""
+    try:
+        own = {*json.loads((folder / MARK_NAME).read_text(encoding="utf-8"))["files"], MARK_NAME}
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return [name for name in _files_in(folder) if name not in own]
+
+
+def _files_in(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if not path.is_dir() and "__pycache__" not in path.parts)
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def check_apart(flag: str, folder: str | Path, other_flag: str, other: str | Path | None) -> None:
+    """Raises `InputError` if a folder that is written whole is, or is within, or holds a path that must stay."""
+    if other is None or not os.path.exists(other):
+        return
+    mine, its = Path(folder).resolve(), Path(other).resolve()
+    if mine == its or mine in its.parents or its in mine.parents:
+        how = "is" if mine == its else "holds" if mine in its.parents else "is within"
+        raise InputError(f"--{flag} {folder}: {how} {other_flag} {other}; give a folder apart from it")
 
 
 def check_output(flag: str, folder: str | Path, overwrite: bool) -> None:
     """Raises `InputError` if the folder may not be written: call it before the work begins."""
-    folder = Path(folder)
-    if folder.is_file():
+    path = Path(folder).resolve()
+    clear_leftovers(path.parent)
+    if path.is_file():
         raise InputError(f"--{flag} {folder}: is a file; give a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
         raise InputError(f"--{flag} {folder}: is not empty; replace it with --overwrite_output_dir, or give another")
-    if not (folder / CONFIG_NAME).is_file():
-        raise InputError(f"--{flag} {folder}: holds something else than a checkpoint; give another folder")
+    foreign = foreign_files(path)
+    if foreign:
+        raise InputError(
+            f"--{flag} {folder}: holds {foreign[0]}, which this tool did not write ({MARK_NAME} names what it did); "
+            "move it away, or give another folder"
+        )
 
 
 @contextmanager
 def new_folder(flag: str, folder: str | Path, overwrite: bool) -> Iterator[Path]:
     """Yields an empty folder that takes its name at the end, and only if all went well.
 
+    Where a folder of this tool has the name, the two change places in one step: there is always one of them.
+
     Raises:
         InputError: If the folder is in use, or it cannot be written (a full disk).
     """
-    folder = Path(folder).absolute()
     check_output(flag, folder, overwrite)
-    temporary = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    place = Path(folder).resolve()
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _take_name(temporary, folder)
+        with _temporary(place, "part") as temporary:
+            temporary.mkdir(parents=True)
+            yield temporary
+            mark(temporary, _files_in(temporary))
+            _take_name(temporary, place)
     except (OSError, SafetensorError) as error:
         raise InputError(f"--{flag} {folder}: cannot be written ({_short(error)}); nothing was left there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def first_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes its name at the end; where another process was quicker, its folder stays.
+
+    For caches, whose name says what they hold.
+    """
+    with _temporary(folder, "part") as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():
+                raise
 
 
 def _take_name(new: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of an older one, which goes last."""
+    """Puts a finished folder in the place of an older one, which is ``new`` then and goes, or goes last."""
     if not folder.exists():
         os.replace(new, folder)
         return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except OSError:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old)
+    if _exchange(new, folder):
+        return
+    with _temporary(folder, "old") as old:
+        try:
+            os.replace(folder, old)
+            os.replace(new, folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Lets two names change places in one step, as Linux can on most file systems; tells whether it did."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None:
+        return False
+    return bool(rename(at_folder, os.fsencode(first), at_folder, os.fsencode(second), exchange) == 0)
 
 
 def _short(error: Exception) -> str:

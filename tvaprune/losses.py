@@ -1,9 +1,25 @@
-"""The teacher-student losses: pure."""
+"""The losses over logits: pure, and in chunks of positions, so that no float32 copy of all logits is ever there."""
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
+CHUNK_TOKENS = 2048  # whose logits are in float32 at a time
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the mean negative log-likelihood of the counted labels; the logits at ``i`` predict label ``i + 1``.
+
+    Args:
+        logits: Shape ``(batch, length, vocabulary)``.
+        labels: Shape ``(batch, length)``; those equal to `IGNORE_INDEX` do not count.
+    """
+    wanted = labels[:, 1:]
+    total = torch.stack(_in_chunks(_summed, logits[:, :-1], wanted)).sum()
+    return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def distillation_loss(
@@ -23,9 +39,12 @@ def distillation_loss(
         labels: Shape ``(batch, length)``; the logits at position ``i`` predict ``labels[:, i + 1]``; labels equal to
             ``ignore_index`` do not count. ``None``: every position but the last counts.
     """
-    student = functional.log_softmax(student_logits[:, :-1].float() / temperature, dim=-1)
-    teacher = functional.log_softmax(teacher_logits[:, :-1].float() / temperature, dim=-1)
-    per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+    def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        own, other = (functional.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
+        return functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+
+    per_token = torch.cat(_in_chunks(divergence, student_logits[:, :-1], teacher_logits[:, :-1]), dim=1)
     return temperature**2 * _mean(per_token, labels, ignore_index)
 
 
@@ -63,34 +82,58 @@ def top_k_distillation_loss(
         log_probs: The same shape.
         labels: As in `distillation_loss`.
     """
-    student = functional.log_softmax(student_logits[:, :-1].float() / temperature, dim=-1)
-    student = student.gather(-1, tokens[:, :-1].long())
-    teacher = log_probs[:, :-1]
-    per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    if tokens.shape[-1] < student_logits.shape[-1]:
-        rest_teacher, rest_student = _rest(teacher), _rest(student)
-        per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
-    return temperature**2 * _mean(per_token, labels, ignore_index)
+
+    def divergence(logits: torch.Tensor, likeliest: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        student = functional.log_softmax(logits.float() / temperature, dim=-1).gather(-1, likeliest.long())
+        per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        if likeliest.shape[-1] < logits.shape[-1]:
+            rest_teacher, rest_student = _rest(teacher), _rest(student)
+            per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
+        return per_token
+
+    parts = _in_chunks(divergence, student_logits[:, :-1], tokens[:, :-1], log_probs[:, :-1])
+    return temperature**2 * _mean(torch.cat(parts, dim=1), labels, ignore_index)
 
 
 def hidden_loss(
-    student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], kept: torch.Tensor
+    student: tuple[torch.Tensor, ...],
+    teacher: tuple[torch.Tensor, ...],
+    kept: torch.Tensor,
+    factors: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """Returns 1 minus the cosine of student's and teacher's hidden states, the mean over layers and tokens.
 
-    The size of a hidden state means nothing, as the next norm divides by it, and folding changes it: only the direction
-    is compared.
+    The size of a hidden state means nothing, as the next norm divides by it: only the direction is compared.
 
     Args:
         student: A hidden state per layer, shape ``(batch, length, len(kept))``; of the embedding none is wanted.
         teacher: The same of the teacher, shape ``(batch, length, hidden)``.
         kept: The teacher's dims that the student has, int64.
+        factors: Of each state, what the student's dims are multiples of the teacher's by, shape ``(len(kept),)``.
     """
     terms = []
-    for own, other in zip(student, teacher, strict=True):
-        target = other.float().index_select(-1, kept)
+    for own, other, factor in zip(student, teacher, factors, strict=True):
+        target = other.float().index_select(-1, kept) * factor
         terms.append(1 - functional.cosine_similarity(own.float(), target, dim=-1).mean())
     return torch.stack(terms).mean()
+
+
+def _summed(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    flat = logits.flatten(0, 1).float()
+    return functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _in_chunks(function: Callable[..., torch.Tensor], *values: torch.Tensor) -> list[torch.Tensor]:
+    """Calls a function of tensors of shape ``(batch, length, ...)`` on a chunk of positions at a time.
+
+    What it computes of a chunk is not kept for the backward pass but computed again. One chunk is a plain call.
+    """
+    batch, length = values[0].shape[:2]
+    size = max(1, CHUNK_TOKENS // batch)
+    if length <= size:
+        return [function(*values)]
+    parts: Iterator[tuple[torch.Tensor, ...]] = zip(*(value.split(size, dim=1) for value in values), strict=True)
+    return [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
 
 
 def _rest(log_probs: torch.Tensor) -> torch.Tensor:

@@ -3,51 +3,86 @@
 import copy
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import check_output, write_json
+from tvaprune.files import check_apart, check_output, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
+from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
-from tvaprune.models.families import ModelShape, shape_of
 from tvaprune.models.load import load_config, load_model
-from tvaprune.plan.masks import Masks, load_masks
+from tvaprune.models.shape import ModelShape, shape_of
+from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
+from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
+from tvaprune.text.protocols import (
+    C4_WINDOWS,
+    OWN,
+    PROTOCOLS,
+    SPLIT,
+    EvaluationText,
+    evaluation_text,
+    protocol_windows,
+)
+from tvaprune.text.sources import STREAMED
 
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
 
+# transformers' own flags that change what a training ends with; where masks or checkpoints are compared is among them.
+_TRAINING_FLAGS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16", "eval_strategy",
+    "eval_steps", "eval_delay", "dataloader_drop_last",
+)  # fmt: skip
+
+
 @dataclass
 class Run:
-    """One command's flags, the loaded model and what follows from both."""
+    """One command's flags, the loaded model and what follows from both.
+
+    Attributes:
+        digest: The unpruned model's, of its config and weights.
+    """
 
     args: Arguments
     model: PreTrainedModel
     tokenizer: Any
+    digest: str = ""
 
     @classmethod
     def load(cls, args: Arguments) -> "Run":
         """Loads the model that the flags name; the flags that its mask was learned with are the defaults."""
+        check_protocol(args)
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
         model, tokenizer = load_model(args.source.model_name_or_path, args.source.dtype, device)
+        run = cls(args, model, tokenizer, model_digest(model))
         if args.evaluation.do_zero_eval:
             check_tokenizer(tokenizer)
-        return cls(args, model, tokenizer)
+        _tell_another_model(run)
+        longest = run.model.config.max_position_embeddings
+        for name in ("block_size", "ctx_length"):
+            tokens = getattr(args.data, name)
+            if tokens is not None and tokens > longest:
+                print(f"note: --{name} {tokens} is above the model's longest, {longest} (max_position_embeddings)")
+        return run
 
     @property
     def shape(self) -> ModelShape:
@@ -62,12 +97,27 @@ class Run:
     @property
     def window(self) -> int:
         """Tokens of an evaluation window."""
+        if self.args.data.protocol != OWN:
+            return PROTOCOLS[self.args.data.protocol].window
         return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+
+    def windows(self) -> Dataset:
+        """Returns the windows that are reported on, as ``--protocol`` says."""
+        data = self.args.data
+        if data.protocol != OWN:
+            return protocol_windows(self.tokenizer, data.protocol, data.data_dir)
+        default = C4_WINDOWS if data.dataset_name in STREAMED else None
+        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default)
+
+    def evaluation_text(self, windows: Dataset) -> EvaluationText:
+        """Returns what a perplexity on these windows may be compared by."""
+        data, split = self.args.data, self.args.evaluation.eval_split
+        return evaluation_text(self.tokenizer, data.protocol, data.dataset_name, split, windows)
 
     def dense_perplexity(self, windows: Dataset) -> float:
         """Measures the unpruned model, before anything is trained or cut.
@@ -98,12 +148,34 @@ class Run:
 
     def at(self, target: float) -> "Run":
         """Returns the run of one of several targets: the same model, folders of its own."""
-        return Run(self.args.at(target), self.model, self.tokenizer)
+        return replace(self, args=self.args.at(target))
+
+    def identity(self, flags: Mapping[str, Any], texts: Sequence[Dataset], settings: Mapping[str, Any]) -> Identity:
+        """Returns what tells this run's masks and checkpoints from another's.
+
+        Args:
+            flags: The flags of the run's kind, by name.
+            texts: The blocks that it learns and chooses on.
+            settings: Flags whose defaults were resolved.
+        """
+        training, data = self.args.training, self.args.data
+        common = {name: getattr(training, name) for name in _TRAINING_FLAGS}
+        common |= {"dtype": str(self.model.dtype).removeprefix("torch."), "block_size": data.block_size}
+        contents = {
+            "model_name_or_path": content(self.args.source.model_name_or_path, self.digest),
+            "dataset_name": content(data.dataset_name, blocks_digest(*texts)),
+        }
+        return {"flags": common | dict(flags), "contents": contents, "settings": dict(settings)}
+
+    def plan(self, units: Masks | KeepPlan) -> KeepPlan:
+        """Returns what is kept: masks cut by the run's rules, a plan as it is."""
+        return plan_from_masks(units, self.shape, self.rules) if isinstance(units, Masks) else units
 
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""
         return {
             "model": self.args.source.model_name_or_path,
+            "model_digest": self.digest,
             "prune_method": self.args.prune.prune_method,
             "dataset_name": self.args.data.dataset_name,
             "block_size": self.args.data.block_size,
@@ -113,6 +185,25 @@ class Run:
             "versions": hardware.versions(),
             "command": hardware.command_line(),
         }
+
+
+def check_protocol(args: Arguments) -> None:
+    """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
+    name, data = args.data.protocol, args.data
+    if name == OWN:
+        return
+    settled = {"ctx_length": data.ctx_length, "max_eval_samples": data.max_eval_samples}
+    if args.recipe.get("eval_split", SPLIT) != SPLIT:
+        settled["eval_split"] = args.recipe["eval_split"]
+    for flag, value in settled.items():
+        if value is not None:
+            raise InputError(f"--{flag} {value}: --protocol {name} settles text and windows; leave one out")
+    longest, window = load_config(args.source.model_name_or_path).max_position_embeddings, PROTOCOLS[name].window
+    if window > longest:
+        raise InputError(
+            f"--protocol {name}: has windows of {window} tokens, the model is made for {longest} at most; choose one "
+            "of shorter windows, or own"
+        )
 
 
 def _as_the_mask_says(args: Arguments) -> Arguments:
@@ -133,33 +224,63 @@ def _as_the_mask_says(args: Arguments) -> Arguments:
     return args
 
 
-def given_masks(args: Arguments) -> Masks | None:
-    """Reads ``--mask_loc`` and its record, and compares it with the model's config before the weights are read."""
-    path = args.prune.mask_loc
-    if path is None:
+def _tell_another_model(run: Run) -> None:
+    """Says so where the mask was learned on other weights than those it is applied to."""
+    if run.args.prune.mask_loc is None:
+        return
+    record = read_record(run.args.prune.mask_loc)
+    if record.get("model_digest", run.digest) != run.digest:
+        print(
+            f"note: the mask was learned on {record.get('model')} [{str(record['model_digest'])[:8]}], applied to "
+            f"{run.args.source.model_name_or_path} [{run.digest[:8]}], whose weights are others"
+        )
+
+
+def given_units(args: Arguments) -> Masks | KeepPlan | None:
+    """Reads ``--mask_loc`` and its record, or ``--plan``, and compares it with the model's config before the weights.
+
+    Raises:
+        InputError: If the file cannot be used, or is of another model.
+    """
+    path, plan = args.prune.mask_loc, args.prune.plan
+    if path is None and plan is None:
         return None
     shape = shape_of(load_config(args.source.model_name_or_path))
+    if plan is not None:
+        kept = KeepPlan.load(Path(plan))
+        other = [name for name, size in vars(shape).items() if getattr(kept.shape, name) != size]
+        if other:
+            told = ", ".join(f"{name} {getattr(kept.shape, name)} for {getattr(shape, name)}" for name in other)
+            raise InputError(f"--plan {plan}: is of another model ({told}); give the plan of this model")
+        return kept
+    assert path is not None
     masks = load_masks(path, shape)
     recorded_flags(path)  # a damaged one ends the command here
     masks.check_fits(shape, f"--mask_loc {path}")
     return masks
 
 
-def given_checkpoint(
-    args: Arguments, last: Callable[[Path], Path | str | None] = get_last_checkpoint, may_be_none: bool = False
-) -> str | None:
-    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last of the output folder.
+def goes_on(args: Arguments) -> bool:
+    """Tells whether the flags ask to go on with an earlier run."""
+    return (args.training.resume_from_checkpoint or "false").lower() != "false"
+
+
+def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
+    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last whole one there is.
 
     Args:
-        last: Finds that one.
         may_be_none: Whether a run that has no checkpoint yet begins anew, in place of an error.
+
+    Raises:
+        InputError: If there is none, it is not whole, or the output folder holds somebody else's.
     """
+    check_ours(args.output_dir)
     asked = args.training.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
+    if asked is None or not goes_on(args):
         return None
     found: Path | str | None = asked
     if asked.lower() == "true":
-        found = last(args.output_dir) if args.output_dir.is_dir() else None
+        found = last_checkpoint(args.output_dir)
         if found is None and may_be_none:
             print(f"note: there is no checkpoint in {args.output_dir} yet: the run begins anew")
             return None
@@ -167,6 +288,7 @@ def given_checkpoint(
         raise InputError(
             f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
         )
+    check_whole(Path(found))
     _settle_best(Path(found), args.output_dir)
     return str(found)
 
@@ -196,6 +318,18 @@ def _settle_best(checkpoint: Path, output_dir: Path) -> None:
     write_json(state | {"best_model_checkpoint": str(beside)}, path)
 
 
+def check_training(args: Arguments) -> None:
+    """Builds a trainer of nothing, its optimizer and schedule: what cannot be built is told before anything is touched.
+
+    Raises:
+        InputError: If a package is missing (``--report_to``, ``--optim``), or flags do not go together.
+    """
+    try:
+        Trainer(nn.Linear(1, 1), args.training, eval_dataset=[]).create_optimizer_and_scheduler(1)
+    except (ImportError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"the training cannot begin: {' '.join(str(error).split())[:200]}") from error
+
+
 def check_results(args: Arguments, may_hold_some: bool) -> None:
     """Refuses to replace results that nothing says to touch."""
     if (args.save_loc / "results.json").exists() and not (args.training.overwrite_output_dir or may_hold_some):
@@ -203,9 +337,15 @@ def check_results(args: Arguments, may_hold_some: bool) -> None:
 
 
 def check_save(args: Arguments) -> None:
-    """Refuses a checkpoint folder that is in use, before the work begins."""
-    if args.prune.save_pruned is not None:
-        check_output("save_pruned", args.prune.save_pruned, args.training.overwrite_output_dir)
+    """Refuses a checkpoint folder that is in use, or that would replace what is read or written, before the work."""
+    folder = args.prune.save_pruned
+    if folder is None:
+        return
+    check_apart("save_pruned", folder, "--model_name_or_path", args.source.model_name_or_path)
+    for flag, other in (("output_dir", args.output_dir), ("save_loc", args.save_loc)):
+        if Path(folder).resolve() in (other.resolve(), *other.resolve().parents):
+            raise InputError(f"--save_pruned {folder}: is --{flag} {other}, or holds it; give a folder of its own")
+    check_output("save_pruned", folder, args.training.overwrite_output_dir)
 
 
 def zero_shot_tasks(args: Arguments) -> ZeroShot | None:

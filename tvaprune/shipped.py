@@ -5,12 +5,21 @@ from pathlib import Path
 
 from tvaprune.errors import InputError
 from tvaprune.measure.zeroshot import OFFLINE_GROUP
-from tvaprune.models.families import shape_of
 from tvaprune.models.load import load_config
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import load_masks
 
 MODEL = Path("mistral_saves_tva") / "mini_mistral"
-_ASKS_FOR_MORE = ("--model_name_or_path", "--mask_loc", "--do_train", "--finetune", "--do_eval", "--help", "-h")
+_ASKS_FOR_MORE = (
+    "--model_name_or_path",
+    "--mask_loc",
+    "--plan",
+    "--do_train",
+    "--finetune",
+    "--do_eval",
+    "--help",
+    "-h",
+)
 
 
 def complete(arguments: list[str], root: Path) -> list[str]:

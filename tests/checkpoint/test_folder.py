@@ -24,10 +24,13 @@ from support.folders import (
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from tvaprune.checkpoint import folder as checkpoint
-from tvaprune.checkpoint.folder import layer_widths, load_pruned, save_pruned
+from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
+from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import FAMILIES
 from tvaprune.models.modeling_pruned import layer_config
+from tvaprune.models.pruned import PER_LAYER
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.widths import WidthRules
 
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
@@ -70,9 +73,9 @@ def test_a_saved_and_reloaded_model_is_the_sliced_one(row, case, make_pruned, in
     assert all(
         torch.equal(value, before[name]) for name, value in narrow.state_dict().items()
     )  # saving changes nothing
-    heads, channels = layer_widths(loaded.config)
-    assert heads == [count or 1 for count in plan.num_key_value_heads]
-    assert channels == [count or 32 for count in plan.intermediate_size]
+    shape = shape_of(loaded.config)
+    assert shape.num_key_value_heads == tuple(count or 1 for count in plan.num_key_value_heads)
+    assert shape.intermediate_size == tuple(count or 32 for count in plan.intermediate_size)
     if plan.shape.tie_word_embeddings:
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     loaded.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1.0  # control: the comparison sees one weight
@@ -80,15 +83,16 @@ def test_a_saved_and_reloaded_model_is_the_sliced_one(row, case, make_pruned, in
 
 
 def test_every_family_has_classes_of_its_own():
-    assert set(checkpoint.auto_map("llama")) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(auto_map("llama")) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for model_type in FAMILIES:
         config = AutoConfig.for_model(f"pruned_{model_type}")
-        assert type(config).__name__ == checkpoint.auto_map(model_type)["AutoConfig"].split(".")[1]
+        assert type(config).__name__ == auto_map(model_type)["AutoConfig"].split(".")[1]
 
 
 def test_the_folder_is_a_hugging_face_folder(folder):
     files = {path.name for path in folder.iterdir()}
     assert files == {
+        ".tvaprune.json",
         "README.md",
         "config.json",
         "generation_config.json",
@@ -106,7 +110,7 @@ def test_the_folder_is_a_hugging_face_folder(folder):
     }
     assert config["model_type"] == "pruned_mistral"
     assert config["architectures"] == ["PrunedMistralForCausalLM"]
-    assert {key for row in config["per_layer_config"].values() for key in row} <= set(checkpoint.PER_LAYER)
+    assert {key for row in config["per_layer_config"].values() for key in row} <= set(PER_LAYER)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     assert config["rope_scaling"] is None
     assert (config["head_dim"], config["sliding_window"], config["tie_word_embeddings"]) == (6, 4, False)
@@ -333,7 +337,7 @@ def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_pat
     assert "trust_remote_code" not in card and "was not measured" in card
 
 
-def test_an_existing_folder_is_replaced_only_if_it_is_a_checkpoint_and_the_flag_says_so(folder, make_pruned):
+def test_an_existing_folder_is_replaced_only_if_all_in_it_is_ours_and_the_flag_says_so(folder, make_pruned):
     narrow, plan = make_pruned("llama MHA")
     with pytest.raises(InputError, match="--save_pruned .*: is not empty; replace it with --overwrite_output_dir"):
         save_pruned(narrow, plan, None, folder)
@@ -341,8 +345,13 @@ def test_an_existing_folder_is_replaced_only_if_it_is_a_checkpoint_and_the_flag_
     save_pruned(narrow, plan, None, folder, overwrite=True)
     assert read_config(folder)["model_type"] == "pruned_llama"
     assert not (folder / "tokenizer.json").exists()
-    (folder / "config.json").unlink()
-    with pytest.raises(InputError, match="holds something else than a checkpoint; give another folder"):
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds checkpoint-500/notes.txt, which this tool did not write .*; move it"):
+        save_pruned(narrow, plan, None, folder, overwrite=True)
+    (folder / "checkpoint-500" / "notes.txt").unlink()
+    (folder / ".tvaprune.json").unlink()
+    with pytest.raises(InputError, match="holds README.md, which this tool did not write"):
         save_pruned(narrow, plan, None, folder, overwrite=True)
     with pytest.raises(InputError, match="is a file; give a folder"):
         save_pruned(narrow, plan, None, folder / "README.md")
@@ -406,7 +415,6 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(breaks, message, folder):
 
 def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, tmp_path, monkeypatch, capsys):
     from tvaprune.flags.arguments import Arguments
-    from tvaprune.models.families import shape_of
     from tvaprune.plan.keep_plan import plan_from_masks
     from tvaprune.plan.masks import save_masks
     from tvaprune.stages import apply as stages

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from tvaprune.choose.controller import Lagrangian, beta_at, expected_sparsity, target_at
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import Masks
 
-SHAPE = ModelShape(
+SHAPE = ModelShape.uniform(
     hidden_size=10,
     num_hidden_layers=2,
     num_attention_heads=4,

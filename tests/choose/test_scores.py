@@ -7,12 +7,14 @@ from tvaprune.choose.scores import SCORES, score_masks
 from tvaprune.choose.scores.bonsai import bonsai_scores, coefficients
 from tvaprune.choose.scores.calibration import Calibration, InputSums
 from tvaprune.choose.scores.flap import compensate_bias
+from tvaprune.choose.scores.ranking import heads_kept, layerwise, per_unit, ranked
 from tvaprune.choose.scores.taylor import group_importance, protected_layers
 from tvaprune.cut.slice import apply_plan
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit, head_features
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
+from tvaprune.plan.masks import Masks
 
 BLOCKS = Dataset.from_dict({"input_ids": torch.arange(8 * 12).remainder(47).view(8, 12).tolist()}).with_format("torch")
 IDS = BLOCKS[:]["input_ids"]
@@ -79,6 +81,62 @@ def test_layers_take_turns_so_that_the_same_share_goes_everywhere(make_model, me
     cuts = [[int((score < cut).sum()) for score in scores] for cut in torch.cat(scores).sort().values]
     assert all(max(widths) - min(widths) <= 1 for widths in cuts)
     assert len({sum(widths) for widths in cuts}) == len(cuts)  # every number of channels can be had
+
+
+# Hidden width 32, heads of 8 with as many query heads as KV heads: a KV head has 4 * 8 * 32 = 1,024 parameters, a
+# channel 3 * 32 = 96; a layer of 4 heads and 64 channels 4,096 + 6,144, and 64 in its norms: 10,304 counted.
+EVEN = {"hidden_size": 32, "head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("target", "last", "expected"),
+    [
+        # 5 layers alike lose 0.5 * 10,304 / 10,240 = 0.503 of their units: 1.99 of 4 heads stay
+        (0.5, [], [2, 2, 2, 2, 2]),
+        # 4 of 5 layers lose 0.629: 1.48 heads stay
+        (0.5, [0], [4, 1, 1, 1, 1]),
+        # 0.59: 1.65 stay
+        (0.47, [0], [4, 2, 2, 2, 2]),
+        # 4 layers lose all of theirs, 0.8 * 10,240; the first 0.56 of its own: 1.75 of 4 stay
+        (0.907, [0], [2, 0, 0, 0, 0]),
+        (0.05, [], [4, 4, 4, 4, 4]),
+    ],
+)
+def test_heads_are_rounded_once_for_all_layers(make_model, target, last, expected):
+    shape = shape_of(make_model("llama", num_hidden_layers=5, **EVEN).config)
+    assert heads_kept(shape, target, last) == expected
+    generator = torch.Generator().manual_seed(0)
+    attn, inter = ([torch.rand(n, generator=generator) for _ in range(5)] for n in (4, 64))
+    scores = layerwise(shape, target, attn, inter, last)
+    ones = PerUnit.full(shape, 1.0)
+    plan = plan_from_masks(calibrate(Masks(ones, scores.map(lambda score: -score.float())), shape, target), shape)
+    assert list(plan.num_key_value_heads) == expected
+    assert plan.sparsity == pytest.approx(target, abs=48 / 51_520 + 1e-6)  # half a channel: the channels meet it
+    best = [values.argsort(descending=True)[:kept].sort().values for values, kept in zip(attn, expected, strict=True)]
+    assert all(torch.equal(kept, wanted) for kept, wanted in zip(plan.kept.attn, best, strict=True))
+
+
+def test_channels_must_be_able_to_make_up_for_the_heads(make_model):
+    """One KV head of more parameters than all channels: the nearest number of heads would leave the target unmet."""
+    sizes = EVEN | {"num_key_value_heads": 1, "num_attention_heads": 8, "intermediate_size": 24}
+    shape = shape_of(make_model("llama", num_hidden_layers=5, **sizes).config)
+    # The head and its 8 query heads 18 * 8 * 32 = 4,608 parameters, the channels 2,304, norms 64: to lose 0.4 * 6,976 =
+    # 2,790 of 6,912, without the head, is more than the channels have, though 0.6 of a head is nearest to 1.
+    assert heads_kept(shape, 0.4) == [0] * 5
+    assert heads_kept(shape, 0.3) == [1] * 5  # control: 2,093 of the channels' 2,304
+
+
+def test_heads_rounded_layer_by_layer_would_not_be_even(make_model):
+    """Negative control: the same ranks under one threshold, as the channels have it."""
+    shape = shape_of(make_model("llama", num_hidden_layers=5, **EVEN).config)
+    generator = torch.Generator().manual_seed(0)
+    attn, inter = ([torch.rand(n, generator=generator) for _ in range(5)] for n in (4, 64))
+    ranks = [[ranked(score, layer, 5) for layer, score in enumerate(kind)] for kind in (attn, inter)]
+    for kind in ranks:
+        kind[0] += 1.0  # the first layer comes last
+    masks = Masks(PerUnit.full(shape, 1.0), per_unit(shape, *ranks).map(lambda score: -score.float()))
+    plan = plan_from_masks(calibrate(masks, shape, 0.5), shape)
+    assert len(set(plan.num_key_value_heads[1:])) == 2
 
 
 def inputs_of(linear, model):
@@ -151,8 +209,8 @@ def without(model, attn=(), inter=()):
     kept = PerUnit.full(shape, 1.0).map(lambda units: torch.arange(len(units)))
     kept = PerUnit(
         kept.hidden,
-        (left(shape.num_key_value_heads, attn), *kept.attn[1:]),
-        (left(shape.intermediate_size, inter), *kept.inter[1:]),
+        (left(shape.num_key_value_heads[0], attn), *kept.attn[1:]),
+        (left(shape.intermediate_size[0], inter), *kept.inter[1:]),
     )
     return KeepPlan(kept, kept.map(lambda indices: torch.ones(len(indices))), shape, 1)
 
@@ -162,8 +220,7 @@ def test_flaps_bias_makes_up_for_a_constant_channel_exactly(make_model):
     for model in (dense, cut, bare):
         make_constant(model.model.layers[0].mlp, 3)
     plan = without(dense, inter=[3])
-    apply_plan(compensate_bias(cut, plan, BLOCKS), plan)
-    apply_plan(bare, plan)
+    cut, bare = apply_plan(compensate_bias(cut, plan, BLOCKS), plan), apply_plan(bare, plan)
     with torch.no_grad():
         expected = dense(IDS).logits
         torch.testing.assert_close(cut(IDS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from tvaprune.choose.settings import describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import RunArguments
-from tvaprune.flags.settings import DistillArguments, PruneArguments
+from tvaprune.flags.settings import DistillSettings, PruneSettings
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import best_mask, load_masks
 from tvaprune.plan.widths import WidthRules
@@ -20,8 +20,8 @@ from tvaprune.plan.widths import WidthRules
 
 def settings(num_steps=8, distill=True, **prune):
     prune = {"lagrangian_warmup_epochs": 0.25, "dim_multiple": 4} | prune
-    arguments = PruneArguments(target_sparsity=[0.3], **prune)
-    return gate_settings(arguments, DistillArguments(distill=distill), num_steps, num_steps, 512, 5.0, WidthRules(4))
+    arguments = PruneSettings(target_sparsity=[0.3], **prune)
+    return gate_settings(arguments, DistillSettings(distill=distill), num_steps, num_steps, 512, 5.0, WidthRules(4))
 
 
 def blocks(count=64, length=12):
@@ -170,7 +170,7 @@ def test_a_target_that_rises_beyond_the_choice_is_refused():
         settings(lagrangian_warmup_epochs=0.9)
     assert settings(lagrangian_warmup_epochs=0.9, settle_share=0.0).num_warmup_steps == 7
     few = gate_settings(
-        PruneArguments(), DistillArguments(), 10, 1000, 5120, 5.0, WidthRules(4)
+        PruneSettings(), DistillSettings(), 10, 1000, 5120, 5.0, WidthRules(4)
     )  # --max_steps 10 of an epoch of 1,000
     assert few.num_warmup_steps == 3 and few.num_settle_steps == 3
 
@@ -245,13 +245,13 @@ def test_half_precision_weights_train_full_precision_gates(make_model, tmp_path)
 @pytest.mark.parametrize(("tokens", "rate", "start"), [(511_999, 0.1, -5.0), (512_000, 0.05, -9.0)])
 def test_the_defaults_go_by_tokens_and_not_by_steps(tokens, rate, start):
     for steps in (100, 4000):  # the same text in larger batches
-        chosen = gate_settings(PruneArguments(), DistillArguments(), steps, steps, tokens, 10.0, WidthRules())
+        chosen = gate_settings(PruneSettings(), DistillSettings(), steps, steps, tokens, 10.0, WidthRules())
         assert (chosen.vib_learning_rate, chosen.initial_log_variance) == (rate, start)
 
 
 def test_which_defaults_were_taken_is_said_and_what_they_cannot_reach():
     def said(steps, tokens):
-        chosen = gate_settings(PruneArguments(), DistillArguments(), steps, steps, tokens, 10.0, WidthRules())
+        chosen = gate_settings(PruneSettings(), DistillSettings(), steps, steps, tokens, 10.0, WidthRules())
         return describe(chosen, steps, tokens)
 
     assert "defaults of a short run (1,000 tokens" in said(300, 1000) and "note:" not in said(300, 1000)

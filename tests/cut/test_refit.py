@@ -8,10 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from support.families import ROWS, logits, make_plan, sliced
+from support.other_families import OTHER_ROWS
 
 from tvaprune.cut.refit import refit
 from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
 from tvaprune.losses import distillation_loss
+from tvaprune.models.families import family_of
 
 
 def windows(count, seed, length=16):
@@ -25,8 +27,8 @@ def windows(count, seed, length=16):
 CALIBRATION, HELD_OUT = windows(24, seed=1), windows(8, seed=2)
 
 
-@pytest.fixture(params=ROWS.values(), ids=ROWS)
-def model(request, make_model):
+@pytest.fixture(params=(ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+def model(request, make_model, other_families):
     model_type, values = request.param
     return make_model(model_type, **values)
 
@@ -119,7 +121,8 @@ def test_it_comes_nearer_to_the_dense_model_than_the_fold(model, make_masks, emp
     divergences = [divergence(narrow, model) for narrow in (folded, refitted)]
     assert divergences[0] == pytest.approx(report.divergences[0], rel=1e-4)
     assert divergences[1] == pytest.approx(min(report.divergences), rel=1e-4)
-    assert divergences[1] < 0.9 * divergences[0]
+    nearer = 0.9 if family_of(model.config).attention_post_norm is None else 0.95  # nothing repairs the stream there
+    assert divergences[1] < nearer * divergences[0]
 
 
 def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_model, make_masks, monkeypatch):

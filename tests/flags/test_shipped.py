@@ -2,7 +2,7 @@ import pytest
 
 from tvaprune import shipped
 from tvaprune.errors import InputError
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
 
 
@@ -39,6 +39,7 @@ def test_alone_it_takes_the_shipped_model_and_its_best_mask(tree, flags, capsys)
         ["--do_zero_eval", "False"],
         ["--do_zero_eval", "--model_name_or_path", "m"],
         ["--do_zero_eval", "--mask_loc=k"],
+        ["--do_zero_eval", "--plan", "plan.json"],
         ["--do_train", "--do_zero_eval"],
     ],
 )

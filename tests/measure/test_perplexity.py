@@ -1,24 +1,37 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from support.families import ROWS
+from support.other_families import OTHER_ROWS
 from torch import nn
 
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.choose.gated_model import GatedModel
+from tvaprune.measure.perplexity import perplexity, windows_per_pass
+from tvaprune.recover.lora import LoraSettings, add_lora
 
 
 class Scripted(nn.Module):
-    """A model whose logits are a function of the tokens."""
+    """A model whose logits are a function of the tokens; its head counts the positions that it is asked for."""
 
     def __init__(self, logits_of):
         super().__init__()
-        self.unused, self.logits_of, self.calls = nn.Parameter(torch.zeros(1)), logits_of, []
+        self.unused, self.logits_of, self.calls, self.asked = nn.Parameter(torch.zeros(1)), logits_of, [], []
 
-    def forward(self, input_ids, use_cache):
+    def get_decoder(self):
+        return self.decode
+
+    def decode(self, input_ids, use_cache):
         self.calls.append((tuple(input_ids.shape), self.training, use_cache))
-        return SimpleNamespace(logits=self.logits_of(input_ids))
+        return (self.logits_of(input_ids),)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def head(self, states):
+        self.asked.append(tuple(states.shape[:2]))
+        return states
 
 
 def blocks_of(rows):
@@ -79,8 +92,50 @@ def test_nan_stays_visible_and_a_collapsed_model_stays_finite():
     assert 1e300 < sure_and_wrong < float("inf")
 
 
-def test_a_real_model_agrees_with_its_own_loss(make_model, input_ids):
-    model = make_model()
+def whole(model, rows, batch_size):
+    """The perplexity from all logits at once."""
+    total = 0.0
+    for ids in torch.tensor(rows).split(batch_size):
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / (len(rows) * (len(rows[0]) - 1)))
+
+
+@pytest.mark.usefixtures("other_families")
+@pytest.mark.parametrize(("model_type", "values"), (ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+def test_it_is_the_models_own_loss_to_the_bit_where_a_batch_is_a_chunk(model_type, values, make_model, monkeypatch):
+    model = make_model(model_type, **values)
+    rows = torch.randint(0, 47, (5, 13), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = whole(model, rows, 2)
+    assert perplexity(model, blocks_of(rows), 2) == expected
+    for chunk in (1, 7, 25):
+        monkeypatch.setattr("tvaprune.measure.perplexity.CHUNK_TOKENS", chunk)
+        assert perplexity(model, blocks_of(rows), 2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gates_and_lora_are_part_of_the_model(make_model, make_masks):
+    rows = torch.randint(0, 47, (3, 13), generator=torch.Generator().manual_seed(0)).tolist()
+    lora = add_lora(make_model(), LoraSettings(2, 1.0, 0.0, train_lm_head=True))
     with torch.no_grad():
-        loss = model(input_ids=input_ids, labels=input_ids).loss
-    assert perplexity(model, blocks_of(input_ids.tolist())) == pytest.approx(math.exp(loss), rel=1e-4)
+        for parameter in lora.parameters():
+            parameter.add_(0.01)
+    gated = GatedModel(make_model())
+    with gated.using(make_masks(gated.shape).mu):
+        values = {model: (perplexity(model, blocks_of(rows), 2), whole(model, rows, 2)) for model in (lora, gated)}
+    dense = perplexity(make_model(), blocks_of(rows), 2)
+    for found, expected in values.values():
+        assert found == expected
+        assert found != pytest.approx(dense, rel=1e-3)  # control
+
+
+def test_the_head_sees_a_chunk_at_a_time_and_the_layers_no_more_than_a_pass(monkeypatch):
+    monkeypatch.setattr("tvaprune.measure.perplexity.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("tvaprune.measure.perplexity.FORWARD_TOKENS", 16)
+    rows = torch.randint(0, 2, (4, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    model = Scripted(repeating)
+    perplexity(model, blocks_of(rows), 3)
+    assert [shape for shape, _, _ in model.calls] == [(2, 8), (2, 8)]  # 16 tokens
+    assert model.asked == [(2, 3), (2, 3), (2, 2)] * 2  # of 8 positions the last predicts nothing, but its chunk has it
+    assert windows_per_pass(blocks_of([[0] * 17]), 8) == 1  # a window is never cut
+    assert windows_per_pass(blocks_of([[0] * 4]), 3) == 3  # control: as asked

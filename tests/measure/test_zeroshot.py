@@ -12,7 +12,7 @@ from tvaprune.cut.slice import apply_plan
 from tvaprune.errors import InputError
 from tvaprune.measure import zeroshot
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.widths import WidthRules
 from tvaprune.report import zero_shot as zero_report

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
-from tvaprune.models.families import shape_of
 from tvaprune.models.load import load_config, load_model
+from tvaprune.models.shape import shape_of
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tvaprune.models.families import ModelShape, shape_of
 from tvaprune.models.parameters import decoder_sparsity, layer_parameters, total_parameters
+from tvaprune.models.shape import ModelShape, shape_of
 
-SHAPE = ModelShape(
+SHAPE = ModelShape.uniform(
     hidden_size=10,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -73,7 +73,7 @@ def test_layers_of_unequal_number_are_refused():
 def test_layers_of_models_without_biases_and_head_norms(model_type, values, make_model):
     model = make_model(model_type, **values)
     shape = shape_of(model.config)
-    counted = layer_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
+    counted = layer_parameters(shape.hidden_size, shape.num_key_value_heads[0], shape.intermediate_size[0], shape)
     assert [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers] == [counted] * 3
 
 
@@ -90,7 +90,7 @@ def test_sparsity_leaves_biases_and_head_norms_out_and_the_total_counts_them(
 ):
     model = make_model(model_type, **values)
     shape = shape_of(model.config)
-    widths = shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size
+    widths = shape.hidden_size, shape.num_key_value_heads[0], shape.intermediate_size[0]
     in_layer = sum(p.numel() for p in model.model.layers[0].parameters())
     assert in_layer - layer_parameters(*widths, shape) == not_counted
     total = total_parameters(widths[0], [widths[1]] * 3, [widths[2]] * 3, shape)

@@ -7,7 +7,9 @@ from support.families import CLOSE, CUTS, ROWS, logits, make_plan, sliced
 
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.cut import fold, slice
-from tvaprune.models.families import FAMILIES, ModelShape, family_of
+from tvaprune.models.families import FAMILIES, family_of
+from tvaprune.models.layout import layout_of
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit, head_features
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
@@ -29,12 +31,15 @@ def plan(request, model, make_masks):
 
 def as_lists(edit):
     values = (edit.rows, edit.columns, edit.row_factors, edit.column_factors)
-    return tuple(None if value is None else value.tolist() for value in values)
+    lists = tuple(None if value is None else value.tolist() for value in values)
+    return (*lists, edit.constant, edit.offset) if edit.constant != 1 or edit.offset else lists
 
 
 def by_hand(tied):
-    """Hidden 4, layers 2, query heads 4, KV heads 2 (groups of 2), head_dim 2, channels 3; factors are exact halves."""
-    shape = ModelShape(4, 2, 4, 2, 2, 3, 7, tie_word_embeddings=tied, qkv_bias=True, mlp_bias=True, head_norm=True)
+    """Hidden 4, layers 2, query heads 4, KV heads 2 (groups of 2), head_dim 2, channels 3."""
+    shape = ModelShape.uniform(
+        4, 2, 4, 2, 2, 3, 7, tie_word_embeddings=tied, qkv_bias=True, mlp_bias=True, head_norm=True
+    )
     empty = torch.tensor([], dtype=torch.int64)
     kept = PerUnit(torch.tensor([0, 3]), (torch.tensor([1]), empty), (torch.tensor([0, 2]), torch.tensor([1])))
     scale = PerUnit(
@@ -46,7 +51,10 @@ def by_hand(tied):
 
 
 def test_edits_are_those_worked_out_by_hand():
-    """KV head 1 of head_dim 2 owns features 2, 3 of k and v; in q its group is heads 2 and 3: features 4 ... 7."""
+    """KV head 1 of head_dim 2 owns features 2, 3 of k and v; in q its group is heads 2 and 3: features 4 ... 7.
+
+    Layer 1 loses its KV heads: zeros stand in KV head 0's places, and the norms of q and k stay.
+    """
     hidden, scale = [0, 3], [0.5, 2.0]
     attn, mlp = "model.layers.{}.self_attn.".format, "model.layers.{}.mlp.".format
     expected = {
@@ -60,15 +68,13 @@ def test_edits_are_those_worked_out_by_hand():
         attn(0) + "v_proj.weight": ([2, 3], hidden, None, None),
         attn(0) + "v_proj.bias": ([2, 3], None, None, None),
         attn(0) + "o_proj.weight": (hidden, [4, 5, 6, 7], scale, [1.5, 1.5, 1.5, 1.5]),
-        attn(1) + "q_proj.weight": ([], hidden, None, None),
-        attn(1) + "q_proj.bias": ([], None, None, None),
-        attn(1) + "k_proj.weight": ([], hidden, None, None),
-        attn(1) + "k_proj.bias": ([], None, None, None),
-        attn(1) + "v_proj.weight": ([], hidden, None, None),
-        attn(1) + "v_proj.bias": ([], None, None, None),
-        attn(1) + "o_proj.weight": (hidden, [], scale, []),
-        attn(1) + "q_norm.weight": ([], None, None, None),
-        attn(1) + "k_norm.weight": ([], None, None, None),
+        attn(1) + "q_proj.weight": ([0, 1, 2, 3], hidden, None, None, 0.0, 0.0),
+        attn(1) + "q_proj.bias": ([0, 1, 2, 3], None, None, None, 0.0, 0.0),
+        attn(1) + "k_proj.weight": ([0, 1], hidden, None, None, 0.0, 0.0),
+        attn(1) + "k_proj.bias": ([0, 1], None, None, None, 0.0, 0.0),
+        attn(1) + "v_proj.weight": ([0, 1], hidden, None, None, 0.0, 0.0),
+        attn(1) + "v_proj.bias": ([0, 1], None, None, None, 0.0, 0.0),
+        attn(1) + "o_proj.weight": (hidden, [0, 1, 2, 3], scale, None, 0.0, 0.0),
     }
     for layer, channels, factors in ((0, [0, 2], [2.5, 3.0]), (1, [1], [4.0])):
         for reader in ("gate_proj", "up_proj"):
@@ -92,8 +98,9 @@ def edited(weight, edit):
     """What an edit says, on one tensor: independent of the code that cuts."""
     weight = weight if edit.rows is None else weight[edit.rows]
     weight = weight if edit.columns is None else weight[:, edit.columns]
+    weight = weight if edit.constant == 1 else (weight + edit.offset) * edit.constant - edit.offset
     if edit.row_factors is not None:
-        weight = weight * edit.row_factors.view(-1, *[1] * (weight.dim() - 1))
+        weight = (weight + edit.offset) * edit.row_factors.view(-1, *[1] * (weight.dim() - 1)) - edit.offset
     return weight if edit.column_factors is None else weight * edit.column_factors
 
 
@@ -102,31 +109,28 @@ def test_edits_name_parameters_and_cover_all_that_a_cut_changes(model, plan):
     assert edits.keys() <= stock.keys()
     narrow = sliced(model, plan)
     after = narrow.state_dict()
-    for index, heads in enumerate(plan.num_key_value_heads):  # what a layer without attention keeps has another name
-        bias = f"model.layers.{index}.self_attn.bias"
-        if heads == 0 and bias in after:
-            after[f"model.layers.{index}.self_attn.o_proj.bias"] = after.pop(bias)
-    assert after.keys() <= model.state_dict().keys()
+    assert after.keys() == model.state_dict().keys()
     for name, weight in stock.items():
         expected = edited(weight, edits.get(name, Edit()))
-        assert torch.equal(after[name], expected) if name in after else expected.numel() == 0, name
+        assert torch.equal(after[name], expected), name
     if plan.shape.tie_word_embeddings:
         assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
-    changed = {name for name, weight in stock.items() if name not in after or not torch.equal(after[name], weight)}
+    changed = {name for name, weight in stock.items() if not torch.equal(after[name], weight)}
     assert changed and changed <= edits.keys()  # an edit that keeps all of a layer's heads changes nothing
 
 
 def grouped_otherwise(plan, family):
     """The edits, but of KV head k the query heads k, k + n_kv, k + 2 n_kv ... stay."""
     edits, shape = edits_of(plan, family), plan.shape
-    groups = torch.arange(shape.group_size) * shape.num_key_value_heads
-    for index, kv_heads in enumerate(plan.kept.attn):
-        queries = head_features((kv_heads.unsqueeze(1) + groups).flatten(), shape.head_dim)
-        paths = family.layer_paths(index)
+    for block, kv_heads, all_heads in zip(
+        layout_of(family, shape).attention, plan.kept.attn, shape.num_key_value_heads, strict=True
+    ):
+        heads = (kv_heads.unsqueeze(1) + torch.arange(shape.group_size) * all_heads).flatten()
+        queries = head_features(heads, shape.head_dim)
         for kind in ("weight", "bias"):
-            if (name := f"{paths.query}.{kind}") in edits:
+            if (name := f"{block.readers['query'].path}.{kind}") in edits:
                 edits[name] = replace(edits[name], rows=queries)
-        edits[f"{paths.output}.weight"] = replace(edits[f"{paths.output}.weight"], columns=queries)
+        edits[f"{block.writer}.weight"] = replace(edits[f"{block.writer}.weight"], columns=queries)
     return edits
 
 

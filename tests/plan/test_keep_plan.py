@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
 from tvaprune.models.parameters import decoder_sparsity
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import TOLERANCE, calibrate
 from tvaprune.plan.keep_plan import KeepPlan, describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks
 from tvaprune.plan.widths import WidthRules, adjust_width, default_dim_multiple
 
-MHA = ModelShape(48, 3, 4, 4, 12, 100, 50)
-GQA = ModelShape(64, 4, 8, 2, 8, 160, 50)
-ODD = ModelShape(45, 2, 6, 3, 8, 77, 50)
+MHA = ModelShape.uniform(48, 3, 4, 4, 12, 100, 50)
+GQA = ModelShape.uniform(64, 4, 8, 2, 8, 160, 50)
+ODD = ModelShape.uniform(45, 2, 6, 3, 8, 77, 50)
 SHAPES = pytest.mark.parametrize("shape", [MHA, GQA, ODD], ids=["MHA", "GQA", "odd"])
 
 
@@ -75,7 +75,7 @@ def test_the_kept_are_the_best_in_ascending_order_and_none_is_zeroed(shape, dim_
         assert int((full != 0).sum()) == len(kept)
     widths = [len(kept) for kept in (plan.kept.hidden, *plan.kept.inter)]
     below = [int((score < 0).sum()) for score in (masks.log_alpha.hidden, *masks.log_alpha.inter)]
-    full_widths = [shape.hidden_size] + [shape.intermediate_size] * shape.num_hidden_layers
+    full_widths = [shape.hidden_size, *shape.intermediate_size]
     assert widths == [adjust_width(n, f, dim_multiple) for n, f in zip(below, full_widths, strict=True)]
     assert (widths == below) == (dim_multiple == 1)
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import load_masks, save_masks
 from tvaprune.plan.widths import WidthRules
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "published_masks"
-SHAPE = ModelShape(
+SIZES = dict(
     hidden_size=9,
     num_hidden_layers=12,  # two digits: layer 10 does not sort before layer 2
     num_attention_heads=4,
@@ -24,6 +24,7 @@ SHAPE = ModelShape(
     intermediate_size=5,
     vocab_size=7,
 )
+SHAPE = ModelShape.uniform(**SIZES)
 
 
 def mask_dict(num_layers=2):
@@ -168,7 +169,7 @@ def test_something_else_than_a_mask_is_refused(content, write):
 
 @pytest.mark.parametrize("size", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size"])
 def test_the_mask_of_another_model_is_refused(size, make_masks):
-    other = ModelShape(**(SHAPE.__dict__ | {size: getattr(SHAPE, size) - 1}))
+    other = ModelShape.uniform(**(SIZES | {size: SIZES[size] - 1}))
     make_masks(SHAPE).check_fits(SHAPE, "--mask_loc m.pkl")
     with pytest.raises(InputError, match=r"--mask_loc m.pkl holds 9 hidden, 12 layers of \[2\] KV heads and \[5\] MLP"):
         make_masks(SHAPE).check_fits(other, "--mask_loc m.pkl")
@@ -183,7 +184,7 @@ def test_published_masks(pattern, hidden, fewest_heads, empty_layers, tmp_path):
     (path,) = PUBLISHED.glob(pattern)
     masks = load_masks(path)
     vocab_size = 32000 if "mistral" in pattern else 128256
-    shape = ModelShape(4096, 32, 32, 8, 128, 14336, vocab_size)
+    shape = ModelShape.uniform(4096, 32, 32, 8, 128, 14336, vocab_size)
     masks.check_fits(shape, str(path))
     assert int((masks.log_alpha.hidden < 0).sum()) == hidden
     plan = plan_from_masks(masks, shape)

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import read_record, save_masks
 from tvaprune.plan.record import recorded_flags
@@ -122,7 +122,7 @@ def test_the_description_takes_the_record(source, mask, tmp_path, capsys):
     content = describe(mask, str(source[1]))
     out, _ = loaded(source, mask, "apply"), capsys.readouterr()
     assert content == describe(mask, str(source[1]), 4, True, True, 2)
-    assert len(set(content["adjusted"]["intermediate_size"])) == 1 and out.rules == WidthRules(**RULES)
+    assert len(set(content.adjusted.intermediate_size)) == 1 and out.rules == WidthRules(**RULES)
     capsys.readouterr()
     main([str(mask), "--model_name_or_path", str(source[1]), "--uniform", "False", "--json"])
     shown = capsys.readouterr()

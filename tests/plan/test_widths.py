@@ -6,16 +6,16 @@ import torch
 from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_spread
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.flags.settings import PruneArguments
-from tvaprune.models.families import ModelShape
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.models.parameters import decoder_sparsity
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import TOLERANCE, calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.widths import WidthRules, Widths
 from tvaprune.run import Run
 
-SHAPE = ModelShape(
+SHAPE = ModelShape.uniform(
     hidden_size=96,
     num_hidden_layers=5,
     num_attention_heads=16,
@@ -86,7 +86,7 @@ def test_devices_that_do_not_divide_the_model_are_refused(masks):
     with pytest.raises(InputError, match="--tensor_parallel is 3: the model's num_key_value_heads, 8, is no multiple"):
         plan_from_masks(masks, SHAPE, WidthRules(tensor_parallel=3))
     with pytest.raises(InputError, match="--tensor_parallel is 0: give a number above 0"):
-        PruneArguments(tensor_parallel=0)
+        PruneSettings(tensor_parallel=0)
 
 
 def at_counts(heads, channels):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,15 +12,19 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.nn import functional
 
+from tvaprune.checkpoints import last_checkpoint
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import FinetuneRunArguments
+from tvaprune.identity import weights_digest
 from tvaprune.measure.perplexity import perplexity
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.recover.lora import LoraSettings, add_lora, load_adapter, merge, save_adapter, trainable
-from tvaprune.recover.teacher import CachedTeacher, LiveTeacher, cache_teacher, weights_digest
-from tvaprune.recover.trainer import FinetuneTrainer, LossWeights, last_checkpoint
+from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, cache_teacher
+from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 
 LORA = LoraSettings(r=3, alpha_ratio=4.0, dropout=0.0, train_lm_head=True)
-IDENTITY = {"model": "abc", "mask": "def"}
+IDENTITY = {"flags": {"lora_r": 3}, "contents": {"mask_loc": {"name": "m.pkl", "digest": "def"}}}
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
@@ -140,11 +145,11 @@ def test_an_adapter_is_saved_loaded_and_merged_to_the_same_logits(trainer, make_
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(make_model, tmp_path):
     save_adapter(add_lora(make_model(), LORA), tmp_path / "adapter", IDENTITY)
-    with pytest.raises(InputError, match="is the adapter of another mask; give the flags that it was made with"):
-        load_adapter(make_model(), tmp_path / "adapter", IDENTITY | {"mask": "other"})
+    with pytest.raises(InputError, match=r"is the adapter of a run with --lora_r 3, not 4; give the flags that it was"):
+        load_adapter(make_model(), tmp_path / "adapter", IDENTITY | {"flags": {"lora_r": 4}})
     with pytest.raises(InputError, match="cannot be loaded .*; train it again"):
         load_adapter(make_model(hidden_size=40), tmp_path / "adapter", IDENTITY)
-    with pytest.raises(InputError, match="is no adapter of a fine-tuning"):
+    with pytest.raises(InputError, match="is no adapter that this version wrote"):
         load_adapter(make_model(), tmp_path, IDENTITY)
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -185,8 +190,8 @@ def test_the_temperature_is_used(trainer, make_model, input_ids):
 
 
 def test_the_hidden_term_by_hand(trainer, make_model, input_ids):
-    kept = torch.arange(36)
-    teacher = LiveTeacher(make_model(seed=2), 1.0, kept)
+    target = HiddenTarget(torch.arange(36), (torch.ones(36),) * 3)
+    teacher = LiveTeacher(make_model(seed=2), 1.0, target)
     run = trainer(teacher=teacher, weights=LossWeights(kl=0.0, hidden=0.7))
     with torch.no_grad():
         own, other = (
@@ -200,6 +205,31 @@ def test_the_hidden_term_by_hand(trainer, make_model, input_ids):
     assert run.compute_loss(run.model, {"input_ids": input_ids}).item() == pytest.approx(
         ce + 0.7 * float(angle), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("weight_update", ["none", "fold", "refit"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_perfect_student_pays_nothing_for_its_hidden_states(make_model, make_masks, input_ids, weight_update, tied):
+    """Its stream is the teacher's on the kept dims, times the means where these are folded in."""
+    model = make_model("llama", seed=2, tie_word_embeddings=tied)
+    plan = plan_from_masks(make_masks(shape_of(model.config)), shape_of(model.config))
+    mu = plan.scale.hidden
+    with torch.no_grad():
+        states = model(input_ids=input_ids, output_hidden_states=True).hidden_states
+    kept = [state.index_select(-1, plan.kept.hidden) for state in states]
+    # A tied model's final norm divides by the means again, so that the embeddings can be the head.
+    student = [
+        state if weight_update == "none" or (tied and state is kept[-1]) else state * mu for state in kept
+    ]  # fmt: skip
+    output = SimpleNamespace(logits=model(input_ids=input_ids).logits.detach(), hidden_states=tuple(student))
+    batch = {"input_ids": input_ids, "labels": input_ids}
+
+    def paid(target):
+        return float(LiveTeacher(model, 1.0, target).terms(output, batch)["hidden"])
+
+    assert paid(HiddenTarget.of(plan, weight_update)) == pytest.approx(0.0, abs=1e-6)
+    other = HiddenTarget.of(plan, "fold" if weight_update == "none" else "none")  # control: with the means, without
+    assert paid(other) > 1e-3
 
 
 def test_the_first_step_logs_the_terms_over_all_accumulated_batches(trainer, make_model):

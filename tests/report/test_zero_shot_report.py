@@ -3,12 +3,23 @@ import math
 
 import pytest
 
-from tvaprune.errors import InputError
 from tvaprune.measure.zeroshot import Score
-from tvaprune.report import zero_shot as zero_report
+from tvaprune.report.results import KeptWidths, Perplexities, Results
 from tvaprune.report.zero_shot import ZeroShotRecord
 
-IDENTITY = {"model": "m", "mask": "k", "weight_update": "fold", "widths": {"hidden_size": 8}}
+WIDTHS = KeptWidths(8, [1], [4], 0.5, 100, 4)
+
+
+def made(**change):
+    """The results of a run before anything is measured."""
+    first = {"model": "m", "prune_method": "vib", "dataset_name": "t", "block_size": 8, "target_sparsity": None,
+             "seed": 1, "hardware": "none", "versions": {}, "command": "c", "mask": "k", "weight_update": "fold",
+             "widths": WIDTHS}  # fmt: skip
+    return Results(**first | change)
+
+
+def record_of(folder, results=None, write_out=False):
+    return ZeroShotRecord(results or made(), folder, write_out)
 
 
 def score(per_example, metric="acc", stderr=0.1):
@@ -31,7 +42,7 @@ def results(folder):
 
 
 def test_averages_differences_and_their_errors(tmp_path):
-    record = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
+    record = record_of(tmp_path)
     record.add("a", "dense", score([1.0, 1.0, 0.0, 1.0]))  # 0.75
     record.add("a", "pruned", score([1.0, 0.0, 0.0, 1.0]))  # 0.50
     record.add("b", "dense", score([0.0, 0.5], stderr=0.2))  # 0.25
@@ -54,7 +65,7 @@ def test_averages_differences_and_their_errors(tmp_path):
 
 
 def test_fine_tuning_stands_beside_what_it_began_with(tmp_path):
-    record = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
+    record = record_of(tmp_path)
     record.add("a", "finetuned", score([1.0, 1.0, 0.0, 1.0]))  # 0.75
     record.add("a", "pruned", score([1.0, 0.0, 0.0, 1.0]))  # 0.50
     lines = record.finish({}).splitlines()
@@ -68,7 +79,7 @@ def test_fine_tuning_stands_beside_what_it_began_with(tmp_path):
 
 
 def test_one_model_alone_has_no_difference(tmp_path):
-    record = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
+    record = record_of(tmp_path)
     record.add("a", "pruned", score([1.0, 0.0]))
     assert "difference" not in record.finish({"b": "some/data"})
     assert "difference" not in results(tmp_path)["zero_shot"]["tasks"]["a"]
@@ -76,41 +87,32 @@ def test_one_model_alone_has_no_difference(tmp_path):
 
 
 def test_a_later_run_adds_to_the_results_of_the_same_model(tmp_path):
-    zero_report.merge(tmp_path / "results.json", IDENTITY | {"perplexity": {"dense": 4.0, "pruned": 5.0}})
-    first = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
+    measured = made(perplexity=Perplexities(4.0, 5.0))
+    first = record_of(tmp_path, measured)
     first.add("a", "pruned", score([1.0]))
     first.finish({"b": "some/data"})
-    second = ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
+    second = record_of(tmp_path, Results.read(tmp_path))
     second.add("b", "pruned", score([0.0]))
     second.finish({})
-    zero_report.merge(tmp_path / "results.json", IDENTITY | {"perplexity": {"dense": 4.0, "pruned": 6.0}})
     found = results(tmp_path)
-    assert found["perplexity"]["pruned"] == 6.0
-    assert sorted(found["zero_shot"]["tasks"]) == ["a", "b"] and found["zero_shot"]["missing"] == {}
+    assert found["perplexity"] == {"dense": 4.0, "pruned": 5.0}
+    assert sorted(found["zero_shot"]["tasks"]) == ["a", "b"] and "missing" in found["zero_shot"]
+    assert found["zero_shot"]["missing"] == {}
 
 
-@pytest.mark.parametrize("change", [{"model": "n"}, {"mask": "j"}, {"widths": {"hidden_size": 4}}])
-def test_results_of_another_model_are_not_mixed(tmp_path, change):
-    path = tmp_path / "results.json"
-    zero_report.merge(path, IDENTITY | {"perplexity": {"pruned": 5.0}})
-    zero_report.check_same(path, IDENTITY)
-    with pytest.raises(InputError, match=f"of another {next(iter(change))}"):
-        zero_report.check_same(path, IDENTITY | change)
-    zero_report.merge(path, IDENTITY | change)  # where --overwrite_output_dir says so
-    assert results(tmp_path) == IDENTITY | change
-
-
-def test_a_broken_results_file_is_refused_and_kept(tmp_path):
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
-        ZeroShotRecord(tmp_path, IDENTITY, write_out=False)
-    assert (tmp_path / "results.json").read_text() == "{"
+def test_a_task_that_is_scored_again_is_replaced_whole(tmp_path):
+    first = record_of(tmp_path)
+    first.add("a", "dense", score([1.0, 1.0]))
+    first.add("a", "pruned", score([1.0, 0.0]))
+    second = record_of(tmp_path, Results.read(tmp_path))
+    second.add("a", "pruned", score([0.0]))
+    assert set(results(tmp_path)["zero_shot"]["tasks"]["a"]) == {"pruned"}  # no difference to another run's dense
 
 
 def test_write_out_writes_each_example_with_its_log_likelihoods(tmp_path):
-    ZeroShotRecord(tmp_path, IDENTITY, write_out=False).add("a", "pruned", score([1.0]))
+    record_of(tmp_path).add("a", "pruned", score([1.0]))
     assert not (tmp_path / "zero_shot").exists()
-    ZeroShotRecord(tmp_path, IDENTITY, write_out=True).add("a", "pruned", score([1.0]))
+    record_of(tmp_path, write_out=True).add("a", "pruned", score([1.0]))
     lines = (tmp_path / "zero_shot" / "pruned_a.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {

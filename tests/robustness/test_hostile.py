@@ -22,7 +22,7 @@ from support.in_process import half_written, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint.folder import load_pruned
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks, save_masks
 
@@ -302,6 +302,8 @@ def test_a_storage_that_lies_takes_no_memory(folder, tmp_path, make_model):
 def test_the_best_checkpoint_is_one_of_the_run(best, folder, tmp_path, monkeypatch):
     output = tmp_path / "out"
     (output / "checkpoint-1").mkdir(parents=True)
+    for name in ("identity.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "rng_state.pth"):
+        (output / "checkpoint-1" / name).touch()  # whole enough to be looked into
     monkeypatch.chdir(output)
     named = str(tmp_path / best) if best == "elsewhere" else best
     state = output / "checkpoint-1" / "trainer_state.json"

@@ -24,7 +24,7 @@ from support.mutate import damage_bytes, damage_json, damage_tensors
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks, save_masks
 from tvaprune.text.blocks import token_blocks

@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import pytest
 from support import tiny
 
-sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-import compare  # noqa: E402
-from compare_report import Cells, orders_of, ratios, worst_change, write_report  # noqa: E402
-
-from tvaprune.cli import run_command  # noqa: E402
-from tvaprune.measure.zeroshot import Score  # noqa: E402
+from tvaprune.cli import run_command, run_verb
+from tvaprune.measure.zeroshot import Score
+from tvaprune.study.cells import Measurement
+from tvaprune.study.report import Cells, orders_of, ratios, worst_change, write_report
 
 FIRST, SECOND = "first", "second"
 
@@ -38,7 +36,7 @@ def flags(make_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(flags, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared") / "out"
-    result = tiny.run("benchmarks/compare.py", *flags, "--output", output)
+    result = tiny.run("-m tvaprune compare", *flags, "--output", output)
     assert result.returncode == 0, result.stderr
     return output, result
 
@@ -97,8 +95,8 @@ def command(monkeypatch, capsys):
     """Returns a function that runs the command in this process: flags, output -> (exit code, stdout, stderr)."""
 
     def run(flags, output):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags), "--output", str(output)])
-        code = run_command(compare.main)
+        monkeypatch.setattr(sys, "argv", ["tvaprune"])
+        code = run_command(lambda: run_verb("compare", [*map(str, flags), "--output", str(output)]))
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -124,7 +122,7 @@ def test_an_interrupted_comparison_goes_on_and_a_finished_one_computes_nothing(c
 def refusal(command, flags, output):
     code, _, error = command(flags, output)
     assert code == 2
-    (line,) = (line for line in error.splitlines() if line.startswith("compare.py: "))
+    (line,) = (line for line in error.splitlines() if line.startswith("tvaprune: "))
     return line
 
 
@@ -165,7 +163,10 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
         (("--models", "a/tiny", "b/tiny"), "two have the same name"),
         (("--models", "nowhere"), "--model_name_or_path nowhere: cannot be loaded"),
         (("--dataset", "python_docs", "--second_text", "python_docs"), "is the --dataset too"),
-        (("--sparsities", 1.5), "--target_sparsity is 1.5"),
+        (("--sparsities", 1.5), "--sparsities is 1.5: give a number between 0 and 1"),
+        (("--seeds", -1), "--seeds is -1: give a whole number from 0"),
+        (("--methods", "melt"), "--methods melt: give some of vib"),
+        (("--lora_r", 4), "--lora_r acts in finetune, not in prune"),
     ],
 )
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
@@ -180,7 +181,7 @@ def test_the_zero_shot_average_by_hand():
             for task, value, examples in (("one", 0.5, 20), ("two", 0.8, 10)):
                 on_score(task, *models, Score("acc", value, None, {}, 0.25, {"num_examples": examples}, [], []))
 
-    measurement = object.__new__(compare.Measurement)
+    measurement = object.__new__(Measurement)
     measurement.tasks, measurement.base = Tasks(), SimpleNamespace(tokenizer="tokenizer")
     measurement.args = SimpleNamespace(block_size=16)
     found = measurement._zero_shot("model")

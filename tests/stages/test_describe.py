@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
 from tvaprune.plan.widths import WidthRules
@@ -22,16 +22,16 @@ def mask_and_config(make_model, make_masks, tmp_path):
 def test_the_description_is_the_plan(mask_and_config):
     mask, model, plan = mask_and_config
     content = describe(mask, str(model), dim_multiple=8)
-    assert content["adjusted"]["hidden_size"] == plan.hidden_size
-    assert content["adjusted"]["num_key_value_heads"] == list(plan.num_key_value_heads)
-    assert content["adjusted"]["num_parameters"] == plan.num_parameters
-    assert content["learned"]["dim_multiple"] == 1
+    assert content.adjusted.hidden_size == plan.hidden_size
+    assert content.adjusted.num_key_value_heads == list(plan.num_key_value_heads)
+    assert content.adjusted.num_parameters == plan.num_parameters
+    assert content.learned.dim_multiple == 1
 
 
 def test_zero_switches_the_adjustment_off(mask_and_config):
     mask, model, _ = mask_and_config
     content = describe(mask, str(model), dim_multiple=0)
-    assert content["adjusted"] == content["learned"]
+    assert content.adjusted == content.learned
 
 
 def test_json_and_table_say_the_same(mask_and_config, monkeypatch, capsys):

@@ -11,12 +11,20 @@ from peft import PeftModel
 from support import tiny
 
 from tvaprune.checkpoint.folder import load_pruned
-from tvaprune.models.families import shape_of
+from tvaprune.files import MARK_NAME
+from tvaprune.identity import weights_digest
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import Masks, save_masks
 from tvaprune.recover import job as finetune_job
-from tvaprune.recover.teacher import weights_digest
+from tvaprune.recover import training
 from tvaprune.run import Run
 from tvaprune.stages import finetune as recover
+
+
+def without(flags, name):
+    place = flags.index(name)
+    return flags[:place] + flags[place + 2 :]
+
 
 RUN = (
     *("--do_train", "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--max_train_samples", 24),
@@ -24,6 +32,7 @@ RUN = (
     *("--dim_multiple", 4, "--lora_r", 2, "--distill_ce_loss_alpha", 1, "--speed_batches", 2, "--disable_tqdm", True),
     *("--eval_steps", 3, "--save_steps", 3),
 )
+FULL = (*without(RUN, "--lora_r"), "--full_ft", True)
 CHECKPOINT_FILES = {"config.json", "generation_config.json", "model.safetensors", "modeling_pruned.py",
                     "tokenizer.json", "tokenizer_config.json", "README.md"}  # fmt: skip
 RESULT_FILES = {"finetune.png", "finetune_log.json", "plan.json", "recipe.yaml", "results.json", "widths.png"}
@@ -74,7 +83,7 @@ def tuned(source, tmp_path_factory):
 
 
 def files_in(folder):
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file() and path.name != MARK_NAME}
 
 
 def logits(model, input_ids):
@@ -184,23 +193,23 @@ def test_a_folder_without_checkpoints_that_is_no_interrupted_run_stays(has, tune
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (("--lora_r", 3), "is the checkpoint of another lora_r"),
-        (("--weight_update", "none"), "is the checkpoint of another weight_update"),
-        (("--full_ft", True), "is the checkpoint of another full_ft"),
+        (("--lora_r", 3), "is the checkpoint of a run with --lora_r 2, not 3; give"),
+        (("--weight_update", "none"), "is the checkpoint of a run with --weight_update refit, not none; give"),
+        (("--full_ft", True), "is the checkpoint of a run with --full_ft False, not True"),
     ],
 )
 def test_a_checkpoint_of_other_flags_is_refused(other, words, tuned, source, tmp_path, command):
     given = ("--resume_from_checkpoint", tuned[0] / "checkpoint-9", "--output_dir", tmp_path / "out")
-    code, _, error = command(*source, *RUN, *other, *given)
+    code, _, error = command(*source, *(FULL if "--full_ft" in other else RUN), *other, *given)
     assert words in tiny.refusal(code, error)
     assert not (tmp_path / "out" / "pruned").exists()
 
 
 def test_a_checkpoint_of_another_mask_or_model_is_refused(tuned, make_source, tmp_path, command):
     given = ("--resume_from_checkpoint", tuned[0] / "checkpoint-9", "--output_dir", tmp_path / "out")
-    for other, words in ((make_source(seed=3), "another mask;"), (make_source(vocab_size=48), "another model;")):
+    for other, words in ((make_source(seed=3), "--mask_loc"), (make_source(vocab_size=48), "--model_name_or_path")):
         code, _, error = command(*other, *RUN, *given)
-        assert f"is the checkpoint of {words}" in tiny.refusal(code, error)
+        assert f"is the checkpoint of a run with {words} /" in tiny.refusal(code, error)
 
 
 def test_a_checkpoint_goes_on_with_the_pruned_model_that_it_began_with_or_not_at_all(tuned, source, tmp_path, command):
@@ -210,7 +219,7 @@ def test_a_checkpoint_goes_on_with_the_pruned_model_that_it_began_with_or_not_at
         weights.model.norm.weight.add_(1.0)
     weights.save_pretrained(output / "pruned")
     code, _, error = command(*source, *RUN, "--output_dir", output, "--resume_from_checkpoint", "True")
-    assert "is the checkpoint of another pruned checkpoint" in tiny.refusal(code, error)
+    assert "is the checkpoint of a run with --save_pruned" in tiny.refusal(code, error)
 
 
 def test_a_mask_of_another_model_is_refused(source, make_source, tmp_path, command):
@@ -243,12 +252,13 @@ def test_a_folder_that_holds_a_model_is_replaced_only_when_asked(tuned, source, 
         (("--model_name_or_path", "nowhere"), "cannot be loaded"),
         (("--full_ft", True, "--dtype", "float16"), "float16 weights cannot be trained; give --dtype float32 or"),
         (("--early_stopping_patience", 2, "--eval_strategy", "no", "--load_best_model_at_end", False),
-         "--early_stopping_patience 2 counts evaluations"),
+         "--early_stopping_patience would do nothing beside --eval_strategy no: it counts"),
     ],
 )  # fmt: skip
 def test_an_earlier_model_stays_where_the_new_one_cannot_be_made(flags, words, tuned, source, tmp_path, command):
     output = shutil.copytree(tuned[0], tmp_path / "out")
-    code, _, error = command(*source, *RUN, *flags, "--output_dir", output, "--overwrite_output_dir")
+    base = FULL if "--full_ft" in flags else RUN
+    code, _, error = command(*source, *base, *flags, "--output_dir", output, "--overwrite_output_dir")
     assert words in tiny.refusal(code, error)
     assert tree(output) == tree(tuned[0])
 
@@ -285,16 +295,25 @@ def test_in_half_precision_the_dense_model_comes_through_the_timing_and_the_lm_h
 ):
     digests = []
 
-    def watched(job, student, timed=recover._training_speed):
+    def watched(job, student, timed=recover.training_speed):
         digests.append(weights_digest(job.run.model))
         found = timed(job, student)
         digests.append(weights_digest(job.run.model))
         return found
 
-    monkeypatch.setattr(recover, "_training_speed", watched)
+    monkeypatch.setattr(recover, "training_speed", watched)
     output = tmp_path / "out"
     code, _, error = command(
-        *source, *RUN, "--dtype", "bfloat16", trained, True, "--learning_rate", 1e-3, "--output_dir", output
+        *source,
+        *(FULL if trained == "--full_ft" else RUN),
+        "--dtype",
+        "bfloat16",
+        trained,
+        True,
+        "--learning_rate",
+        1e-3,
+        "--output_dir",
+        output,
     )
     assert code == 0, error
     assert len(digests) == 2 and digests[0] == digests[1]
@@ -311,7 +330,7 @@ def test_a_training_too_large_to_be_timed_goes_on_without(source, tmp_path, comm
     def fail(*args):
         raise torch.cuda.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(recover, "training_speed_up", fail)
+    monkeypatch.setattr(training, "training_speed_up", fail)
     code, out, error = command(*source, *RUN, "--output_dir", tmp_path / "out")
     assert code == 0, error
     assert out.count("note: the dense model does not fit beside the pruned one in training") == 1
@@ -321,7 +340,7 @@ def test_a_training_too_large_to_be_timed_goes_on_without(source, tmp_path, comm
 
 def test_full_fine_tuning_leaves_a_merged_model_alone(source, tmp_path, command):
     output = tmp_path / "out"
-    code, out, error = command(*source, *RUN, "--full_ft", True, "--output_dir", output, "--learning_rate", 1e-3)
+    code, out, error = command(*source, *FULL, "--output_dir", output, "--learning_rate", 1e-3)
     assert code == 0, error
     assert {path.name for path in output.iterdir() if path.is_dir()} == {
         "merged", "pruned", "checkpoint-9", "checkpoint-12"
@@ -343,7 +362,7 @@ def test_a_cached_teacher_gives_the_live_ones_model(tuned, source, tmp_path, com
     assert cached["finetune"]["teacher"] == "cached, top 47"
     assert cached["perplexity"]["finetuned"] == pytest.approx(live["perplexity"]["finetuned"], rel=1e-3)
     (folder,) = (tmp_path / "cache").iterdir()
-    assert files_in(folder) == {"tokens.npy", "log_probs.npy"}
+    assert files_in(folder) == {"tokens.npy", "log_probs.npy", "identity.json"}
 
 
 def test_the_dense_model_leaves_the_memory_where_nothing_needs_it(source, tmp_path, command, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from tvaprune.cut.fold import fold
 from tvaprune.cut.slice import apply_plan
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import Masks
 from tvaprune.plan.widths import WidthRules
@@ -47,7 +47,7 @@ def make_plan(model, make_masks, dim_multiple=1, empty_layer=None, min_heads=0):
     masks = make_masks(shape)
     attn = list(masks.log_variance.attn)
     for layer, values in enumerate(attn):  # one head stays everywhere, none where the cut says so
-        values[0] = -3.0
+        values[:1] = -3.0
         attn[layer] = values.abs() + 5 if layer == empty_layer else values
     masks = Masks(mu=masks.mu, log_variance=replace(masks.log_variance, attn=tuple(attn)))
     return plan_from_masks(masks, shape, WidthRules(dim_multiple, min_heads))

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from tvaprune.errors import InputError
 from tvaprune.text import blocks as data
+from tvaprune.text import sources
 from tvaprune.text.blocks import token_blocks
 from tvaprune.text.sources import load_documents
 
@@ -217,6 +219,84 @@ def test_max_blocks_draws_by_seed_in_the_order_of_the_text(cache, tokenizer, tmp
     assert draw(max_blocks=90) == draw(max_blocks=1000) == every
 
 
+def counted(tokenizer, monkeypatch):
+    """Counts the documents that the tokenizer is given."""
+    seen = []
+    original = type(tokenizer).__call__
+
+    def call(self, texts, **options):
+        seen.extend(texts)
+        return original(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    monkeypatch.setattr(data, "_TOKENIZE_BATCH", 4)
+    return seen
+
+
+def test_of_a_large_text_documents_are_drawn_before_they_are_tokenised(cache, tokenizer, tmp_path, monkeypatch):
+    path = write_text(tmp_path, "jsonl")
+    seen = counted(tokenizer, monkeypatch)
+    monkeypatch.setattr(data, "WHOLE_CHARACTERS", 1000)  # 90 documents of some 25 characters
+    monkeypatch.setattr(data, "DRAWN_FROM", 8)
+
+    def draw(seed):
+        seen.clear()
+        return token_blocks(tokenizer, path, "train", 12, max_blocks=10, seed=seed)[:]["input_ids"].tolist()
+
+    drawn = draw(3)
+    # 10 blocks of 12 tokens are 20 documents of 5 words and an end: five batches of four
+    assert len(drawn) == 10 and len(seen) == len(set(seen)) == 20
+    words = " ".join(f"{document} [END]" for document in seen).split()
+    assert sum(drawn, []) == [WORDS.index(word) for word in words]
+    assert draw(3) == drawn and seen == []  # cached
+    assert draw(4) != drawn and len(seen) == 20
+    assert seen != sorted(seen, key=DOCUMENTS.index)  # drawn from all of the text, not its beginning
+    assert {DOCUMENTS.index(document) > 45 for document in seen} == {True, False}
+
+
+def test_of_a_text_that_is_used_whole_blocks_are_drawn_as_ever(cache, tokenizer, tmp_path, monkeypatch):
+    path = write_text(tmp_path, "jsonl")
+    seen = counted(tokenizer, monkeypatch)
+    drawn = token_blocks(tokenizer, path, "train", 12, max_blocks=10, seed=3)[:]["input_ids"].tolist()
+    assert len(seen) == 90  # a small text
+    every = token_blocks(tokenizer, path, "train", 12)[:]["input_ids"].tolist()
+    assert drawn == [every[i] for i in sorted(np.random.default_rng(3).permutation(45)[:10])]
+    monkeypatch.setattr(data, "WHOLE_CHARACTERS", 1000)  # a large one, of which more is asked for than can be drawn
+    assert token_blocks(tokenizer, path, "train", 12, max_blocks=10, seed=3)[:]["input_ids"].tolist() == drawn
+
+
+def test_of_c4_no_more_is_read_and_tokenised_than_is_asked_for(cache, tokenizer, tmp_path, monkeypatch):
+    write_hub_copies(tmp_path)
+    c4 = tmp_path / "allenai/c4/en/c4-train.00000-of-01024.json.gz"
+    with gzip.open(c4, "wt") as file:
+        file.writelines(json.dumps({"text": f"{DOCUMENTS[i % 100]} {i}"}) + "\n" for i in range(20_000))
+    read = []
+    original = sources._rows
+    monkeypatch.setattr(sources, "_rows", lambda path: (read.append(row) or row for row in original(path)))
+    seen = counted(tokenizer, monkeypatch)
+    blocks = token_blocks(tokenizer, "c4", "train", 7, max_blocks=40, seed=1, data_dir=tmp_path)
+    assert len(blocks) == 40
+    assert len(seen) == 40  # documents of 7 tokens
+    # 280 tokens, drawn from 32 characters for each: some 310 documents of 29 characters
+    assert 280 * 32 / 31 < len(read) < 280 * 32 / 25
+    assert all(int(document.split()[-1]) % 100 < 97 for document in seen)
+    held_out = token_blocks(tokenizer, "c4", "validation", 7, max_blocks=4, seed=1, data_dir=tmp_path)
+    assert len(held_out) == 4
+    assert all(int(document.split()[-1]) % 100 >= 97 for document in seen[40:])
+    read.clear()
+    load_documents("c4", "train", tmp_path)  # control: all of it
+    assert len(read) == 20_000
+
+
+def test_a_damaged_copy_of_a_hub_file_is_one_clear_line(tmp_path):
+    write_hub_copies(tmp_path)
+    c4 = tmp_path / "allenai/c4/en/c4-train.00000-of-01024.json.gz"
+    c4.write_bytes(c4.read_bytes()[:200])
+    with pytest.raises(InputError, match="--dataset_name c4: cannot load allenai/c4") as caught:
+        load_documents("c4", "train", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_second_call_does_not_tokenise_again(cache, tokenizer, tmp_path, monkeypatch):
     path = write_text(tmp_path, "jsonl")
     first = token_blocks(tokenizer, path, "train", 6)[:]["input_ids"]
@@ -257,6 +337,31 @@ def test_nothing_half_written_is_left_if_building_fails(cache, tokenizer, tmp_pa
     monkeypatch.setattr(data, "_cut", original)
     assert len(token_blocks(tokenizer, path, "train", 6)) == 90
     assert [name.split("-")[0] for name in os.listdir(cache)] == ["blocks"]
+
+
+def damage(folder, how):
+    (arrow,) = folder.glob("*.arrow")
+    if how == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:-300])
+    elif how == "empty":
+        arrow.write_bytes(b"")
+    elif how == "gone":
+        arrow.unlink()
+    else:
+        (folder / "state.json").write_text('{"_data_files": ')
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "gone", "state"])
+def test_a_damaged_cache_is_built_again(how, cache, tokenizer, tmp_path, monkeypatch):
+    path = write_text(tmp_path, "jsonl")
+    expected = token_blocks(tokenizer, path, "train", 6)[:]["input_ids"].tolist()
+    (folder,) = cache.glob("blocks-*")
+    damage(folder, how)
+    assert token_blocks(tokenizer, path, "train", 6)[:]["input_ids"].tolist() == expected
+    damage(folder, how)
+    monkeypatch.setattr(sources.shutil, "rmtree", lambda *args, **options: None)  # a cache of somebody else's
+    with pytest.raises(InputError, match="the text cache .*blocks-.* is damaged .* and cannot be removed; remove it"):
+        token_blocks(tokenizer, path, "train", 6)
 
 
 def test_two_processes_that_build_the_same_blocks_do_not_disturb_each_other(cache):

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from tvaprune.models.shape import in_words
 from tvaprune.plan.keep_plan import KeepPlan
 
 _LOADING = """## Load it
@@ -106,10 +107,11 @@ def _named(base: str | None) -> str:
 
 def _size_rows(plan: KeepPlan) -> list[str]:
     shape = plan.shape
+    heads, channels = (" ".join(map(str, kept)) for kept in (plan.num_key_value_heads, plan.intermediate_size))
     return [
         f"| hidden dims | {shape.hidden_size} | {plan.hidden_size} |",
-        f"| KV heads per layer | {shape.num_key_value_heads} | {' '.join(map(str, plan.num_key_value_heads))} |",
-        f"| MLP channels per layer | {shape.intermediate_size} | {' '.join(map(str, plan.intermediate_size))} |",
+        f"| KV heads per layer | {in_words(shape.num_key_value_heads)} | {heads} |",
+        f"| MLP channels per layer | {in_words(shape.intermediate_size)} | {channels} |",
         f"| sparsity of the decoder layers | 0 | {plan.sparsity:.4f} |",
         f"| query heads per KV head, head dim | {shape.group_size}, {shape.head_dim} | the same |",
     ]
@@ -119,7 +121,8 @@ def _perplexity_rows(record: dict[str, Any]) -> list[str]:
     values = record.get("perplexity")
     if not values:
         return ["", "Its perplexity was not measured when it was saved."]
-    where = f"{record['dataset_name']} {record['split']}, windows of {record['window']}"
+    text = record.get("protocol", record)
+    where = f"{text['dataset_name']} {record['split']}, windows of {record['window']}"
     pruned = f"{values['pruned']:.2f}"
     if "finetuned" in values:
         pruned = f"{values['finetuned']:.2f}, before fine-tuning {pruned}"

@@ -6,30 +6,22 @@ all its heads or channels gets a group of zeros: the same function, and no reade
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.checkpoint.card import model_card
 from tvaprune.errors import InputError
-from tvaprune.files import CONFIG_NAME, new_folder
+from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
 from tvaprune.models import load
-from tvaprune.models.auto_classes import PREFIX, auto_map
-from tvaprune.models.families import FAMILIES
+from tvaprune.models.families import FAMILIES, PREFIX
+from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import check_folder, drop_code
 from tvaprune.plan.keep_plan import KeepPlan
-
-PADDING_HEADS = 1  # KV groups of a layer that lost all: vLLM and llama.cpp need attention in every layer
-
-
-PADDING_CHANNELS = 32  # MLP channels of a layer that lost all: the smallest block of llama.cpp's formats
-
-
-PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def save_pruned(
@@ -39,6 +31,7 @@ def save_pruned(
     folder: str | Path,
     overwrite: bool = False,
     record: dict[str, Any] | None = None,
+    beside: Mapping[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Writes a model that was sliced by ``plan`` as a checkpoint; the model stays as it is.
 
@@ -48,16 +41,16 @@ def save_pruned(
         folder: The checkpoint's folder; it appears whole or not at all.
         overwrite: Whether a checkpoint that stands there may be replaced.
         record: What the model card tells: the results of the measurement, or the run's record.
+        beside: Further files of JSON, by name.
 
     Raises:
         InputError: If the folder is in use or cannot be written.
     """
-    heads = [count or PADDING_HEADS for count in plan.num_key_value_heads]
-    channels = [count or PADDING_CHANNELS for count in plan.intermediate_size]
-    config = config_of_widths(model.config, heads, channels, plan.shape.group_size)
     with new_folder("save_pruned", folder, overwrite) as temporary:
-        write_checkpoint(model, config, tokenizer, temporary)
-        (temporary / "README.md").write_text(model_card(config, plan, record or {}, Path(folder).name), "utf-8")
+        write_checkpoint(model, model.config, tokenizer, temporary)
+        (temporary / "README.md").write_text(model_card(model.config, plan, record or {}, Path(folder).name), "utf-8")
+        for name, content in (beside or {}).items():
+            write_json(content, temporary / name)
     return Path(folder)
 
 
@@ -87,6 +80,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         InputError: If the folder has none, or one of another kind of model.
     """
     path = Path(folder) / CONFIG_NAME
+    clear_leftovers(Path(folder).resolve().parent)  # a swap that did not end gives the older one back
     if not path.is_file():
         raise InputError(f"{folder}: not a pruned checkpoint (no {CONFIG_NAME}); give a folder of --save_pruned")
     try:
@@ -98,67 +92,12 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     raise InputError(f"{folder}: not a pruned checkpoint (its type is '{model_type}'); give a folder of --save_pruned")
 
 
-def base_type(config: PretrainedConfig) -> str:
-    """Returns the family of a checkpoint's config, pruned or stock."""
-    return config.model_type.removeprefix(PREFIX)
-
-
-def layer_widths(config: PretrainedConfig) -> tuple[list[int], list[int]]:
-    """Returns the KV heads and the MLP channels of every layer of a config."""
-    layers: list[Any] = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
-    return [layer.num_key_value_heads for layer in layers], [layer.intermediate_size for layer in layers]
-
-
-def config_of_widths(
-    source: PretrainedConfig, heads: Sequence[int], channels: Sequence[int], group_size: int
-) -> PretrainedConfig:
-    """Returns the config of a model with these KV heads and MLP channels per layer, stock where all are equal.
-
-    The globals hold the largest width, the overrides what differs from it: an engine that reads the globals alone gives
-    each layer enough room.
-    """
-    values = source.to_dict()
-    for key in ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version"):
-        values.pop(key, None)
-    rows = [dict(zip(PER_LAYER, (k * group_size, k, f), strict=True)) for k, f in zip(heads, channels, strict=True)]
-    widest = {key: max(row[key] for row in rows) for key in PER_LAYER}
-    values |= widest
-    model_type = base_type(source)
-    if all(row == widest for row in rows):
-        model_type = _stock_type(model_type, values)
-    else:
-        model_type = PREFIX + model_type
-        differing = {i: {k: v for k, v in row.items() if v != widest[k]} for i, row in enumerate(rows)}
-        values["per_layer_config"] = {str(i): row for i, row in differing.items() if row}
-    if model_type.startswith(PREFIX):
-        values["auto_map"] = auto_map(base_type(source))
-    return CONFIG_MAPPING[model_type].from_dict(values)
-
-
-def _stock_type(model_type: str, values: dict[str, Any]) -> str:
-    """Returns the stock type of uniform widths.
-
-    transformers 5 refuses a Llama config whose hidden width is no multiple of its heads, even with ``head_dim`` given.
-    Mistral's takes it: without a window and without biases the two are one model, down to the names of the weights.
-    """
-    if model_type != "llama" or values["hidden_size"] % values["num_attention_heads"] == 0:
-        return model_type
-    if values.get("attention_bias") or values.get("mlp_bias"):
-        return PREFIX + model_type
-    values["sliding_window"] = None
-    return "mistral"
-
-
 def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
     """Writes a model's weights under a config that is at least as wide: what a layer lacks is zero."""
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    source = {name.replace("self_attn.bias", "self_attn.o_proj.bias"): t for name, t in model.state_dict().items()}
-    empty = next(model.parameters()).new_zeros(0)
-    state = {name: _padded(source.get(name), tensor.shape, empty) for name, tensor in target.state_dict().items()}
-    target.load_state_dict(state, assign=True)
+    target = empty_model(config, model)
+    wanted = target.state_dict()
+    target.load_state_dict({n: _padded(t, wanted[n].shape) for n, t in model.state_dict().items()}, assign=True)
     target.tie_weights()
-    target.generation_config = model.generation_config
     target.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -167,10 +106,8 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
     _complete_config(folder / CONFIG_NAME, config)
 
 
-def _padded(source: torch.Tensor | None, shape: torch.Size, empty: torch.Tensor) -> torch.Tensor:
-    """Returns ``source`` in the corner of zeros of ``shape``; a lost tensor is all zero."""
-    if source is None:
-        return empty.new_zeros(shape)
+def _padded(source: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Returns ``source`` in the corner of zeros of ``shape``."""
     if source.shape == shape:
         return source
     target = source.new_zeros(shape)

@@ -1,26 +1,43 @@
 """Which units stay: gates trained, or units scored in one shot; mask files either way."""
 
-import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
+from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores import score_masks
-from tvaprune.choose.settings import describe, gate_settings
+from tvaprune.choose.settings import GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import InputError
+from tvaprune.files import discard
+from tvaprune.flags.arguments import Arguments
+from tvaprune.identity import Identity, check_identity
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
-from tvaprune.plan.masks import Masks, best_mask, keep_best, load_masks
-from tvaprune.run import Run
+from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
+from tvaprune.plan.record import rules_as_flags
+from tvaprune.run import Run, given_checkpoint, goes_on
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
 DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
+
+
+# Flags of gate training with a default of their own; the others are told as they were resolved.
+_GATE_FLAGS = (
+    "reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "settle_share", "gate_noise", "gate_ce_weight",
+)  # fmt: skip
+
+
+# What a target's folder holds beside its mask and its zero-shot examples.
+_TARGET_FILES = ("plan.json", "widths.png", "results.json", "recipe.yaml")
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,34 @@ class Chosen:
 
     masks: dict[float, Path]
     history: list[dict[str, float]] | None = None
+
+
+def gate_checkpoint(args: Arguments) -> str | None:
+    """Returns the checkpoint that gate training goes on from; None begins anew.
+
+    Raises:
+        InputError: If there is none, or units are scored in one shot: what an earlier training left is not theirs.
+    """
+    if args.prune.prune_method != "vib" and goes_on(args):
+        raise InputError(
+            f"--resume_from_checkpoint {args.training.resume_from_checkpoint}: --prune_method "
+            f"{args.prune.prune_method} scores units in one shot and has no "
+            "checkpoints; leave the flag out"
+        )
+    if (args.output_dir / "best").is_symlink() and args.training.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir {args.output_dir}: its best is a symbolic link, behind which nothing is replaced; remove "
+            "the link, or give another folder"
+        )
+    return given_checkpoint(args, may_be_none=args.training.overwrite_output_dir or _is_interrupted(args.output_dir))
+
+
+def _is_interrupted(folder: Path) -> bool:
+    """Tells whether a folder holds no more than a gate training leaves that ended before its first checkpoint."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".tvaprune-")}
+    return names <= {"best", *(path.name for path in own_checkpoints(folder))}
 
 
 def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
@@ -42,7 +87,7 @@ def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
     history = None
     if run.args.prune.prune_method == "vib":
         largest, history = _train_gates(run, checkpoint)
-        rest = [_write_mask(one, load_masks(largest), {}) for one in others]
+        rest = [_write_mask(one, load_masks(largest), _cut_of(largest, one)) for one in others]
     else:
         largest, rest = _score_units(run), [_score_units(one) for one in others]
     return Chosen(dict(zip(targets, [*rest, largest], strict=True)), history)
@@ -60,20 +105,19 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, num_tokens, beta, run.rules)
     print(describe(settings, num_steps, num_tokens))
     choice_blocks = run.choice_blocks()
-    if checkpoint is None:
-        _clear(args.output_dir)
-    else:
-        _check_same_run(run)
+    identity = _gate_identity(run, settings, train_blocks, choice_blocks)
+    if checkpoint is not None:
+        check_identity("checkpoint", Path(checkpoint), identity)
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
-    record = run.record() | {"train_blocks": len(train_blocks)}
+    record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
     trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.score_mask()
+    if checkpoint is None:
+        _clear_targets(args.output_dir)
     gated.detach_gates()
-    best = best_mask(trainer.best_folder)
-    if best is None:
-        raise InputError("no mask has a finite perplexity; lower --vib_learning_rate or use --dtype float32")
-    return best, trainer.state.log_history
+    assert trainer.best is not None  # a perplexity that is no number ends the training
+    return trainer.best, trainer.state.log_history
 
 
 def _score_units(run: Run) -> Path:
@@ -81,38 +125,63 @@ def _score_units(run: Run) -> Path:
     blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
     target, seed = max(run.args.prune.target_sparsity), run.args.training.seed
     masks = score_masks(run.model, run.args.prune.prune_method, blocks, target, seed)
-    return _write_mask(run, masks, {"train_blocks": len(blocks)})
+    flags = {"prune_method": run.args.prune.prune_method, "max_train_samples": len(blocks)}
+    identity = run.identity(
+        flags | {"target_sparsity": target}, (blocks, run.choice_blocks()), rules_as_flags(run.rules)
+    )
+    return _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
 
 
 def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
-    """Cuts masks at a run's target, and writes them by their perplexity."""
+    """Cuts masks at a run's target, and writes them by their perplexity; what an earlier run left goes then."""
     target, batch_size = max(run.args.prune.target_sparsity), run.args.training.per_device_eval_batch_size
     masks = calibrate(masks, run.shape, target, run.rules)
     plan = plan_from_masks(masks, run.shape, run.rules)
     gated = GatedModel(run.model)
-    with gated.using(plan.full_scale()):
+    with gated.applying(plan):
         value = perplexity(gated, run.choice_blocks(), batch_size)
     gated.detach_gates()
-    _clear(run.args.output_dir)
     record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
-    return keep_best(run.args.output_dir / "best", masks, value, record)
+    path = keep_best(run.args.output_dir / "best", masks, value, record)
+    for old in own_checkpoints(run.args.output_dir):
+        discard(old)
+    _clear_targets(run.args.output_dir)
+    return path
 
 
-def _check_same_run(run: Run) -> None:
-    """Refuses to go on in a folder whose best mask is of another run: it would be taken for this one's."""
-    best = best_mask(run.args.output_dir / "best")
-    if best is None or not best.with_suffix(".json").is_file():
-        return
-    found, record = json.loads(best.with_suffix(".json").read_text(encoding="utf-8")), run.record()
-    for name in ("target_sparsity", "seed"):
-        if found.get(name) != record[name]:
-            raise InputError(
-                f"--resume_from_checkpoint: the run in {run.args.output_dir} has {name} {found.get(name)}, not "
-                f"{record[name]}; give the flags that it began with"
-            )
+def _cut_of(largest: Path, run: Run) -> dict[str, Any]:
+    """Returns the record of a training's gates cut at another target."""
+    identity = read_record(largest)["identity"]
+    target = {"target_sparsity": max(run.args.prune.target_sparsity), "learned for": largest.stem}
+    return {"identity": identity | {"flags": identity["flags"] | target}}
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run of this tool left: masks, checkpoints and other targets' folders, nothing else."""
-    for old in [folder / "best", *folder.glob("checkpoint-*"), *folder.glob("sparsity_*")]:
-        shutil.rmtree(old, ignore_errors=True)
+def _gate_identity(run: Run, settings: GateSettings, train: Dataset, choice: Dataset) -> Identity:
+    """Returns what a gate training's masks and checkpoints belong to."""
+    prune = run.args.prune
+    flags = {name: getattr(prune, name) for name in _GATE_FLAGS} | {
+        "prune_method": prune.prune_method,
+        "target_sparsity": settings.target_sparsity,
+        "max_train_samples": len(train),
+        "distill": settings.distill,
+        "distill_temp": settings.distill_temp,
+    }
+    resolved = asdict(settings) | {"rules": settings.rules}
+    resolved |= rules_as_flags(resolved.pop("rules"))
+    warmup, settle = (f"{resolved.pop(name)} steps" for name in ("num_warmup_steps", "num_settle_steps"))
+    resolved = {name: value for name, value in resolved.items() if name not in flags}
+    resolved |= {"lagrangian_warmup_epochs": warmup, "settle_share": settle}
+    return run.identity(flags, (train, choice), resolved)
+
+
+def _clear_targets(folder: Path) -> None:
+    """Removes what an earlier run of this tool left of other targets, nothing else."""
+    for target in folder.glob("sparsity_*"):
+        for name in _TARGET_FILES:
+            (target / name).unlink(missing_ok=True)
+        for mask in (target / "best").glob("mask_info_*"):
+            mask.unlink()
+        shutil.rmtree(target / "zero_shot", ignore_errors=True)
+        for emptied in (target / "best", target):
+            with suppress(OSError):  # somebody else's files stay
+                emptied.rmdir()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tvaprune.choose import gates
-from tvaprune.models.families import ModelShape
-from tvaprune.models.parameters import decoder_sparsity, layer_parameters
+from tvaprune.models.parameters import decoder_sparsity, dense_layers, layer_parameters
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
 
@@ -66,7 +66,7 @@ def expected_spread(log_alpha: PerUnit, beta: float, shape: ModelShape) -> torch
     The variance over the layers of the expected parameters of the attention, and of the MLP, as shares of a full layer:
     the square of a sparsity, as the gap to the target is.
     """
-    full = layer_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
+    full = dense_layers(shape) / shape.num_hidden_layers
 
     def share(kv_heads: torch.Tensor | float, channels: torch.Tensor | float) -> torch.Tensor:
         share: torch.Tensor = layer_parameters(shape.hidden_size, kv_heads, channels, shape) / full

@@ -1,13 +1,13 @@
-"""Puts gates on a stock transformers model by hooks, and takes them off.
+"""Puts gates on a transformers model by hooks, and takes them off.
 
 One object owns all hooks. Where each gate multiplies (method: section 1): the hidden gate the embedding's output,
-once, and the output of every attention block and MLP before the residual add; the attention gate the input of
-``o_proj``, a KV head with the query heads that share it; the MLP gate the input of ``down_proj``. Under a hidden gate
-an RMSNorm averages over the kept dims only, as the sliced model will.
+once, and the output of every attention block and MLP before the residual add; the attention gate the input of the
+output projection, a KV head with the query heads that share it; the MLP gate the input of the down projection. Under
+a hidden gate an RMSNorm averages over the kept dims only, as the sliced model will.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.choose import gates
-from tvaprune.models.families import ModelFamily, family_of, shape_of
+from tvaprune.models.families import family_of
+from tvaprune.models.layout import Block, layout_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
 from tvaprune.plan.masks import Masks
 
@@ -43,7 +46,7 @@ class GatedModel(nn.Module):
         self.model = model.requires_grad_(False)
         self.family = family_of(model.config)
         self.shape = shape_of(model.config)
-        device = next(model.parameters()).device
+        device = model.device
 
         def start(centre: float) -> nn.ParameterList:
             units = PerUnit.full(self.shape, centre)
@@ -52,6 +55,7 @@ class GatedModel(nn.Module):
         self.mu, self.log_variance = start(INITIAL_MU), start(initial_log_variance)
         self.register_state_dict_post_hook(_drop_frozen)
         self._fixed: PerUnit | None = None
+        self._fixed_hidden: torch.Tensor | None = None
         self._off = False
         self._handles = list(self._hook())
 
@@ -78,20 +82,29 @@ class GatedModel(nn.Module):
         finally:
             self._off = before
 
-    def hold(self, values: PerUnit) -> None:
-        """Multiplies by fixed values from now on, full-sized, 0 where a unit is cut: the masked model."""
+    def hold(self, values: PerUnit, hidden: torch.Tensor | None = None) -> None:
+        """Multiplies by fixed values from now on, full-sized, 0 where a unit is cut: the masked model.
+
+        Args:
+            hidden: Whether a hidden dim is kept, shape ``(hidden_size,)``, bool; None: where its value is not 0.
+        """
         device = self.mu[0].device
         self._fixed = values.map(lambda value: value.to(device))
+        self._fixed_hidden = (values.hidden != 0 if hidden is None else hidden).to(device)
 
     @contextmanager
-    def using(self, values: PerUnit) -> Iterator[None]:
+    def using(self, values: PerUnit, hidden: torch.Tensor | None = None) -> Iterator[None]:
         """Multiplies by fixed values for a while, as `hold` does."""
-        before = self._fixed
-        self.hold(values)
+        before = self._fixed, self._fixed_hidden
+        self.hold(values, hidden)
         try:
             yield
         finally:
-            self._fixed = before
+            self._fixed, self._fixed_hidden = before
+
+    def applying(self, plan: KeepPlan) -> AbstractContextManager[None]:
+        """Computes for a while what the model that is sliced and folded by a plan will."""
+        return self.using(plan.full_scale(), plan.full_kept().hidden)
 
     def detach_gates(self) -> PreTrainedModel:
         """Removes every hook and returns the stock model, as trainable as it came."""
@@ -108,24 +121,20 @@ class GatedModel(nn.Module):
 
     def _hook(self) -> Iterator[Any]:
         """Registers all hooks and yields their handles."""
-        family = self.family
-        decoder = getattr(self.model, family.decoder)
-        yield getattr(decoder, family.embedding).register_forward_hook(self._scale_output)
-        yield getattr(decoder, family.final_norm).register_forward_hook(self._renormalise)
-        for index, layer in enumerate(getattr(decoder, family.layers)):
-            yield from self._hook_layer(index, layer, family)
+        yield self.model.get_submodule(self.family.embedding).register_forward_hook(self._scale_output)
+        yield self.model.get_submodule(self.family.final_norm).register_forward_hook(self._renormalise)
+        layout = layout_of(self.family, self.shape)
+        for place, block in enumerate((*layout.attention, *layout.mlp), start=1):  # the order of PerUnit
+            if block is not None:
+                yield from self._hook_block(place, block)
 
-    def _hook_layer(self, index: int, layer: nn.Module, family: ModelFamily) -> Iterator[Any]:
-        layers = self.shape.num_hidden_layers
-        output = getattr(getattr(layer, family.attention), family.output)
-        down = getattr(getattr(layer, family.mlp), family.down)
-        # The place of a unit's tensor in the order of PerUnit.
-        yield output.register_forward_pre_hook(self._scale_input(1 + index))
-        yield down.register_forward_pre_hook(self._scale_input(1 + layers + index))
-        for module in (output, down):
-            yield module.register_forward_hook(self._scale_output)
-        for norm in (family.attention_norm, family.mlp_norm):
-            yield getattr(layer, norm).register_forward_hook(self._renormalise)
+    def _hook_block(self, place: int, block: Block) -> Iterator[Any]:
+        writer = self.model.get_submodule(block.writer)
+        yield writer.register_forward_pre_hook(self._scale_input(place))
+        for norm in block.norms:
+            yield self.model.get_submodule(norm).register_forward_hook(self._renormalise)
+        last = writer if block.post_norm is None else self.model.get_submodule(block.post_norm)
+        yield last.register_forward_hook(self._scale_output)
 
     def _multiplier(self, place: int, like: torch.Tensor) -> torch.Tensor:
         """Returns the values of one tensor of units, to multiply ``like`` by: fixed, or sampled."""
@@ -156,13 +165,16 @@ class GatedModel(nn.Module):
         x = args[0].float()
         kept = self._kept_hidden().float()
         mean_square = (x.square() * kept).sum(-1, keepdim=True) / kept.sum()
-        normed = x * torch.rsqrt(mean_square + norm.variance_epsilon)
+        normed = x * torch.rsqrt(mean_square + getattr(norm, self.family.norm_epsilon))
+        if self.family.norm_offset:  # such families round once, after the gain
+            return (normed * (norm.weight.float() + self.family.norm_offset)).to(args[0].dtype)
         return norm.weight * normed.to(args[0].dtype)
 
     def _kept_hidden(self) -> torch.Tensor:
-        if self._fixed is not None:
-            return self._fixed.hidden != 0
-        return log_alpha_of(self.mu[0], self.log_variance[0]).detach() < 0
+        if self._fixed_hidden is not None:
+            return self._fixed_hidden
+        log_alpha = log_alpha_of(self.mu[0], self.log_variance[0]).detach()
+        return (log_alpha < 0) | (log_alpha == log_alpha.min())  # a plan keeps the surest dim at least
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -60,7 +60,7 @@ class PruningObjective(nn.Module):
             log_alpha = self.gated.per_unit(self.settled_log_alpha)
             ones = PerUnit.full(self.gated.shape, 1.0)  # of mean 1 a gate's log-variance is its log_alpha
             plan = plan_from_masks(Masks(ones, log_alpha), self.gated.shape, self.settings.rules)
-            self._kept = plan.full_scale().map(lambda scale: (scale != 0).to(self.settled.device))
+            self._kept = plan.full_kept().map(lambda kept: kept.to(self.settled.device))
             self._sparsity = torch.tensor(plan.sparsity)
         return self._kept
 
@@ -84,7 +84,8 @@ class PruningObjective(nn.Module):
 
     def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         # Held beyond this call: gradient checkpointing runs the forward again in the backward pass.
-        self.gated.hold(self.gated.masks().mu.map(torch.mul, self._kept_units()))
+        kept = self._kept_units()
+        self.gated.hold(self.gated.masks().mu.map(torch.mul, kept), kept.hidden)
         task = self._task_loss(input_ids)
         return {"loss": task, "task_loss": task, "expected_sparsity": self._sparsity}
 

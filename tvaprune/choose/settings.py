@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from tvaprune.errors import InputError
-from tvaprune.flags.settings import SHORT_RUN_TOKENS, DistillArguments, PruneArguments
+from tvaprune.flags.settings import SHORT_RUN_TOKENS, DistillSettings, PruneSettings
 from tvaprune.plan.widths import WidthRules
+
+_AS_GIVEN = ("reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "gate_noise", "gate_ce_weight")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class GateSettings:
 
 
 def gate_settings(
-    prune: PruneArguments,
-    distill: DistillArguments,
+    prune: PruneSettings,
+    distill: DistillSettings,
     num_steps: int,
     steps_per_epoch: float,
     num_tokens: int,
@@ -50,12 +52,8 @@ def gate_settings(
         InputError: If the target would still rise where the choice must stand.
     """
     short, sparsity = num_tokens < SHORT_RUN_TOKENS, max(prune.target_sparsity)
-
-    def given(value: float | None, default: float) -> float:
-        return default if value is None else value
-
-    beta = given(prune.beta, family_beta)
-    warmup_epochs = given(prune.lagrangian_warmup_epochs, 0.3 if short else 0.2 if sparsity > 0.6 else 0.1)
+    beta = _given(prune.beta, family_beta)
+    warmup_epochs = _given(prune.lagrangian_warmup_epochs, 0.3 if short else 0.2 if sparsity > 0.6 else 0.1)
     num_warmup_steps, num_settle_steps = round(warmup_epochs * steps_per_epoch), round(prune.settle_share * num_steps)
     if num_warmup_steps > num_steps - num_settle_steps:
         if prune.lagrangian_warmup_epochs is not None:
@@ -67,23 +65,21 @@ def gate_settings(
         num_warmup_steps = (num_steps - num_settle_steps) // 2  # a run of few steps, as --max_steps makes it
     return GateSettings(
         target_sparsity=sparsity,
-        vib_learning_rate=given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
-        reg_learning_rate=prune.reg_learning_rate,
-        kl_factor=prune.kl_factor,
-        att_mul=given(prune.att_mul, 512 if sparsity > 0.6 else 256),
-        inter_mul=prune.inter_mul,
-        emb_mult=prune.emb_mult,
+        vib_learning_rate=_given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
+        att_mul=_given(prune.att_mul, 512 if sparsity > 0.6 else 256),
         num_warmup_steps=num_warmup_steps,
         num_settle_steps=num_settle_steps,
         beta=beta,
-        beta_start=given(prune.beta_start, 0.5 if short else beta),
-        initial_log_variance=given(prune.initial_log_variance, -5.0 if short else -9.0),
+        beta_start=_given(prune.beta_start, 0.5 if short else beta),
+        initial_log_variance=_given(prune.initial_log_variance, -5.0 if short else -9.0),
         rules=rules,
-        gate_noise=prune.gate_noise,
-        gate_ce_weight=prune.gate_ce_weight,
-        distill=distill.distill,
-        distill_temp=distill.distill_temp,
+        **{name: getattr(prune, name) for name in _AS_GIVEN},
+        **vars(distill),
     )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def describe(settings: GateSettings, num_steps: int, num_tokens: int) -> str:

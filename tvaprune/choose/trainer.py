@@ -11,10 +11,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.choose.controller import beta_at, expected_sparsity, target_at
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
@@ -23,20 +24,20 @@ from tvaprune.errors import InputError
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
-from tvaprune.plan.masks import keep_best
+from tvaprune.plan.masks import best_mask, keep_best
 
 # A mask is scored once the expected sparsity is this near to the target. Wider than the released [-0.008, +0.001]: the
 # threshold makes every scored mask exact, so the band only leaves out gates that have not parted yet.
 BAND = 0.03
 
 
-class GateTrainer(Trainer):
+class GateTrainer(CheckpointedTrainer):
     """Trains the gates and keeps the best mask near the target under ``<output_dir>/best``.
 
     Args:
         gated: The model with its gates.
         settings: Resolved settings.
-        record: What is written beside each mask: model, data, seed, versions.
+        record: What is written beside each mask: model, data, seed, versions; its ``identity`` says which run it is.
         eval_blocks: Windows on which masks are compared.
     """
 
@@ -51,11 +52,13 @@ class GateTrainer(Trainer):
     ) -> None:
         objective = PruningObjective(gated, settings)
         super().__init__(
-            model=objective, args=args, train_dataset=train_dataset, eval_dataset=eval_blocks, data_collator=_stack
-        )
+            model=objective, args=args, train_dataset=train_dataset, eval_dataset=eval_blocks, data_collator=_stack,
+            identity=record.get("identity", {}),
+        )  # fmt: skip
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.gated, self.settings, self.record = gated, settings, record
         self.best_folder = Path(str(args.output_dir)) / "best"
+        self.best: Path | None = None  # what lies in the folder may be another run's
         with torch.no_grad():
             self.start = float(expected_sparsity(gated.masks().log_alpha, settings.beta_start, gated.shape))
         if not args.disable_tqdm:
@@ -135,11 +138,10 @@ class GateTrainer(Trainer):
         with torch.no_grad():
             sparsity = expected_sparsity(self.gated.masks().log_alpha, schedule["beta"], self.gated.shape)
         rising = self.state.global_step < self.settings.num_warmup_steps
-        if self._objective.settled:
-            return self.score_mask()
-        if rising or not abs(float(sparsity) - self.settings.target_sparsity) <= BAND:  # NaN is not near
-            return {}
-        return self.score_mask()
+        is_near = abs(float(sparsity) - self.settings.target_sparsity) <= BAND  # NaN is not near
+        metrics = self.score_mask() if self._objective.settled or (is_near and not rising) else {}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
@@ -148,12 +150,13 @@ class GateTrainer(Trainer):
         if not self._objective.settled:
             masks = calibrate(masks, self.gated.shape, settings.target_sparsity, settings.rules)
         plan = plan_from_masks(masks, self.gated.shape, settings.rules)
-        with self.gated.using(plan.full_scale()):
+        with self.gated.applying(plan):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
         metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
         if self.args.should_save:
             context = {"step": self.state.global_step, "settings": asdict(settings), "rules": asdict(settings.rules)}
-            keep_best(self.best_folder, masks, value, self.record | describe_widths(plan) | context)
+            record = self.record | describe_widths(plan) | context
+            self.best = keep_best(self.best_folder, masks, value, record, self.best)
         self.log(dict(metrics))
         return metrics
 
@@ -170,6 +173,7 @@ class GateTrainer(Trainer):
             raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds the gates of another model; "
                              "give the model that the run began with")  # fmt: skip
         objective.load_state_dict(state, strict=False)
+        self.best = best_mask(self.best_folder, self.identity)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

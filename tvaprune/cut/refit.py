@@ -5,8 +5,9 @@ For a linear layer whose dense input is ``x`` and whose input in the pruned mode
     W' = (W C + lam W_fold) (H + lam I)^-1,   C = sum x xhat^T,   H = sum xhat xhat^T
 
 ``lam`` infinite is folding, so folding is the fallback. The layers are walked in order with two residual streams: the
-dense model's gives the targets, the pruned model's, whose earlier layers are refitted already, the inputs. ``o_proj``
-and ``down_proj`` aim at the dense residual stream minus the pruned one, which repairs what earlier layers got wrong.
+dense model's gives the targets, the pruned model's, whose earlier layers are refitted already, the inputs. What writes
+to the residual stream aims at the dense one minus the pruned one, which repairs what earlier layers got wrong; before a
+norm after the block it aims at what the dense block writes.
 Sources: least squares on the kept channels after GRAIL and OSSCAR, statistics of the pruned prefix after
 Tyr-the-Pruner (arXiv 2503.09657); the centre and the residual target are this project's.
 """
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.losses import distillation_loss
 from tvaprune.models.families import family_of
+from tvaprune.models.layout import Block, Layout, layout_of
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -65,8 +67,8 @@ def refit(
 ) -> RefitReport:
     """Refits a model that was sliced by ``plan`` and folded, in place.
 
-    Every linear takes the ``lam`` of least held-out error, infinity among them: q, k, v, gate, up and the lm_head
-    are refitted only where that helps. The model then goes from the fold towards the refit as far as brings its
+    Every linear takes the ``lam`` of least held-out error, infinity among them: what reads a norm is refitted only
+    where that helps. The model then goes from the fold towards the refit as far as brings its
     held-out predictions nearest to the dense model's. Adds no parameters: biases are refitted where there are some.
 
     Args:
@@ -81,7 +83,7 @@ def refit(
     walk = _Walk(dense, pruned, plan, strengths)
     for blocks in (calibration, held_out):
         walk.read(blocks, batch_size, held_out=blocks is held_out)
-    walk.layers(_attention_options(dense, len(held_out[0]["input_ids"]), walk.device))
+    walk.layers(_attention_options(dense, walk.layout, len(held_out[0]["input_ids"]), walk.device))
     if not plan.shape.tie_word_embeddings:  # a tied head is the embedding, whose output is exact
         walk.head()
     refitted, divergences = _copied(pruned), []
@@ -113,23 +115,34 @@ class _Batch:
 
 @dataclass
 class _Half:
-    """Half of a layer, which adds ``module(norm(h))`` to the residual stream ``h``.
+    """Half of a layer of one model, which adds ``post_norm(module(norm(h)))`` to the residual stream ``h``.
 
     Attributes:
-        readers: The linears that read the norm's output, by name.
-        writer: The linear that writes the half's output, with its name; None where there is none.
+        readers: The linears that read the norm's output, by their dotted name.
+        writer: The linear that writes the half's output; None: what reads ends here, as in the lm_head.
         options: What the module is called with beside the hidden states.
     """
 
     norm: Any
     module: Any
     readers: dict[str, Any]
-    writer: tuple[str, Any] = ("", None)
+    post_norm: Any = nn.Identity()
+    writer: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, block: Block, options: dict[str, Any]) -> "_Half":
+        """Finds the parts of a block in a model."""
+        norm, post_norm = (
+            nn.Identity() if name is None else model.get_submodule(name) for name in (block.norm, block.post_norm)
+        )
+        readers = {path: model.get_submodule(path) for path in block.reading_linears}
+        module, writer = model.get_submodule(block.module), model.get_submodule(block.writer)
+        return cls(norm, module, readers, post_norm, writer, options)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         output = self.module(self.norm(hidden), **self.options)
-        return hidden + (output[0] if isinstance(output, tuple) else output)
+        return hidden + self.post_norm(output[0] if isinstance(output, tuple) else output)
 
 
 class _Walk:
@@ -145,15 +158,15 @@ class _Walk:
     ) -> None:
         self.dense, self.pruned, self.plan, self.strengths = dense, pruned, plan, strengths
         self.family = family_of(dense.config)
-        self.device, self.store = (next(model.parameters()).device for model in (pruned, dense))
+        self.layout = layout_of(self.family, plan.shape)
+        self.device, self.store = pruned.device, dense.device
         self.edits = edits_of(plan, self.family, self.device)
         self.chosen: dict[str, float] = {}
         self.batches: list[_Batch] = []
 
     def read(self, blocks: Dataset, batch_size: int, held_out: bool) -> None:
         """Starts the streams of these windows: the embeddings."""
-        models = (self.dense, self.pruned)
-        embeddings = [getattr(getattr(model, self.family.decoder), self.family.embedding) for model in models]
+        embeddings: list[Any] = [model.get_input_embeddings() for model in (self.dense, self.pruned)]
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size]["input_ids"]
             dense, pruned = (embed(ids.to(embed.weight.device)).to(self.store) for embed in embeddings)
@@ -161,21 +174,18 @@ class _Walk:
 
     def layers(self, options: list[dict[str, Any]]) -> None:
         """Walks all layers: attention, then MLP."""
-        family = self.family
-        models = [getattr(getattr(model, family.decoder), family.layers) for model in (self.dense, self.pruned)]
-        pairs = list(zip(*models, strict=True))
-        for index, layers in enumerate(tqdm(pairs, desc="refitting", unit="layer", leave=False)):
-            with _moved(layers[0], self.device):
-                dense, pruned = (self._attention(layer, options[index]) for layer in layers)
-                self._half(index, dense, pruned)
-                dense, pruned = map(self._mlp, layers)
-                self._half(index, dense, pruned)
+        layers: Any = self.dense.get_submodule(self.family.layers)
+        for index, layer in enumerate(tqdm(layers, desc="refitting", unit="layer", leave=False)):
+            with _moved(layer, self.device):
+                for block, given in ((self.layout.attention[index], options[index]), (self.layout.mlp[index], {})):
+                    if block is not None:
+                        self._half(index, block, given)
 
     def head(self) -> None:
         """Refits the lm_head."""
         dense, pruned = (self._ending(model) for model in (self.dense, self.pruned))
         with _moved(dense.norm, self.device), _moved(dense.module, self.device):
-            self._fit_readers("", dense, pruned, {})
+            self._fit_readers("", dense, pruned)
 
     def divergence(self) -> float:
         """Returns the KL from the dense predictions to the pruned model's, the mean over the held-out tokens.
@@ -193,64 +203,49 @@ class _Walk:
         return total / sum(len(batch.input_ids) for batch in held_out)
 
     def _ending(self, model: PreTrainedModel) -> _Half:
-        family = self.family
-        head = getattr(model, family.head)
-        return _Half(getattr(getattr(model, family.decoder), family.final_norm), head, {family.head: head})
+        head = model.get_submodule(self.family.head)
+        return _Half(model.get_submodule(self.family.final_norm), head, {self.family.head: head})
 
-    def _attention(self, layer: Any, options: dict[str, Any]) -> _Half:
-        family = self.family
-        module = getattr(layer, family.attention)
-        readers = {name: getattr(module, name, None) for name in (family.query, family.key, family.value)}
-        writer = (family.output, getattr(module, family.output, None))
-        return _Half(getattr(layer, family.attention_norm), module, readers, writer, options)
-
-    def _mlp(self, layer: Any) -> _Half:
-        family = self.family
-        module = getattr(layer, family.mlp)
-        readers = {name: getattr(module, name) for name in (family.gate, family.up)}
-        return _Half(getattr(layer, family.mlp_norm), module, readers, (family.down, getattr(module, family.down)))
-
-    def _kept_rows(self, index: int) -> dict[str, torch.Tensor]:
-        """Returns, for every linear that loses rows, which rows of the dense one stay."""
-        family, paths = self.family, self.family.layer_paths(index)
-        readers = {
-            family.query: paths.query,
-            family.key: paths.key,
-            family.value: paths.value,
-            family.gate: paths.gate,
-            family.up: paths.up,
-        }
-        rows = {name: self.edits[f"{path}.weight"].rows for name, path in readers.items()}
-        return {name: kept for name, kept in rows.items() if kept is not None}
-
-    def _half(self, index: int, dense: _Half, pruned: _Half) -> None:
+    def _half(self, index: int, block: Block, options: dict[str, Any]) -> None:
         """Refits half a layer and moves both streams past it."""
         prefix = f"layer {index} "
-        name, writer = pruned.writer
-        if writer is not None:  # else the layer lost its attention
-            self._fit_readers(prefix, dense, pruned, self._kept_rows(index))
+        dense, pruned = (_Half.of(model, block, options) for model in (self.dense, self.pruned))
+        name = prefix + _last(block.writer)
+        lost = not self.edits[f"{block.writer}.weight"].constant
+        if not lost:
+            self._fit_readers(prefix, dense, pruned)
+        if not lost and block.post_norm is not None:
+            self._fit_writer(name, pruned, lambda batch: self._written(dense, batch))
         for batch in self.batches:
             batch.dense = dense(batch.dense.to(self.device)).to(self.store)
-        if writer is not None:
-            self._fit_writer(prefix + name, pruned, writer)
+        if not lost and block.post_norm is None:
+            self._fit_writer(name, pruned, self._lacking)
         for batch in self.batches:
             batch.pruned = pruned(batch.pruned.to(self.device)).to(self.store)
 
-    def _fit_writer(self, name: str, pruned: _Half, writer: Any) -> None:
-        """Refits ``o_proj`` or ``down_proj`` to what the pruned stream lacks of the dense one, past this half."""
+    def _lacking(self, batch: _Batch) -> torch.Tensor:
+        """Returns what the pruned stream, before a half, lacks of the dense one past it."""
         kept, scale = (values.hidden.to(self.device) for values in (self.plan.kept, self.plan.scale))
+        return batch.dense.to(self.device).index_select(-1, kept).float() * scale - batch.pruned.to(self.device).float()
+
+    def _written(self, dense: _Half, batch: _Batch) -> torch.Tensor:
+        """Returns what the dense half writes on the kept dims: the norm after it divides any factor out."""
+        with _captured(dense.writer) as inputs:
+            dense(batch.dense.to(self.device))
+        return dense.writer(inputs[0]).index_select(-1, self.plan.kept.hidden.to(self.device))
+
+    def _fit_writer(self, name: str, pruned: _Half, target: Callable[[_Batch], torch.Tensor]) -> None:
+        """Refits the linear that writes a half's output."""
 
         def tokens(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden = batch.pruned.to(self.device)
-            with _captured(writer) as inputs:
-                pruned(hidden)
-            target = batch.dense.to(self.device).index_select(-1, kept).float() * scale - hidden.float()
-            return with_one(inputs[0], writer), target
+            with _captured(pruned.writer) as inputs:
+                pruned(batch.pruned.to(self.device))
+            return with_one(inputs[0], pruned.writer), target(batch)
 
         fit, held = self._moments(tokens)
-        self.chosen[name] = fit_linear(writer, self._ridges(fit), fit, held)
+        self.chosen[name] = fit_linear(pruned.writer, self._ridges(fit), fit, held)
 
-    def _fit_readers(self, prefix: str, dense: _Half, pruned: _Half, rows: dict[str, torch.Tensor]) -> None:
+    def _fit_readers(self, prefix: str, dense: _Half, pruned: _Half) -> None:
         """Refits the linears that read a norm to the outputs of the dense ones."""
         like = next(iter(pruned.readers.values()))
 
@@ -260,9 +255,9 @@ class _Walk:
 
         fit, held = self._moments(tokens)
         ridges = self._ridges(fit)
-        for name, linear in pruned.readers.items():
-            outputs = Outputs(dense.readers[name], rows.get(name))
-            self.chosen[prefix + name] = fit_linear(linear, ridges, fit, held, outputs)
+        for path, linear in pruned.readers.items():
+            outputs = Outputs(dense.readers[path], self.edits[f"{path}.weight"].rows)
+            self.chosen[prefix + _last(path)] = fit_linear(linear, ridges, fit, held, outputs)
 
     def _ridges(self, fit: Moments) -> list[Ridge]:
         return [Ridge(fit.inputs, strength) for strength in self.strengths]
@@ -300,23 +295,33 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(home)
 
 
-def _attention_options(dense: PreTrainedModel, length: int, device: torch.device) -> list[dict[str, Any]]:
+def _attention_options(
+    dense: PreTrainedModel, layout: Layout, length: int, device: torch.device
+) -> list[dict[str, Any]]:
     """Returns what each layer's attention is called with, for one window: masks and rotary embeddings."""
-    family = family_of(dense.config)
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = [{} for _ in layout.attention]
 
-    def keep(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        found.append({k: _to(v, device) for k, v in options.items() if k != "hidden_states"})
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+            found[index] = {k: _to(v, device) for k, v in options.items() if k != "hidden_states"}
 
-    layers = getattr(getattr(dense, family.decoder), family.layers)
-    handles = [getattr(layer, family.attention).register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+        return hook
+
+    blocks = [(index, block) for index, block in enumerate(layout.attention) if block is not None]
+    handles = [
+        dense.get_submodule(block.module).register_forward_pre_hook(keep(index), with_kwargs=True)
+        for index, block in blocks
+    ]
     try:
-        home = next(dense.parameters()).device
-        dense(input_ids=torch.zeros(1, length, dtype=torch.int64, device=home), use_cache=False)
+        dense(input_ids=torch.zeros(1, length, dtype=torch.int64, device=dense.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 llama.cpp's ``llama`` takes layer 0's sizes for all layers; ``deci`` is the same graph and reads every size per layer.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tvaprune.checkpoint.folder import base_type, layer_widths
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require
+from tvaprune.files import clear_leftovers, replacing
+from tvaprune.models.families import base_type
+from tvaprune.models.shape import shape_of
 
 QUANTIZATIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 BLOCK = 256  # llama-quantize falls back to larger formats for a matrix whose input size is no multiple of this
@@ -68,17 +69,14 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
     architecture = _architecture(model)
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"--format gguf {out}: is there; give a new .gguf file, or replace it: --overwrite_output_dir")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    clear_leftovers(out.parent)
     try:
-        _write(model, source, temporary, architecture, outtype)
-        if verify:
-            _verify(model, temporary, outtype)
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            _write(model, source, temporary, architecture, outtype)
+            if verify:
+                _verify(model, temporary, outtype)
     except OSError as error:
         raise InputError(f"--format gguf {out}: cannot be written ({error}); nothing was left there") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     _advise(model)
 
 
@@ -121,8 +119,8 @@ def _architecture(model: PreTrainedModel) -> str:
     scaling = config.rope_parameters["rope_type"]
     if scaling not in ("default", "llama3"):
         raise InputError(f"--format gguf: rotary scaling '{scaling}' is not supported, only 'llama3'; use another")
-    heads, channels = layer_widths(config)
-    if len(set(heads)) == len(set(channels)) == 1:
+    shape = shape_of(config)
+    if len(set(shape.num_key_value_heads)) == len(set(shape.intermediate_size)) == 1:
         return known.name
     if known.per_layer is None or any(name.endswith("proj.bias") for name in model.state_dict()):
         raise InputError(
@@ -158,9 +156,9 @@ def _write(model: PreTrainedModel, source: Path, path: Path, architecture: str, 
 
 
 def _add_sizes(writer: Any, config: Any, architecture: str) -> None:
-    heads, channels = layer_widths(config)
-    group_size = config.per_layer_config[0].num_attention_heads // heads[0]
-    queries = [count * group_size for count in heads]
+    shape = shape_of(config)
+    heads, channels = list(shape.num_key_value_heads), list(shape.intermediate_size)
+    queries = [count * shape.group_size for count in heads]
     if architecture != "deci":  # one number for all layers
         heads, channels, queries = heads[0], channels[0], queries[0]  # type: ignore[assignment]
     writer.add_block_count(config.num_hidden_layers)

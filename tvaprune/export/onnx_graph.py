@@ -13,9 +13,10 @@ from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from tvaprune.checkpoint.folder import CONFIG_NAME, layer_widths
+from tvaprune.checkpoint.folder import CONFIG_NAME
 from tvaprune.export.verify import NUM_CACHED, fixed_prompt, reference_logits, report_difference
 from tvaprune.files import new_folder
+from tvaprune.models.shape import shape_of
 from tvaprune.models.vetting import drop_code
 
 MODEL_NAME = "model.onnx"
@@ -95,8 +96,8 @@ def _export_step(model: PreTrainedModel, path: Path) -> None:
 
 def _empty_past(model: PreTrainedModel, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Returns a cache of zeros at each layer's own number of KV heads."""
-    heads, _ = layer_widths(model.config)
-    shapes = [(batch, count, length, model.config.head_dim) for count in heads]
+    sizes = shape_of(model.config)
+    shapes = [(batch, count, length, sizes.head_dim) for count in sizes.num_key_value_heads]
     return [(torch.zeros(shape, dtype=model.dtype), torch.zeros(shape, dtype=model.dtype)) for shape in shapes]
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tvaprune.checkpoint.folder import config_of_widths, layer_widths, write_checkpoint
+from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.errors import InputError
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference
 from tvaprune.files import new_folder
-from tvaprune.models.auto_classes import PREFIX
+from tvaprune.models.families import PREFIX
+from tvaprune.models.pruned import config_of_widths
+from tvaprune.models.shape import shape_of
 
 
 def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwrite: bool, verify: bool) -> None:
@@ -21,10 +23,10 @@ def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwri
     Raises:
         InputError: If no stock config can hold the sizes, or the folder cannot be written.
     """
-    heads, channels = layer_widths(model.config)
-    group_size = model.config.per_layer_config[0].num_attention_heads // heads[0]
-    widest = [max(heads)] * len(heads), [max(channels)] * len(channels)
-    config = config_of_widths(model.config, *widest, group_size)
+    shape = shape_of(model.config)
+    layers, heads, channels = shape.num_hidden_layers, shape.num_key_value_heads, shape.intermediate_size
+    widest = [max(heads)] * layers, [max(channels)] * layers
+    config = config_of_widths(model.config, shape.hidden_size, shape.head_dim, *widest, shape.group_size)
     if config.model_type.startswith(PREFIX):
         raise InputError(
             f"--format vanilla: a stock Llama config needs a hidden width ({config.hidden_size}) that is a multiple of "

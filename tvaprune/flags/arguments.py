@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import get_available_reporting_integrations
 
 from tvaprune.errors import InputError
+from tvaprune.flags.ranges import CHOICES, check_ranges
 from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
     RELEASED_BATCH,
-    DataArguments,
-    DistillArguments,
-    EvalArguments,
-    FinetuneArguments,
-    ModelArguments,
-    PruneArguments,
+    CompareSettings,
+    DataSettings,
+    DistillSettings,
+    EvalSettings,
+    FinetuneSettings,
+    ModelSettings,
+    PruneSettings,
 )
-from tvaprune.flags.verbs import ALWAYS, VERBS
+from tvaprune.flags.verbs import ALWAYS, VERBS, check_flags
 
 
 @dataclass
@@ -49,10 +52,15 @@ class RunArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
-        """Keeps `--do_eval` as it was given: transformers sets it wherever `eval_strategy` is not no."""
+        """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no."""
+        check_ranges(self)
         given = self.do_eval
         super().__post_init__()
         self.do_eval = given
+        known = get_available_reporting_integrations() if self.report_to else []
+        missing = [name for name in self.report_to or [] if name not in known]
+        if missing:
+            raise InputError(f"--report_to {' '.join(missing)}: is not installed; install it, or give another or none")
 
 
 @dataclass
@@ -86,8 +94,8 @@ class FinetuneRunArguments(RunArguments):
 class _Parser(HfArgumentParser):
     """Says what is wrong with the flags in one line; a truth value's flag alone means True, whatever its default."""
 
-    def __init__(self, classes: tuple[Any, ...]) -> None:
-        super().__init__(classes)
+    def __init__(self, classes: tuple[Any, ...], **options: Any) -> None:
+        super().__init__(classes, allow_abbrev=False, **options)
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:  # transformers' way where the default is None
                 action.nargs, action.const = "?", True
@@ -110,7 +118,26 @@ def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple
         raise InputError(" ".join(str(error).split())) from error
 
 
-STAGES = (ModelArguments, DataArguments, PruneArguments, DistillArguments, FinetuneArguments, EvalArguments)
+def parse_comparison(arguments: list[str]) -> CompareSettings:
+    """Parses the flags of a comparison; what is no flag of its own goes to every cell, as a flag of prune.
+
+    Raises:
+        InputError: If a flag is none of prune's either, or a value cannot be used.
+    """
+    parser = _Parser(
+        (CompareSettings,), prog="tvaprune compare", description=str(CompareSettings.__doc__).split("\n")[0]
+    )
+    for action in parser._actions:
+        if action.dest in ("zero_eval_sparsities", "zero_eval_seeds"):
+            action.nargs = "*"
+    settings, flags = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    check_flags("prune", flags)
+    settings.flags = flags
+    found: CompareSettings = settings
+    return found
+
+
+STAGES = (ModelSettings, DataSettings, PruneSettings, DistillSettings, FinetuneSettings, EvalSettings)
 
 
 def help_text(verb: str, parser: HfArgumentParser) -> str:
@@ -130,6 +157,7 @@ def help_text(verb: str, parser: HfArgumentParser) -> str:
         for action in shown:
             choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices and not is_short else ""
             said = " ".join((action.help or "").replace("%%", "%").split())
+            said = f"One of {', '.join(CHOICES[action.dest])}." if action.dest in CHOICES else said
             if is_short:
                 said = shorten(said, 118 - 3 - len(action.dest) - 4, placeholder=" ...")
             text = f"--{action.dest}{choices}: {said}"
@@ -141,12 +169,12 @@ def help_text(verb: str, parser: HfArgumentParser) -> str:
 class Arguments:
     """One command's flags, by the stage they belong to."""
 
-    source: ModelArguments
-    data: DataArguments
-    prune: PruneArguments
-    distill: DistillArguments
-    finetune: FinetuneArguments
-    evaluation: EvalArguments
+    source: ModelSettings
+    data: DataSettings
+    prune: PruneSettings
+    distill: DistillSettings
+    finetune: FinetuneSettings
+    evaluation: EvalSettings
     training: RunArguments
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -177,7 +205,7 @@ class Arguments:
 
     def at(self, target: float) -> "Arguments":
         """Returns the flags of one of several targets, with folders of its own."""
-        args, name = copy.copy(self), f"sparsity_{target:g}"
+        args, name = copy.copy(self), f"sparsity_{target}"  # whole: targets that differ in the last digit are two
         args.prune, args.evaluation = copy.copy(args.prune), copy.copy(args.evaluation)
         args.training = copy.copy(args.training)
         args.prune.target_sparsity = [target]

@@ -6,9 +6,10 @@ never overwritten.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tvaprune.errors import InputError
+from tvaprune.flags.ranges import check_ranges
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
@@ -16,13 +17,17 @@ RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and acc
 # the same run in larger batches takes fewer steps and is no shorter.
 SHORT_RUN_TOKENS = 512_000
 
+Method = Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"]
+METHODS: tuple[str, ...] = get_args(Method)
+VIB_ONCE = "vib_once"  # in a comparison: gates trained to the largest sparsity alone, and cut at each
+
 
 def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class ModelArguments:
+class ModelSettings:
     """The model to prune."""
 
     model_name_or_path: str | None = _flag(None, "A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a folder or a hub id.")
@@ -32,7 +37,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataSettings:
     """The text that gates are trained on and perplexity is measured on."""
 
     dataset_name: str = _flag(
@@ -45,26 +50,26 @@ class DataArguments:
         None, f"Tokens of an evaluation window; default: the model's longest, at most {RELEASED_MAX_WINDOW}."
     )
     max_train_samples: int | None = _flag(None, "Training blocks drawn; default: 4,500, for one-shot scores 128.")
-    max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all.")
+    max_eval_samples: int | None = _flag(None, "Evaluation windows drawn; default: all, of C4 256.")
+    protocol: Literal["own", "wikitext2-2048", "wikitext2-4096", "ptb-2048", "ptb-4096", "c4-2048", "c4-4096"] = _flag(
+        "own",
+        "What perplexity is reported on. own: --eval_split of --dataset_name, windows of --ctx_length; else a test "
+        "text as the field takes it, to stand beside published figures.",
+    )
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        sizes = ("block_size", "ctx_length", "max_train_samples", "max_eval_samples")
-        _check_positive(self, *sizes)
-        if min(self.block_size, self.ctx_length or 2) < 2:
-            raise InputError("--block_size and --ctx_length need at least 2 tokens: one is predicted from the other")
+        check_ranges(self)
 
 
 @dataclass
-class PruneArguments:
+class PruneSettings:
     """Mask learning, and applying a mask."""
 
-    prune_method: Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"] = (
-        _flag(
-            "vib",
-            "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a "
-            "mask, the default is as its record says.",
-        )
+    prune_method: Method = _flag(
+        "vib",
+        "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a mask, "
+        "the default is as its record says.",
     )
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.5],
@@ -123,6 +128,9 @@ class PruneArguments:
         "record says; without one: 1.",
     )
     mask_loc: str | None = _flag(None, "A mask file (mask_info_*.pkl) to apply.")
+    plan: str | None = _flag(
+        None, "A keep plan (plan.json of a run) to apply as it is, in place of --mask_loc and the width flags."
+    )
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
     weight_update: Literal["none", "fold", "refit"] = _flag(
         "refit",
@@ -135,27 +143,26 @@ class PruneArguments:
     )
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
-        for target in self.target_sparsity:
-            if not 0 < target < 1:
-                raise InputError(
-                    f"--target_sparsity is {target}: it is a share of the decoder's parameters, give a "
-                    "number between 0 and 1, such as 0.5"
-                )
-        if not 0 <= self.settle_share < 1:
-            raise InputError(f"--settle_share is {self.settle_share}: give a share of the steps, from 0 to below 1")
-        if self.gate_ce_weight < 0:
-            raise InputError(f"--gate_ce_weight is {self.gate_ce_weight}: give 0 or more")
-        if self.dim_multiple is not None and self.dim_multiple < 0:
-            raise InputError(f"--dim_multiple is {self.dim_multiple}: give a width such as 128, or 0 for no adjustment")
+        """Checks the ranges, and that the files are there."""
+        check_ranges(self)
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
-        _check_positive(self, "vib_learning_rate", "reg_learning_rate", "beta", "beta_start")
-        _check_positive(self, "tensor_parallel", "refit_samples")
+        if self.plan is not None:
+            self._check_plan()
+
+    def _check_plan(self) -> None:
+        decided = ("mask_loc", "dim_multiple", "keep_one_kv_head", "uniform", "tensor_parallel")
+        other = [f"--{name}" for name in decided if getattr(self, name) is not None]
+        if other:
+            raise InputError(
+                f"--plan {self.plan}: says already what is kept; leave out {' and '.join(other)}, or --plan"
+            )
+        if not Path(self.plan or "").is_file():
+            raise InputError(f"--plan {self.plan}: there is no such file; give the plan.json of a run")
 
 
 @dataclass
-class DistillArguments:
+class DistillSettings:
     """Distillation from the unpruned model."""
 
     distill: bool = _flag(
@@ -165,11 +172,11 @@ class DistillArguments:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_positive(self, "distill_temp")
+        check_ranges(self)
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneSettings:
     """Recovering the narrower model's quality: LoRA, or all weights, under distillation from the unpruned model."""
 
     finetune: bool = _flag(
@@ -207,18 +214,13 @@ class FinetuneArguments:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_positive(self, "lora_r", "lora_alpha_ratio", "epoch_f", "early_stopping_patience", "teacher_top_k")
-        for name in ("distill_ce_loss_alpha", "distill_hidden_alpha"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}: give a weight of 0 or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora_dropout is {self.lora_dropout}: give a share from 0 to below 1")
+        check_ranges(self)
         if self.teacher_cache is not None and self.distill_hidden_alpha:
             raise InputError("--teacher_cache holds no hidden states: leave it or --distill_hidden_alpha out")
 
 
 @dataclass
-class EvalArguments:
+class EvalSettings:
     """What is measured of the pruned model, and where it goes."""
 
     save_loc: str | None = _flag(None, "Folder of results.json, plan.json and the plots; default: the output folder.")
@@ -241,19 +243,57 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_positive(self, "zero_eval_limit")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise InputError(f"--num_fewshot is {self.num_fewshot}: give the number of examples to show, 0 or more")
+        check_ranges(self)
         if self.zero_eval_tasks is not None:  # spaces or commas, as the harness's own command takes them
             self.zero_eval_tasks = [name for names in self.zero_eval_tasks for name in names.split(",") if name]
-        if self.speed_batches < 0:
-            raise InputError(
-                f"--speed_batches is {self.speed_batches}: give the number of batches to time, or 0 for none"
-            )
 
 
-def _check_positive(arguments: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:  # NaN is not
-            raise InputError(f"--{name} is {value}: give a number above 0")
+def _flags(default: list[Any], help: str) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": f"{help}."})
+
+
+@dataclass
+class CompareSettings:
+    """A comparison of methods on one model or more; other flags are those of prune, and go to every cell.
+
+    Attributes:
+        flags: These other flags, as words of a command line.
+    """
+
+    models: list[str] = _flags(
+        ["mistral_saves_tva/mini_mistral", "llama3_saves_tva/mini_llama3"], "Checkpoint folders or hub ids"
+    )
+    dataset: str = _flag("python_docs", "Text that units are chosen by and that is tested first.")
+    second_text: str = _flag("package_readmes", "Text from another source, tested only.")
+    split: Literal["validation", "test"] = _flag("test", "Of both texts; choose nothing on the test split.")
+    methods: list[str] = _flags(
+        list(METHODS), f"Of {', '.join(METHODS)} and {VIB_ONCE}; vib trains gates for each sparsity, {VIB_ONCE} to the "
+        "largest only"
+    )  # fmt: skip
+    weight_updates: list[str] = _flags(["fold", "refit"], "Instant weight updates")
+    sparsities: list[float] = _flags([0.2, 0.35, 0.5, 0.65], "Shares of the decoder to remove")
+    seeds: list[int] = _flags([0, 1, 2], "Of the calibration blocks and of training")
+    output: str = _flag("out/compare", "Folder of cells, table and picture.")
+    block_size: int = _flag(256, "Tokens of a block and of an evaluation window.")
+    train_samples: int = _flag(1200, "Blocks that gates are trained on.")
+    calibration_samples: int = _flag(128, "Blocks of the one-shot scores and of the update.")
+    max_eval_samples: int = _flag(256, "Windows of each text, at most.")
+    eval_batch_size: int = _flag(8, "Windows of a forward pass.")
+    zero_eval_limit: int = _flag(50, "Examples of each zero-shot task.")
+    zero_eval_sparsities: list[float] = _flags([0.5], "Where zero-shot tasks are scored too, perhaps nowhere")
+    zero_eval_seeds: list[int] = _flags([0], "The seeds of these cells")
+    threads: int | None = _flag(None, "CPU threads; default: as many as torch takes.")
+    flags: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the ranges, and that nothing is compared with itself."""
+        check_ranges(self)
+        known = (*METHODS, VIB_ONCE)
+        wrong = [method for method in self.methods if method not in known]
+        if wrong:
+            raise InputError(f"--methods {' '.join(wrong)}: give some of {', '.join(known)}")
+        names = [Path(model).name for model in self.models]
+        if len(set(names)) < len(names):
+            raise InputError(f"--models {' '.join(self.models)}: two have the same name; give each once")
+        if self.dataset == self.second_text:
+            raise InputError(f"--second_text {self.second_text}: is the --dataset too; give a text from another source")

@@ -9,12 +9,12 @@ from typing import Any
 
 from tvaprune.errors import InputError
 from tvaprune.flags.settings import (
-    DataArguments,
-    DistillArguments,
-    EvalArguments,
-    FinetuneArguments,
-    ModelArguments,
-    PruneArguments,
+    DataSettings,
+    DistillSettings,
+    EvalSettings,
+    FinetuneSettings,
+    ModelSettings,
+    PruneSettings,
 )
 
 MODES = ("do_train", "do_eval", "do_predict", "finetune")  # of the released scripts, which say by them what is wanted
@@ -30,18 +30,16 @@ _FOLDERS = ("output_dir", "save_loc", "save_pruned", "overwrite_output_dir")
 ALWAYS = ("config", "seed", "use_cpu", "per_device_eval_batch_size")
 _TRAINING = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps", "eval_delay",
-    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "logging_steps", "logging_first_step",
-    "logging_strategy", "report_to", "run_name", "disable_tqdm", "log_level", "resume_from_checkpoint", "bf16", "fp16",
-    "tf32", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "data_seed", "full_determinism", "dataloader_num_workers",
-    "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_drop_last",
-    "group_by_length", "torch_compile", "torch_empty_cache_steps",
+    "lr_scheduler_type", "warmup_steps", "eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps",
+    "save_total_limit", "logging_steps", "logging_first_step", "logging_strategy", "report_to", "run_name",
+    "disable_tqdm", "log_level", "resume_from_checkpoint", "bf16", "fp16", "tf32", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "data_seed",
+    "full_determinism", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "torch_empty_cache_steps",
 )  # fmt: skip
 _TUNING = (
-    "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_ratio",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint",
-    "neftune_noise_alpha", "label_smoothing_factor",
+    "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "load_best_model_at_end", "restore_callback_states_from_checkpoint",
 )  # fmt: skip
 
 
@@ -55,6 +53,7 @@ class Verb:
         first: Flags that users set first.
         expert: Flags that few need.
         training: transformers' training arguments that act.
+        goes_on: What an interrupted user is told.
     """
 
     help: str
@@ -62,6 +61,7 @@ class Verb:
     first: tuple[str, ...] = ()
     expert: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
+    goes_on: str = "--resume_from_checkpoint True goes on from the last checkpoint"
 
     @property
     def flags(self) -> frozenset[str]:
@@ -74,30 +74,35 @@ def _verb(help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...],
 
 
 _SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
-_MEASURED = (*_names(ModelArguments, DataArguments, EvalArguments), *_WIDTHS, *_UPDATE, *_FOLDERS)
-_WITHOUT_MASK = tuple(name for name in _names(PruneArguments) if name != "mask_loc")
-_TUNED = tuple(name for name in _names(DistillArguments, FinetuneArguments) if name != "finetune")
+_MEASURED = (*_names(ModelSettings, DataSettings, EvalSettings), *_WIDTHS, *_UPDATE, *_FOLDERS)
+_WITHOUT_MASK = tuple(name for name in _names(PruneSettings) if name not in ("mask_loc", "plan"))
+_TUNED = tuple(name for name in _names(DistillSettings, FinetuneSettings) if name != "finetune")
 VERBS = {
     "prune": _verb(
         "choose units (gates trained, or units scored), cut at the target sparsity, measure, save",
         "tvaprune.stages.prune:run_prune",
         (*_SEEN_FIRST, "target_sparsity", "prune_method", "block_size", "ctx_length", "max_train_samples"),
-        (*_MEASURED, *_WITHOUT_MASK, *_names(DistillArguments)),
+        (*_MEASURED, *_WITHOUT_MASK, *_names(DistillSettings)),
         _TRAINING,
     ),
     "apply": _verb(
-        "apply a mask: measure the narrower model, score it zero-shot, save it",
+        "apply a mask or a plan: measure the narrower model, score it zero-shot, save it",
         "tvaprune.stages.apply:run_apply",
-        (*_SEEN_FIRST, "mask_loc", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
+        (*_SEEN_FIRST, "mask_loc", "plan", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
         (*(name for name in _MEASURED if name != "max_train_samples"), "prune_method"),
         (),
     ),
     "finetune": _verb(
         "recover what a mask cost: LoRA, or all weights, distilled from the dense model",
         "tvaprune.stages.finetune:run_finetune",
-        (*_SEEN_FIRST, "mask_loc", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples", "block_size"),
+        (*_SEEN_FIRST, "mask_loc", "plan", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples"),
         (*_MEASURED, *_TUNED, "prune_method"),
         tuple(name for name in (*_TRAINING, *_TUNING) if name not in ("learning_rate", "num_train_epochs")),
+    ),
+    "compare": Verb(
+        "compare all methods on a model and two texts, at several sparsities and seeds: a table, a picture, JSON",
+        "tvaprune.stages.compare:main",
+        goes_on="the same command goes on where it was",
     ),
     "export": Verb("write a pruned checkpoint as GGUF, ONNX or a stock checkpoint", "tvaprune.stages.export:main"),
     "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),

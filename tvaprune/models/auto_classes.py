@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import tvaprune.models.modeling_pruned as modeling_pruned
 
-PREFIX = "pruned_"
 MODELS: dict[str, tuple[Any, Any, Any]] = {  # by family: config, decoder, language model
     "llama": (
         modeling_pruned.PrunedLlamaConfig,

@@ -8,83 +8,52 @@ from typing import Any
 
 from tvaprune.errors import InputError
 
-
-@dataclass(frozen=True)
-class LayerPaths:
-    """Dotted names of one layer's modules, as `torch.nn.Module.get_submodule` of the whole model takes them."""
-
-    attention_norm: str
-    query: str
-    key: str
-    value: str
-    output: str
-    query_norm: str
-    key_norm: str
-    mlp_norm: str
-    gate: str
-    up: str
-    down: str
+PREFIX = "pruned_"  # of the type of a family's models whose layers differ in width
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Names of the modules of one family's ``...ForCausalLM``.
+    """Dotted names of the modules of one family's ``...ForCausalLM``; a layer's are relative to the layer.
+
+    Two projections that name the same module are fused: their rows lie in it side by side, in the order of the fields.
 
     Attributes:
         beta: Sharpness of the keep probability at the end of gate training (method: 10 for Llama, 5 for Mistral).
         has_qkv_bias: Whether q/k/v carry biases that no flag of the config shows.
         has_head_norm: Whether q and k are normalised per head; those norms are ``head_dim`` wide and never cut.
+        scales_embedding: Whether the embedding's output is multiplied by the root of ``config.hidden_size``.
+        norm_offset: What a norm adds to its weight: its gain is ``w`` or ``1 + w``.
+        norm_epsilon: The attribute of a norm that holds its epsilon.
+        attention_norm: The norm that the attention reads; None: it reads the residual stream.
+        attention_post_norm: The norm between the attention and the residual stream; None: there is none.
+        gate: The projection that the activation function follows; None: the MLP has ``up`` and ``down`` alone.
     """
 
     beta: float
     has_qkv_bias: bool = False
     has_head_norm: bool = False
-    decoder: str = "model"
-    embedding: str = "embed_tokens"
-    layers: str = "layers"
-    final_norm: str = "norm"
+    scales_embedding: bool = False
+    norm_offset: float = 0.0
+    norm_epsilon: str = "variance_epsilon"
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
     head: str = "lm_head"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
     attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
-    query_norm: str = "q_norm"  # where has_head_norm
-    key_norm: str = "k_norm"
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    query_norm: str = "self_attn.q_norm"  # where has_head_norm
+    key_norm: str = "self_attn.k_norm"
     mlp: str = "mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-    @property
-    def embedding_path(self) -> str:
-        """Dotted name of the embedding; the head's is ``head``."""
-        return f"{self.decoder}.{self.embedding}"
-
-    @property
-    def final_norm_path(self) -> str:
-        """Dotted name of the norm before the head."""
-        return f"{self.decoder}.{self.final_norm}"
-
-    def layer_paths(self, index: int) -> LayerPaths:
-        """Returns the dotted names of a layer's modules."""
-        layer = f"{self.decoder}.{self.layers}.{index}"
-        attention, mlp = f"{layer}.{self.attention}", f"{layer}.{self.mlp}"
-        return LayerPaths(
-            attention_norm=f"{layer}.{self.attention_norm}",
-            query=f"{attention}.{self.query}",
-            key=f"{attention}.{self.key}",
-            value=f"{attention}.{self.value}",
-            output=f"{attention}.{self.output}",
-            query_norm=f"{attention}.{self.query_norm}",
-            key_norm=f"{attention}.{self.key_norm}",
-            mlp_norm=f"{layer}.{self.mlp_norm}",
-            gate=f"{mlp}.{self.gate}",
-            up=f"{mlp}.{self.up}",
-            down=f"{mlp}.{self.down}",
-        )
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
 
 
 FAMILIES = {
@@ -95,69 +64,21 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that pruning counts with, read from a model's config. Biases: 0 or 1 each."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    head_norm: bool = False
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per KV head."""
-        return self.num_attention_heads // self.num_key_value_heads
+def base_type(config: Any) -> str:
+    """Returns the family's name, of a stock config and of a pruned one."""
+    return str(getattr(config, "model_type", None)).removeprefix(PREFIX)
 
 
 def family_of(config: Any) -> ModelFamily:
-    """Returns the row of a model's config.
+    """Returns the row of a model's config, stock or pruned.
 
     Raises:
         InputError: If the family has no row.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = base_type(config)
     if model_type not in FAMILIES:
         raise InputError(
             f"the model's type is '{model_type}', supported are {', '.join(FAMILIES)}: choose such a model, or add a "
-            "row to tvaprune/families.py"
+            "row to tvaprune/models/families.py"
         )
     return FAMILIES[model_type]
-
-
-def shape_of(config: Any) -> ModelShape:
-    """Reads the sizes from a transformers config.
-
-    Raises:
-        InputError: If the family is not supported or the sizes do not fit one another.
-    """
-    family = family_of(config)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if heads % kv_heads:
-        raise InputError(
-            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: mend config"
-        )
-    attention_bias = bool(getattr(config, "attention_bias", False))
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=family.has_qkv_bias or attention_bias,
-        output_bias=attention_bias and not family.has_qkv_bias,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        head_norm=family.has_head_norm,
-    )

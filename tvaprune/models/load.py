@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from tvaprune.errors import InputError, out_of_memory, quoted, reason
-from tvaprune.models.auto_classes import PREFIX, auto_map
-from tvaprune.models.families import family_of
+from tvaprune.models.auto_classes import auto_map
+from tvaprune.models.families import PREFIX, family_of
 from tvaprune.models.vetting import CODE_KEYS, check_config, check_folder, check_stored
 
 ATTENTION = "sdpa"  # ours to choose: a config may name a kernel that would be fetched from the hub

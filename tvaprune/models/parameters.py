@@ -1,21 +1,44 @@
 """Parameters of a model as a function of its widths: the same formula for tensors (expected) and ints (exact).
 
-Sparsity counts the decoder layers' projections without bias and their two norms (method: section 3); embeddings,
-lm_head and the final norm are not counted.
+Sparsity counts the decoder layers' projections without bias and their norms of the hidden width (method: section 3);
+embeddings, lm_head and the final norm are not counted.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 
 SPARSITY_DEFINITION = "decoder layers' projections and norms; embeddings, lm_head and final norm are not counted"
 
 
-def layer_parameters(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape) -> Any:
+def layer_parameters(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape, norms: int = 2) -> Any:
     """Returns the counted parameters of one layer, for ints or for scalar tensors alike."""
     attention = 2 * shape.head_dim * (1 + shape.group_size) * kv_heads * hidden
-    return attention + 3 * channels * hidden + 2 * hidden
+    return attention + (2 + shape.gated_mlp) * channels * hidden + norms * hidden
+
+
+def head_parameters(shape: ModelShape) -> int:
+    """Returns what goes with a KV head and its query heads, at the dense hidden width."""
+    parameters: int = layer_parameters(shape.hidden_size, 1, 0, shape, norms=0)
+    return parameters
+
+
+def channel_parameters(shape: ModelShape) -> int:
+    """Returns what goes with an MLP channel, at the dense hidden width."""
+    parameters: int = layer_parameters(shape.hidden_size, 0, 1, shape, norms=0)
+    return parameters
+
+
+def _layers(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[Any], shape: ModelShape) -> Any:
+    widths = zip(kv_heads, channels, shape.layer_norms, strict=True)
+    return sum(layer_parameters(hidden, heads, width, shape, norms) for heads, width, norms in widths)
+
+
+def dense_layers(shape: ModelShape) -> int:
+    """Returns the counted parameters of all layers before the cut."""
+    parameters: int = _layers(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
+    return parameters
 
 
 def decoder_sparsity(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[Any], shape: ModelShape) -> Any:
@@ -25,26 +48,22 @@ def decoder_sparsity(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[An
         hidden: Kept hidden dims.
         kv_heads: Kept KV heads per layer.
         channels: Kept MLP channels per layer.
-        shape: The unpruned model's sizes.
+        shape: The dense model's sizes.
     """
-    kept = sum(layer_parameters(hidden, k, c, shape) for k, c in zip(kv_heads, channels, strict=True))
-    full = layer_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
-    return 1 - kept / (full * shape.num_hidden_layers)
+    return 1 - _layers(hidden, kv_heads, channels, shape) / dense_layers(shape)
 
 
 def total_parameters(hidden: int, kv_heads: Sequence[int], channels: Sequence[int], shape: ModelShape) -> int:
     """Returns every parameter of the model at these widths: embeddings, lm_head, norms and biases too."""
     total = shape.vocab_size * hidden * (1 if shape.tie_word_embeddings else 2) + hidden
+    total += _layers(hidden, kv_heads, channels, shape)
     for k, c in zip(kv_heads, channels, strict=True):
-        total += layer_parameters(hidden, k, c, shape)
         total += shape.qkv_bias * k * shape.head_dim * (2 + shape.group_size) + shape.output_bias * hidden
-        total += shape.mlp_bias * (2 * c + hidden)
+        total += shape.mlp_bias * ((1 + shape.gated_mlp) * c + hidden)
         total += shape.head_norm * 2 * shape.head_dim * (k > 0)
     return total
 
 
 def dense_parameters(shape: ModelShape) -> int:
-    """Returns every parameter of the unpruned model."""
-    layers = range(shape.num_hidden_layers)
-    heads, channels = [shape.num_key_value_heads for _ in layers], [shape.intermediate_size for _ in layers]
-    return total_parameters(shape.hidden_size, heads, channels, shape)
+    """Returns every parameter of the model before the cut."""
+    return total_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)

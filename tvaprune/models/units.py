@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class PerUnit:
 
     Attributes:
         hidden: Shape ``(hidden_size,)``: one set for the whole model.
-        attn: Per layer, shape ``(num_key_value_heads,)``: a KV head with the query heads that share it.
-        inter: Per layer, shape ``(intermediate_size,)``: an MLP channel.
+        attn: Per layer, shape ``(KV heads of the layer,)``: a KV head with the query heads that share it.
+        inter: Per layer, shape ``(MLP channels of the layer,)``.
     """
 
     hidden: torch.Tensor
@@ -25,11 +25,10 @@ class PerUnit:
     @classmethod
     def full(cls, shape: ModelShape, value: float) -> "PerUnit":
         """Returns the same value for every unit of a model (float32, CPU)."""
-        layers = range(shape.num_hidden_layers)
         return cls(
             hidden=torch.full((shape.hidden_size,), value),
-            attn=tuple(torch.full((shape.num_key_value_heads,), value) for _ in layers),
-            inter=tuple(torch.full((shape.intermediate_size,), value) for _ in layers),
+            attn=tuple(torch.full((heads,), value) for heads in shape.num_key_value_heads),
+            inter=tuple(torch.full((channels,), value) for channels in shape.intermediate_size),
         )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -48,11 +47,10 @@ class PerUnit:
 
     def fits(self, shape: ModelShape) -> bool:
         """Tells whether the values are those of a model of this shape."""
-        layers = shape.num_hidden_layers
         return (
             tuple(self.hidden.shape) == (shape.hidden_size,)
-            and [tuple(v.shape) for v in self.attn] == [(shape.num_key_value_heads,)] * layers
-            and [tuple(v.shape) for v in self.inter] == [(shape.intermediate_size,)] * layers
+            and tuple(v.numel() for v in self.attn) == shape.num_key_value_heads
+            and tuple(v.numel() for v in self.inter) == shape.intermediate_size
         )
 
     def describe(self) -> str:

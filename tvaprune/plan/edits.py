@@ -5,11 +5,13 @@ factor enters once: the hidden means where a block writes to the residual stream
 the attention's output projection and the MLP's down projection read them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from tvaprune.models.families import LayerPaths, ModelFamily
+from tvaprune.models.families import ModelFamily
+from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.units import head_features
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -25,79 +27,127 @@ class Edit:
         columns: Likewise of the columns, shape ``(kept columns,)``.
         row_factors: Shape ``(kept rows,)``, float32; None: 1.
         column_factors: Shape ``(kept columns,)``, float32; None: 1.
+        constant: A factor that the cut itself brings in, whether the means are folded or not; 0 makes a stand-in of
+            what a layer lost.
+        offset: What is multiplied is the parameter and this: a norm's gain may be ``1 + w``.
     """
 
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     row_factors: torch.Tensor | None = None
     column_factors: torch.Tensor | None = None
+    constant: float = 1.0
+    offset: float = 0.0
+
+    def kept(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns a dense parameter's kept rows and columns: what the cut leaves of it."""
+        values = values if self.rows is None else values.index_select(0, self.rows)
+        values = values if self.columns is None else values.index_select(1, self.columns)
+        if self.constant == 0:
+            return torch.zeros_like(values)
+        return values if self.constant == 1 else (values + self.offset) * self.constant - self.offset
+
+    @property
+    def folds(self) -> bool:
+        """Whether there are means to fold in."""
+        return self.row_factors is not None or self.column_factors is not None
+
+    def folded(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns a cut parameter times its factors: rows first."""
+        values = values + self.offset if self.offset else values
+        if self.row_factors is not None:
+            values = values * (self.row_factors.unsqueeze(1) if values.dim() == 2 else self.row_factors)
+        if self.column_factors is not None:
+            values = values * self.column_factors
+        return values - self.offset if self.offset else values
 
 
 def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "cpu") -> dict[str, Edit]:
-    """Returns the edit of every parameter that a plan changes, by its full name in the stock model.
+    """Returns the edit of every parameter that a plan changes, by its full name in the dense model.
 
     A tied head is the embedding and has no edit of its own. The embedding's factor must not reach it: the final norm is
-    divided by the factor, which keeps the tie exactly, ``(n w / mu) @ (E mu).T = (n w) @ E.T``. A layer that loses all
-    its KV heads loses its attention: no row of q, k, v and their norms stays, no column of o; the bias of o stays.
+    divided by the factor, which keeps the tie exactly, ``(n w / mu) @ (E mu).T = (n w) @ E.T``. A family that scales
+    its embedding by the root of the hidden width goes on with the dense one's: the embedding takes the quotient. A
+    layer that loses all its KV heads or channels keeps `KeepPlan.padded` ones as zeros: the same function, and no
+    reader meets an empty layer. The bias of an output projection stays.
 
     Args:
-        family: The row of the stock model.
+        family: The row of the dense model.
         device: Where the edits' tensors are put.
     """
-    kept, scale = (units.map(lambda values: values.to(device)) for units in (plan.kept, plan.scale))
+    kept, padded, scale = (
+        units.map(lambda values: values.to(device)) for units in (plan.kept, plan.padded, plan.scale)
+    )
+    stream = _Stream(kept.hidden, scale.hidden, family.norm_offset)
+    layout, shape = layout_of(family, plan.shape), plan.shape
+    edits = _ends(plan, family, stream)
+    for index in range(shape.num_hidden_layers):
+        if (attention := layout.attention[index]) is not None:
+            heads, width = padded.attn[index], shape.head_dim * shape.group_size  # query heads stand group by group
+            keys, queries = head_features(heads, shape.head_dim), head_features(heads, width)
+            rows, means = {"query": queries, "key": keys, "value": keys}, scale.attn[index].repeat_interleave(width)
+            edits |= _block(attention, stream, rows, queries, means, shape.qkv_bias, shape.output_bias)
+        if (mlp := layout.mlp[index]) is not None:
+            rows = dict.fromkeys(mlp.readers, padded.inter[index])
+            edits |= _block(mlp, stream, rows, padded.inter[index], scale.inter[index], shape.mlp_bias, shape.mlp_bias)
+    return edits
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The residual stream: kept dims, their means (shapes ``(kept dims,)``), and what norms add to their weights."""
+
+    kept: torch.Tensor
+    means: torch.Tensor
+    offset: float
+
+
+def _ends(plan: KeepPlan, family: ModelFamily, stream: _Stream) -> dict[str, Edit]:
+    """Returns the edits of the embedding, the final norm and the head."""
     tied = plan.shape.tie_word_embeddings
+    root = (plan.shape.hidden_size / plan.hidden_size) ** 0.5 if family.scales_embedding else 1.0
+    inverse = torch.where(stream.means == 0, 0.0, 1 / stream.means)  # of a mean of 0 the norm's input is 0
     edits = {
-        f"{family.embedding_path}.weight": Edit(columns=kept.hidden, column_factors=scale.hidden),
-        f"{family.final_norm_path}.weight": Edit(rows=kept.hidden, row_factors=1 / scale.hidden if tied else None),
+        f"{family.embedding}.weight": Edit(columns=stream.kept, column_factors=stream.means, constant=root),
+        f"{family.final_norm}.weight": Edit(
+            rows=stream.kept,
+            row_factors=inverse if tied else None,
+            constant=1 / root if tied else 1.0,
+            offset=stream.offset,
+        ),
     }
-    if not tied:
-        edits[f"{family.head}.weight"] = Edit(columns=kept.hidden)
-    for index in range(plan.shape.num_hidden_layers):
-        paths = family.layer_paths(index)
-        for norm in (paths.attention_norm, paths.mlp_norm):
-            edits[f"{norm}.weight"] = Edit(rows=kept.hidden)
-        edits |= _attention(plan, paths, kept.hidden, scale.hidden, kept.attn[index], scale.attn[index])
-        edits |= _mlp(plan, paths, kept.hidden, scale.hidden, kept.inter[index], scale.inter[index])
-    return edits
+    return edits if tied else edits | {f"{family.head}.weight": Edit(columns=stream.kept)}
 
 
-def _attention(
-    plan: KeepPlan,
-    paths: LayerPaths,
-    hidden: torch.Tensor,
-    hidden_scale: torch.Tensor,
-    kv_heads: torch.Tensor,
-    scale: torch.Tensor,
+def _block(
+    block: Block,
+    stream: _Stream,
+    rows: Mapping[str, torch.Tensor],
+    columns: torch.Tensor,
+    means: torch.Tensor,
+    reads_with_bias: bool,
+    writes_with_bias: bool,
 ) -> dict[str, Edit]:
-    """Returns the edits of a layer's attention: whole KV groups stay, ``group_size`` query heads side by side."""
-    shape = plan.shape
-    keys = head_features(kv_heads, shape.head_dim)
-    queries = head_features(kv_heads, shape.head_dim * shape.group_size)
-    factors = scale.repeat_interleave(shape.head_dim * shape.group_size)
+    """Returns the edits of an attention or an MLP, its norms included.
+
+    Args:
+        rows: The rows that each reading projection keeps, counted within it.
+        columns: The input features that the writer keeps.
+        means: Of these features; none: the block lost all its units, and zeros stand in.
+    """
+    constant = 1.0 if len(means) else 0.0
     edits: dict[str, Edit] = {}
-    for path, rows in ((paths.query, queries), (paths.key, keys), (paths.value, keys)):
-        edits |= _linear(path, Edit(rows=rows, columns=hidden), shape.qkv_bias)
-    edits |= _linear(paths.output, Edit(hidden, queries, hidden_scale, factors), shape.output_bias)
-    if shape.head_norm and not len(kv_heads):  # else they stay as they are: one serves all heads
-        edits |= {f"{norm}.weight": Edit(rows=keys) for norm in (paths.query_norm, paths.key_norm)}
+    for path in block.reading_linears:
+        parts = [rows[role] + reader.start for role, reader in block.readers.items() if reader.path == path]
+        edits[f"{path}.weight"] = Edit(torch.cat(parts), stream.kept, constant=constant)
+        if reads_with_bias:
+            edits[f"{path}.bias"] = Edit(torch.cat(parts), constant=constant)
+    written = stream.means if block.post_norm is None else None
+    edits[f"{block.writer}.weight"] = Edit(stream.kept, columns, written, means if len(means) else None, constant)
+    if writes_with_bias:
+        edits[f"{block.writer}.bias"] = Edit(stream.kept, row_factors=written)
+    if block.norm is not None:
+        edits[f"{block.norm}.weight"] = Edit(stream.kept)
+    if block.post_norm is not None:
+        edits[f"{block.post_norm}.weight"] = Edit(stream.kept, row_factors=stream.means, offset=stream.offset)
     return edits
-
-
-def _mlp(
-    plan: KeepPlan,
-    paths: LayerPaths,
-    hidden: torch.Tensor,
-    hidden_scale: torch.Tensor,
-    channels: torch.Tensor,
-    scale: torch.Tensor,
-) -> dict[str, Edit]:
-    """Returns the edits of a layer's MLP."""
-    bias, reader = plan.shape.mlp_bias, Edit(rows=channels, columns=hidden)
-    writer = Edit(hidden, channels, hidden_scale, scale)
-    return _linear(paths.gate, reader, bias) | _linear(paths.up, reader, bias) | _linear(paths.down, writer, bias)
-
-
-def _linear(path: str, weight: Edit, bias: bool) -> dict[str, Edit]:
-    """Returns the edits of a linear: its bias, if it has one, follows the rows of its weight."""
-    edits = {f"{path}.weight": weight}
-    return edits | {f"{path}.bias": Edit(rows=weight.rows, row_factors=weight.row_factors)} if bias else edits

@@ -2,8 +2,8 @@
 
 import torch
 
-from tvaprune.models.families import ModelShape
 from tvaprune.models.parameters import decoder_sparsity
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
 from tvaprune.plan.widths import NO_RULES, WidthRules, Widths, adjust_width

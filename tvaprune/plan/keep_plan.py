@@ -4,7 +4,6 @@ The dimension adjustment (TVA-Prune, eq. 4-5), and the plan as JSON.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +12,15 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
+from tvaprune.files import write_text
 from tvaprune.models.parameters import decoder_sparsity, total_parameters
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
 from tvaprune.plan.widths import NO_RULES, WidthRules, Widths
+
+PADDING_HEADS = 1  # KV groups of a layer that lost all: vLLM and llama.cpp need attention in every layer
+PADDING_CHANNELS = 32  # MLP channels of a layer that lost all: the smallest block of llama.cpp's formats
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class KeepPlan:
     Attributes:
         kept: Ascending indices of the kept units (int64).
         scale: The factor of each kept unit, aligned with ``kept`` (float32).
-        shape: The unpruned model's sizes.
+        shape: The dense model's sizes.
         dim_multiple: What hidden and MLP widths were adjusted to; 1 is no adjustment.
     """
 
@@ -57,17 +60,36 @@ class KeepPlan:
         return float(decoder_sparsity(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape))
 
     @property
+    def padded(self) -> PerUnit:
+        """What is kept, and the units whose places zeros take where a layer loses all of a kind."""
+
+        def filled(kept: torch.Tensor, units: int, padding: int) -> torch.Tensor:
+            return kept if len(kept) else torch.arange(min(padding, units))
+
+        heads, channels = self.shape.num_key_value_heads, self.shape.intermediate_size
+        return PerUnit(
+            hidden=self.kept.hidden,
+            attn=tuple(filled(kept, n, PADDING_HEADS) for kept, n in zip(self.kept.attn, heads, strict=True)),
+            inter=tuple(filled(kept, n, PADDING_CHANNELS) for kept, n in zip(self.kept.inter, channels, strict=True)),
+        )
+
+    @property
     def num_parameters(self) -> int:
-        """All parameters that stay, embeddings and lm_head included."""
-        return total_parameters(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape)
+        """All parameters of the narrower model: embeddings, lm_head and padding included."""
+        padded = self.padded
+        return total_parameters(self.hidden_size, [*map(len, padded.attn)], [*map(len, padded.inter)], self.shape)
 
     def full_scale(self) -> PerUnit:
-        """Returns the factors at the unpruned sizes, 0 where a unit goes: what the masked model multiplies by."""
+        """Returns the factors at the dense sizes, 0 where a unit goes: what the masked model multiplies by."""
         zeros = PerUnit.full(self.shape, 0.0)
         return zeros.map(lambda full, kept, scale: full.index_copy(0, kept, scale), self.kept, self.scale)
 
+    def full_kept(self) -> PerUnit:
+        """Returns, at the dense sizes, whether a unit stays (bool); a factor of 0 does not tell."""
+        return PerUnit.full(self.shape, 0.0).map(lambda full, kept: full.index_fill(0, kept, 1.0).bool(), self.kept)
+
     def save(self, path: Path) -> None:
-        """Writes the plan as JSON, under a temporary name first."""
+        """Writes the plan as JSON, whole or not at all."""
         layers = range(self.shape.num_hidden_layers)
         content = {
             "shape": asdict(self.shape),
@@ -77,9 +99,7 @@ class KeepPlan:
             "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
             "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
         }
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(json.dumps(content), path)
 
     def _check(self) -> None:
         """Raises `ValueError` unless every layer is there, with ascending indices and a factor for each."""
@@ -106,7 +126,9 @@ class KeepPlan:
                 attn, inter = ([torch.tensor(row[name], dtype=dtype) for row in content[k]] for k in ("attn", "inter"))
                 return PerUnit(torch.tensor(content["hidden"][name], dtype=dtype), tuple(attn), tuple(inter))
 
-            shape = ModelShape(**content["shape"])
+            sizes: dict[str, Any] = content["shape"]
+            per_layer = {name: tuple(value) for name, value in sizes.items() if isinstance(value, list)}
+            shape = ModelShape(**(sizes | per_layer))
             plan = cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
             plan._check()
             return plan

@@ -6,7 +6,6 @@ written here, and read by `mask_pickle` as data.
 
 import json
 import math
-import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import as_json
-from tvaprune.models.families import ModelShape
+from tvaprune.files import clear_leftovers, replacing, write_json
+from tvaprune.identity import Identity, differences
+from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
 from tvaprune.plan.mask_pickle import read_tensors
@@ -49,17 +49,15 @@ class Masks:
 
 
 def save_masks(masks: Masks, path: Path) -> None:
-    """Writes a mask file in the released format, under a temporary name first."""
+    """Writes a mask file in the released format, whole or not at all."""
     tensors: dict[str, torch.Tensor] = {}
     for name, values in (("mu", masks.mu), ("logD", masks.log_variance)):
         tensors[f"hidden_mask_z_{name}"] = values.hidden
         for kind, layers in (("attn", values.attn), ("inter", values.inter)):
             tensors |= {f"{kind}_layer{i}_z_{name}": layer for i, layer in enumerate(layers)}
     plain = {key: tensor.detach().float().cpu().clone() for key, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         pickle.dump(plain, file)
-    os.replace(temporary, path)
 
 
 def load_masks(path: str | Path, shape: ModelShape | None = None) -> Masks:
@@ -92,7 +90,7 @@ def _check_size(path: Path, shape: ModelShape | None) -> None:
     """Refuses a file that is larger than the model's mask in float64 could be."""
     size, most = path.stat().st_size, LARGEST_FILE
     if shape is not None:
-        units = shape.hidden_size + shape.num_hidden_layers * (shape.num_key_value_heads + shape.intermediate_size)
+        units = shape.hidden_size + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
         most = 16 * units + 2 * _TENSOR_OVERHEAD * (1 + 2 * shape.num_hidden_layers)
     if size > most:
         whose = "any model" if shape is None else "this model"
@@ -102,27 +100,44 @@ def _check_size(path: Path, shape: ModelShape | None) -> None:
         )
 
 
-def keep_best(folder: Path, masks: Masks, perplexity: float, record: dict[str, Any]) -> Path:
-    """Writes a mask named by its perplexity, and its JSON, if it beats the folder's; the beaten one goes last.
+def keep_best(
+    folder: Path, masks: Masks, perplexity: float, record: dict[str, Any], before: Path | None = None
+) -> Path:
+    """Writes a mask named by its perplexity, and its JSON, if it beats the run's best so far; the others go last.
+
+    Masks that another run left are no rivals, however good they are: they go when the new one is there.
+
+    Args:
+        record: What the JSON holds; its ``identity`` says which run it is.
+        before: The run's best so far.
 
     Returns:
-        The folder's best mask, new or old.
+        The run's best mask, new or old.
+
+    Raises:
+        InputError: If the perplexity is no number, or what an earlier run left cannot be removed.
     """
     if not math.isfinite(perplexity):
         raise InputError("the mask's perplexity is not a number; lower --vib_learning_rate or use --dtype float32")
-    before = best_mask(folder)
-    if before is not None and perplexity_of(before) <= perplexity:
-        return before
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MASK_NAME.format(perplexity=perplexity)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(as_json(record | {"perplexity": perplexity}) + "\n", encoding="utf-8")
-    save_masks(masks, path)
-    os.replace(temporary, path.with_suffix(".json"))
-    if before is not None:
-        before.unlink()
-        before.with_suffix(".json").unlink(missing_ok=True)
+    path = before
+    if path is None or perplexity < perplexity_of(path):
+        path = folder / MASK_NAME.format(perplexity=perplexity)
+        write_json(record | {"perplexity": perplexity}, path.with_suffix(".json"))  # first: no mask without its record
+        save_masks(masks, path)
+    clear_leftovers(folder)
+    for old in sorted(folder.glob(MASK_NAME.format(perplexity="*")[:-4] + ".*"), reverse=True):  # .pkl before .json
+        if old.stem != path.stem and old.suffix in (".pkl", ".json"):
+            _remove(old)
     return path
+
+
+def _remove(old: Path) -> None:
+    try:
+        old.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{old}: an earlier mask cannot be removed ({error.strerror}); remove it, or give another --output_dir"
+        ) from error
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -146,9 +161,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def best_mask(folder: Path) -> Path | None:
-    """Returns the mask with the lowest perplexity in a folder, by its name."""
+def best_mask(folder: Path, identity: Identity | None = None) -> Path | None:
+    """Returns the mask with the lowest perplexity in a folder, by its name; with ``identity``, of that run's."""
     paths = list(folder.glob(MASK_NAME.format(perplexity="*")))
+    if identity is not None:
+        paths = [path for path in paths if not differences(read_record(path).get("identity", {}), identity)]
     return min(paths, key=perplexity_of, default=None)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 from tvaprune.plan.masks import read_record
 from tvaprune.plan.widths import WidthRules, default_dim_multiple
 
@@ -75,6 +75,11 @@ def width_rules(flags: Mapping[str, Any], shape: ModelShape) -> WidthRules:
         uniform=bool(flags["uniform"]),
         tensor_parallel=1 if parts is None else parts,
     )
+
+
+def rules_as_flags(rules: WidthRules) -> dict[str, Any]:
+    """Returns rules by the names of their flags."""
+    return {flag: getattr(rules, name) for name, flag in _RULES.items()}
 
 
 def _plain(name: str, value: Any) -> Any:

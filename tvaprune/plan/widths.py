@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvaprune.errors import InputError
-from tvaprune.models.families import ModelShape
+from tvaprune.models.shape import ModelShape
 
 NARROW_HIDDEN_SIZE = 1024
 
@@ -55,11 +55,12 @@ class Widths:
     def __post_init__(self) -> None:
         parts = self.rules.tensor_parallel
         for name in ("num_key_value_heads", "intermediate_size"):
-            size = getattr(self.shape, name)
-            if size % parts:
-                raise InputError(
-                    f"--tensor_parallel is {parts}: the model's {name}, {size}, is no multiple of it; give a divisor"
-                )
+            for size in sorted(set(getattr(self.shape, name))):
+                if size % parts:
+                    raise InputError(
+                        f"--tensor_parallel is {parts}: the model's {name}, {size}, is no multiple of it; give a "
+                        "divisor"
+                    )
 
     def hidden(self, count: int) -> int:
         """Returns the hidden width."""
@@ -69,15 +70,20 @@ class Widths:
         """Returns the KV heads of every layer."""
         least = 1 if self.rules.uniform else self.rules.min_key_value_heads
         full, multiple = self.shape.num_key_value_heads, self.rules.tensor_parallel
-        counts = [max(count, least) for count in self._evened(counts)]
-        return counts if multiple == 1 else [adjust_width(count, full, multiple) for count in counts]
+        counts = [min(max(count, least), most) for count, most in zip(self._evened(counts, full), full, strict=True)]
+        if multiple == 1:
+            return counts
+        return [adjust_width(count, most, multiple) for count, most in zip(counts, full, strict=True)]
 
     def channels(self, counts: Sequence[int]) -> list[int]:
         """Returns the MLP channels of every layer."""
         multiple = math.lcm(self.rules.dim_multiple, self.rules.tensor_parallel)
-        return [adjust_width(count, self.shape.intermediate_size, multiple) for count in self._evened(counts)]
+        full = self.shape.intermediate_size
+        return [adjust_width(c, most, multiple) for c, most in zip(self._evened(counts, full), full, strict=True)]
 
-    def _evened(self, counts: Sequence[int]) -> list[int]:
-        return (
-            [(2 * sum(counts) + len(counts)) // (2 * len(counts))] * len(counts) if self.rules.uniform else list(counts)
-        )
+    def _evened(self, counts: Sequence[int], full: Sequence[int]) -> list[int]:
+        """Returns the counts, or where they must be equal their mean, which no layer is too narrow for."""
+        if not self.rules.uniform:
+            return list(counts)
+        mean = (2 * sum(counts) + len(counts)) // (2 * len(counts))
+        return [min(mean, *filter(None, full))] * len(counts)

@@ -1,9 +1,7 @@
 """One fine-tuning: what it needs, loaded before anything is touched, and the folders it writes."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,12 +11,11 @@ from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.identity import check_identity
-from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
+from tvaprune.identity import Identity, check_identity, content, digest_of, weights_digest
+from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.recover.lora import LoraSettings
-from tvaprune.recover.teacher import weights_digest
-from tvaprune.run import Run
+from tvaprune.run import Run, check_training
 
 
 @dataclass
@@ -39,23 +36,33 @@ class Job:
     train_blocks: Dataset
     choice_blocks: Dataset
     dtype: torch.dtype
-    identity: dict[str, Any] = field(default_factory=dict)
+    identity: Identity = field(default_factory=dict)
     teacher_cache: Path | None = None
 
     @classmethod
-    def load(cls, args: Arguments, masks: Masks, checkpoint: Path | None) -> "Job":
+    def load(cls, args: Arguments, units: Masks | KeepPlan, checkpoint: Path | None) -> "Job":
         """Loads all that the flags name: whatever is wrong with it ends the job before an earlier one's files go."""
+        check_training(args)
         run = Run.load(args)
         if args.finetune.full_ft and run.model.dtype == torch.float16:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
-        windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+        windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
-        plan = plan_from_masks(masks, run.shape, run.rules)
-        job = cls(run, plan, checkpoint, windows, *blocks, run.model.dtype)
+        job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype)
         job.identity = _identity(job)
         if checkpoint is not None:
             check_identity("checkpoint", checkpoint, job.identity)
         return job
+
+    def began_with(self, pruned: PreTrainedModel) -> None:
+        """Adds the model that is trained to what the checkpoints and the adapter belong to.
+
+        Raises:
+            InputError: If the checkpoint that the run goes on from began with another.
+        """
+        self.identity["contents"]["save_pruned"] = content(str(self.pruned_folder), weights_digest(pruned))
+        if self.checkpoint is not None:
+            check_identity("checkpoint", self.checkpoint, self.identity)
 
     @property
     def output(self) -> Path:
@@ -102,20 +109,38 @@ class Job:
         return _on_device(self.run, load_pruned(self.output / "merged", dtype=self.dtype))
 
 
-def _identity(job: Job) -> dict[str, Any]:
+# transformers' own flags that act in fine-tuning alone and change what it ends with.
+_TUNING_FLAGS = (
+    "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "neftune_noise_alpha",
+    "label_smoothing_factor",
+)  # fmt: skip
+
+
+def _identity(job: Job) -> Identity:
     """Returns what tells this fine-tuning's checkpoints and adapter from another's."""
-    digest = hashlib.sha256()
-    for values in (*job.plan.kept, *job.plan.scale):
-        digest.update(values.numpy().tobytes())
-    lora = {} if job.lora is None else {"lora_r": job.lora.r, "lora_alpha_ratio": job.lora.alpha_ratio}
-    return {
-        "model": weights_digest(job.run.model),
-        "mask": digest.hexdigest()[:16],
-        "weight_update": job.run.args.prune.weight_update,
-        "full_ft": job.lora is None,
+    args, finetune = job.run.args, job.run.args.finetune
+    flags = {name: getattr(args.training, name) for name in _TUNING_FLAGS}
+    flags |= {
+        "weight_update": args.prune.weight_update,
+        "max_train_samples": len(job.train_blocks),
+        "full_ft": finetune.full_ft,
         "train_lm_head": job.train_lm_head,
-        **lora,
+        "distill": args.distill.distill,
+        "early_stopping_patience": finetune.early_stopping_patience,
     }
+    if not finetune.full_ft:
+        flags |= {name: getattr(finetune, name) for name in ("lora_r", "lora_alpha_ratio", "lora_dropout")}
+    if args.distill.distill:
+        flags |= {name: getattr(finetune, name) for name in ("distill_ce_loss_alpha", "distill_hidden_alpha")}
+        flags |= {
+            "distill_temp": args.distill.distill_temp,
+            "teacher_top_k": None if finetune.teacher_cache is None else finetune.teacher_top_k,
+        }
+    identity = job.run.identity(flags, (job.train_blocks, job.choice_blocks), {})
+    kept = [values.tolist() for values in (*job.plan.kept, *job.plan.scale)]
+    identity["contents"]["mask_loc"] = content(args.prune.mask_loc, digest_of(kept))
+    return identity
 
 
 def _on_device(run: Run, model: PreTrainedModel) -> PreTrainedModel:

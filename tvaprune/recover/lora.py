@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from tvaprune.errors import InputError
-from tvaprune.identity import check_identity, write_identity
+from tvaprune.identity import Identity, check_identity, write_identity
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def trainable(model: Any, settings: LoraSettings | None) -> Iterator[Any]:
         model.requires_grad_(False)
 
 
-def save_adapter(model: PeftModel, folder: Path, identity: dict[str, Any]) -> None:
+def save_adapter(model: PeftModel, folder: Path, identity: Identity) -> None:
     """Writes the adapter as peft does, and what it belongs to."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     write_identity(folder, identity)
@@ -82,7 +82,7 @@ def merge(model: PeftModel) -> Any:
     return merged
 
 
-def load_adapter(model: Any, folder: str | Path, identity: dict[str, Any]) -> PeftModel:
+def load_adapter(model: Any, folder: str | Path, identity: Identity) -> PeftModel:
     """Puts a saved adapter on the model that it was trained on.
 
     Args:

@@ -1,14 +1,11 @@
 """What a student is trained towards: the teacher beside it in memory, or its likeliest tokens on disk.
 
 The cache's folder is named by what it holds (weights, text, number of tokens kept, temperature), so that a stale one is
-never read; it is written under a temporary name, so that half a one is never read either.
+never read; it appears whole, so that half a one is never read either.
 """
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +15,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
+from tvaprune.files import clear_leftovers, first_folder
+from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
 from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.plan.keep_plan import KeepPlan
 
 _FILES = ("tokens.npy", "log_probs.npy")
 
@@ -37,30 +37,53 @@ class Teacher(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class HiddenTarget:
+    """What of the teacher's hidden states a perfect student has: the kept dims, times the factors of the update.
+
+    Attributes:
+        kept: The teacher's dims that the student has, int64.
+        factors: Of each layer's state, shape ``(len(kept),)``: the hidden gates' means, which the folded weights write
+            to the stream and the refit aims at. After the final norm of a tied model, which divides by them, 1.
+    """
+
+    kept: torch.Tensor
+    factors: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, plan: KeepPlan, weight_update: str) -> "HiddenTarget":
+        """Returns the target of a student that was cut by a plan and updated as ``--weight_update`` says."""
+        scale = plan.scale.hidden
+        ones = torch.ones_like(scale)
+        stream = ones if weight_update == "none" else scale
+        last = ones if plan.shape.tie_word_embeddings else stream
+        return cls(plan.kept.hidden, (*[stream] * (plan.shape.num_hidden_layers - 1), last))
+
+
 class LiveTeacher:
     """The teacher in memory: frozen, in evaluation mode, without gradients.
 
     Args:
         model: The teacher.
         temperature: That of the distillation.
-        kept: The teacher's hidden dims that the student has (int64), where hidden states are compared too.
+        hidden: What the student's hidden states are compared with, where they are compared too.
     """
 
-    def __init__(self, model: Any, temperature: float, kept: torch.Tensor | None = None) -> None:
+    def __init__(self, model: Any, temperature: float, hidden: HiddenTarget | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.temperature, self.kept = temperature, kept
-        self.needs_hidden_states = kept is not None
+        self.temperature, self.hidden = temperature, hidden
+        self.needs_hidden_states = hidden is not None
 
     def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns ``kl`` and, with ``kept``, ``hidden`` (every layer; the last after the final norm)."""
+        """Returns ``kl`` and, as asked, ``hidden`` (every layer; the last after the final norm)."""
         with torch.inference_mode():
             own = self.model(
                 input_ids=batch["input_ids"], use_cache=False, output_hidden_states=self.needs_hidden_states
             )
         found = {"kl": distillation_loss(output.logits, own.logits, self.temperature, batch["labels"])}
-        if self.kept is not None:
-            kept = self.kept.to(output.logits.device)
-            found["hidden"] = hidden_loss(output.hidden_states[1:], own.hidden_states[1:], kept)
+        if self.hidden is not None:
+            kept, *factors = (values.to(output.logits.device) for values in (self.hidden.kept, *self.hidden.factors))
+            found["hidden"] = hidden_loss(output.hidden_states[1:], own.hidden_states[1:], kept, tuple(factors))
         return found
 
 
@@ -106,21 +129,18 @@ def cache_teacher(
     Raises:
         InputError: If the folder cannot be written.
     """
-    target = Path(folder) / f"teacher-{_cache_key(model, blocks, k, temperature)}"
+    identity = _identity(model, blocks, k, temperature)
+    target = Path(folder) / f"teacher-{digest_of(identity)}"
     if target.is_dir():
+        check_identity("cache", target, identity)
         return target
-    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".teacher-"))
-        _write(temporary, model, blocks, k, temperature, batch_size)
-        os.replace(temporary, target)
+        clear_leftovers(target.parent)
+        with first_folder(target) as temporary:
+            _write(temporary, model, blocks, k, temperature, batch_size)
+            write_identity(temporary, identity)
     except OSError as error:
-        if not target.is_dir():  # else another process was quicker
-            raise InputError(f"--teacher_cache {folder}: cannot be written ({error}); give another folder") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"--teacher_cache {folder}: cannot be written ({error}); give another folder") from error
     return target
 
 
@@ -129,8 +149,7 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
     device, length = next(model.parameters()).device, len(blocks[0]["input_ids"])
     shape = (len(blocks), length, min(k, model.config.vocab_size))
     arrays = [
-        np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
-        for name, dtype in zip(_FILES, (np.int32, np.float32), strict=True)
+        _reserved(folder / name, dtype, shape) for name, dtype in zip(_FILES, (np.int32, np.float32), strict=True)
     ]
     was_training = model.training
     model.eval()
@@ -144,17 +163,18 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
     model.train(was_training)
 
 
-def _cache_key(model: Any, blocks: Dataset, k: int, temperature: float) -> str:
-    tokens = hashlib.sha256(np.ascontiguousarray(blocks.with_format("numpy")["input_ids"][:]).tobytes()).hexdigest()
-    length = len(blocks[0]["input_ids"])
-    identity = json.dumps([weights_digest(model), tokens, length, k, temperature])
-    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a mapped file whose room on the disk is taken: a full disk is told now, not by a bus error."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Returns 16 hex digits that tell a model's weights from any other's."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _identity(model: Any, blocks: Dataset, k: int, temperature: float) -> Identity:
+    """Returns what a cache belongs to."""
+    return {
+        "flags": {"teacher_top_k": k, "distill_temp": temperature, "dtype": str(model.dtype)},
+        "contents": {"model": model_digest(model), "blocks": blocks_digest(blocks)},
+    }

@@ -7,19 +7,18 @@ are `Trainer`'s own.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.nn import functional
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
-from tvaprune.identity import IDENTITY_NAME, write_identity
-from tvaprune.losses import IGNORE_INDEX
+from tvaprune.identity import Identity
+from tvaprune.losses import cross_entropy
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.recover.teacher import Teacher
 
@@ -32,14 +31,7 @@ class LossWeights:
     hidden: float = 0.0
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the last checkpoint of an output folder that was written to its end."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{IDENTITY_NAME}")]
-    numbered = [path for path in whole if path.name.split("-")[-1].isdigit()]
-    return max(numbered, key=lambda path: int(path.name.split("-")[-1]), default=None)
-
-
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(CheckpointedTrainer):
     """Trains what of the model has gradients; keeps the checkpoint of the best validation perplexity.
 
     Args:
@@ -60,16 +52,18 @@ class FinetuneTrainer(Trainer):
         eval_blocks: Dataset,
         teacher: Teacher | None,
         weights: LossWeights,
-        identity: dict[str, Any],
+        identity: Identity,
         patience: int | None = None,
     ) -> None:
         indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
-        super().__init__(model=model, args=args, train_dataset=indexed, eval_dataset=eval_blocks, data_collator=_stack)
+        super().__init__(
+            model=model, args=args, train_dataset=indexed, eval_dataset=eval_blocks, data_collator=_stack,
+            identity=identity,
+        )  # fmt: skip
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.teacher, self.weights = teacher, {"ce": 1.0, "kl": weights.kl, "hidden": weights.hidden}
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
-        self.add_callback(_Mark(identity))
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience))
         if not args.disable_tqdm:
@@ -119,26 +113,8 @@ class FinetuneTrainer(Trainer):
         self._signature_columns: Any = [*(self._signature_columns or []), "index"]
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the mean negative log-likelihood of the counted labels; the logits at ``i`` predict label ``i + 1``."""
-    flat, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    total = functional.cross_entropy(flat, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
-
-
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
-
-
-class _Mark(TrainerCallback):
-    """Writes into each checkpoint what it belongs to, once all else is there."""
-
-    def __init__(self, identity: dict[str, Any]) -> None:
-        self.identity = identity
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_identity(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
 
 
 class _FinetuneProgress(ProgressCallback):

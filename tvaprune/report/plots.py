@@ -1,12 +1,11 @@
 """The pictures of a run."""
 
-import os
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from tvaprune.files import write_json
+from tvaprune.files import replacing, write_json
 from tvaprune.plan.keep_plan import KeepPlan
 
 matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no other backend
@@ -42,11 +41,12 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dict[str, float]) -> None:
+def plot_finetuning(history: list[dict[str, float]], path: Path, dense: float, pruned: float) -> None:
     """Draws the terms of the loss and the validation perplexity over the steps.
 
     Args:
-        perplexity: Of ``dense`` and ``pruned``, on the windows that are reported.
+        dense: Perplexity of the unpruned model, on the windows that are reported.
+        pruned: That of the model that training began with.
     """
     rows = [row for row in history if "ce" in row]
     scored = [(row["step"], row["eval_perplexity"]) for row in history if "eval_perplexity" in row]
@@ -59,8 +59,8 @@ def plot_finetuning(history: list[dict[str, float]], path: Path, perplexity: dic
     for name, label in (("kl", "KL to the dense model"), ("hidden", "hidden states, 1 - cosine")):
         if name in others:
             panels[1].plot(steps, [row[name] for row in rows], label=label)
-    for name, style in (("pruned", ":"), ("dense", "--")):
-        panels[-1].axhline(perplexity[name], color="0.4", linestyle=style, label=f"{name}, windows reported")
+    for name, value, style in (("pruned", pruned, ":"), ("dense", dense, "--")):
+        panels[-1].axhline(value, color="0.4", linestyle=style, label=f"{name}, windows reported")
     if scored:
         panels[-1].plot(*zip(*scored, strict=True), "o-", color="tab:blue", label="fine-tuned, windows compared on")
     panels[-1].set(ylabel="perplexity", xlabel="step")
@@ -80,7 +80,7 @@ def plot_widths(plan: KeepPlan, path: Path) -> None:
         (channels, plan.intermediate_size, plan.shape.intermediate_size, "MLP channels"),
     )
     for axes, kept, full, name in panels:
-        axes.bar(layers, [full] * len(layers), color="0.88", label="unpruned")
+        axes.bar(layers, full, color="0.88", label="unpruned")
         axes.bar(layers, kept, color="tab:blue", label="kept")
         axes.set(ylabel=name)
     channels.set(xlabel="layer", xticks=layers)
@@ -92,8 +92,6 @@ def plot_widths(plan: KeepPlan, path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Draws a picture under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".part-{path.name}")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    """Writes a picture, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,87 +1,276 @@
-"""What results.json holds of a run: what repeats it, what was measured."""
+"""`results.json` is this dataclass: what repeats a run, and what each stage measured.
 
-from dataclasses import asdict
+A part that no stage filled is left out of the file; a number that is none (NaN, infinity) is null. A run writes its own
+results whole: of an older file nothing stays but zero-shot scores of the same model and mask, where a stage reads them.
+"""
+
+import json
+import math
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-from datasets import Dataset
-from transformers import PreTrainedModel
-
-from tvaprune.files import write_text
-from tvaprune.flags.arguments import Arguments
-from tvaprune.flags.recipes import RECIPE_NAME
-from tvaprune.measure.perplexity import perplexity
-from tvaprune.measure.speed import speed_up
-from tvaprune.measure.zeroshot import ZeroShot
-from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
+from tvaprune.cut.refit import RefitReport
+from tvaprune.errors import InputError
+from tvaprune.files import write_json
+from tvaprune.measure.speed import SpeedUp
+from tvaprune.models.shape import ModelShape
 from tvaprune.plan.keep_plan import KeepPlan, describe_widths
-from tvaprune.report import plots, tables
-from tvaprune.report import zero_shot as zero_shot_report
-from tvaprune.report.zero_shot import DENSE, PRUNED
+from tvaprune.recover.training import Tuning
 from tvaprune.run import Run
+from tvaprune.text.protocols import EvaluationText
+
+VERSION = 1
+RESULTS_NAME = "results.json"
+Part = TypeVar("Part")
 
 
-def identity(run: Run, plan: KeepPlan | None) -> dict[str, Any]:
-    """Returns what repeats the run, and what tells its results from another model's."""
-    if plan is None:
-        return run.record()
-    prune = run.args.prune
-    pruning: dict[str, Any] = {"weight_update": prune.weight_update, "widths": describe_widths(plan)}
-    if prune.weight_update == "refit":
-        data, seed = run.args.data, run.args.training.seed
-        pruning["calibration"] = [data.dataset_name, data.block_size, prune.refit_samples, seed]
-    return run.record() | pruning
+@dataclass(frozen=True)
+class KeptWidths:
+    """What a plan keeps; per layer where it is a list."""
+
+    hidden_size: int
+    num_key_value_heads: list[int]
+    intermediate_size: list[int]
+    decoder_sparsity: float
+    num_parameters: int
+    dim_multiple: int
+
+    @classmethod
+    def of(cls, plan: KeepPlan) -> "KeptWidths":
+        """Returns the widths of a plan."""
+        return cls(**describe_widths(plan))
 
 
-def write_plan(plan: KeepPlan, folder: Path) -> None:
-    """Writes the decision down, before anything is cut: the plan as JSON, its widths as a picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.save(folder / "plan.json")
-    plots.plot_widths(plan, folder / "widths.png")
+@dataclass(frozen=True)
+class Calibration:
+    """The blocks that a refit fits."""
+
+    dataset_name: str
+    block_size: int
+    refit_samples: int
+    seed: int
 
 
-def measure(run: Run, plan: KeepPlan, pruned: PreTrainedModel, blocks: Dataset, dense: float) -> dict[str, Any]:
-    """Measures the pruned model, and its speed beside the dense one's.
+@dataclass(frozen=True)
+class Parameters:
+    """All parameters, embeddings and lm_head included."""
 
-    Args:
-        dense: The dense model's perplexity on the same windows.
+    dense: int
+    pruned: int
+
+
+@dataclass
+class Perplexities:
+    """Of every model at hand, on the same windows."""
+
+    dense: float
+    pruned: float
+    finetuned: float | None = None
+
+
+@dataclass(frozen=True)
+class Refit(RefitReport):
+    """What the refit did, on how many blocks, and what it took."""
+
+    calibration_blocks: int
+    held_out_blocks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One model's score minus another's over the same examples, with its standard error."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One model's score on one task: the headline metric, all others, and what repeats it."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    chance: float | None
+    metrics: dict[str, float]
+    num_examples: int
+    num_fewshot: int
+    limit: int | None
+    version: str | float | None
+
+
+@dataclass
+class TaskResults:
+    """The scores of one run on one task; ``model`` is the only one where nothing was pruned."""
+
+    model: TaskScore | None = None
+    dense: TaskScore | None = None
+    pruned: TaskScore | None = None
+    finetuned: TaskScore | None = None
+    difference: Difference | None = None
+    recovered: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean over the tasks that have an accuracy."""
+
+    value: float
+    stderr: float
+    num_tasks: int
+
+
+@dataclass(frozen=True)
+class ScoringRun:
+    """What repeats the last zero-shot evaluation, which may have come after the rest."""
+
+    seed: int
+    hardware: str
+    versions: dict[str, str]
+    command: str
+
+
+@dataclass
+class ZeroShotResults:
+    """Zero-shot scores: those of every task that was ever scored for this model, and the last run's averages."""
+
+    run: ScoringRun | None = None
+    tasks: dict[str, TaskResults] = field(default_factory=dict)
+    average: dict[str, Average] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """What a run was and what it measured: the first fields repeat it, the others are filled as its stages go.
+
+    Attributes:
+        model_digest: Of the dense model's config and weights.
+        target_sparsity: What a mask was cut at; None: a mask or a plan was given.
+        mask: The mask file that was cut; None: a plan was given, or the dense model was scored.
+        plan: The plan file that was given in its place.
+        sparsity_definition: What ``widths.decoder_sparsity`` is a share of.
     """
-    evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
-    results: dict[str, Any] = {
-        "split": evaluation.eval_split,
-        "window": run.window,
-        "num_windows": len(blocks),
-        "shape": asdict(plan.shape),
-        "sparsity_definition": SPARSITY_DEFINITION,
-        "parameters": {"dense": dense_parameters(plan.shape), "pruned": plan.num_parameters},
-        "perplexity": {DENSE: dense, PRUNED: perplexity(pruned, blocks, batch_size, "pruned perplexity")},
-    }
-    if evaluation.speed_batches:
-        results["speed_up"] = asdict(speed_up(run.model, pruned, blocks, batch_size, evaluation.speed_batches))
-    return results
+
+    model: str
+    model_digest: str
+    prune_method: str
+    dataset_name: str
+    block_size: int
+    target_sparsity: float | None
+    seed: int
+    hardware: str
+    versions: dict[str, str]
+    command: str
+    mask: str | None
+    version: int = VERSION
+    plan: str | None = None
+    weight_update: str | None = None
+    widths: KeptWidths | None = None
+    calibration: Calibration | None = None
+    split: str | None = None
+    window: int | None = None
+    num_windows: int | None = None
+    protocol: EvaluationText | None = None
+    shape: ModelShape | None = None
+    sparsity_definition: str | None = None
+    parameters: Parameters | None = None
+    perplexity: Perplexities | None = None
+    speed_up: SpeedUp | None = None
+    refit: Refit | None = None
+    training_speed_up: SpeedUp | None = None
+    finetune: Tuning | None = None
+    zero_shot: ZeroShotResults | None = None
+
+    @classmethod
+    def begin(cls, run: Run, plan: KeepPlan | None, mask: str | None, target: float | None = None) -> "Results":
+        """Returns what is known before anything is measured.
+
+        Args:
+            plan: What is cut; None: the dense model is scored.
+            target: The sparsity that the mask was made for, in the run that made it.
+        """
+        prune = run.args.prune
+        results = cls(**run.record() | {"target_sparsity": target, "mask": mask})
+        if plan is not None:
+            results.plan, results.weight_update = prune.plan, prune.weight_update
+            results.widths = KeptWidths.of(plan)
+            if prune.weight_update == "refit":
+                data, seed = run.args.data, run.args.training.seed
+                results.calibration = Calibration(data.dataset_name, data.block_size, prune.refit_samples, seed)
+        return results
+
+    def note_update(self, update: dict[str, Any]) -> None:
+        """Takes what the weight update did, as `cut.narrow.narrow` tells it or a file kept it."""
+        self.refit = _read(Refit, update["refit"]) if "refit" in update else None
+
+    def differing(self, other: "Results") -> list[str]:
+        """Returns the fields that say that two results are not of the same pruned model."""
+        same = ("model", "model_digest", "mask", "plan", "weight_update", "calibration", "widths")
+        return [name for name in same if getattr(self, name) != getattr(other, name)]
+
+    def content(self) -> dict[str, Any]:
+        """Returns what the file holds: plain values, without the parts that no stage filled."""
+        content: dict[str, Any] = plain(self)
+        return content
+
+    def write(self, folder: Path) -> None:
+        """Writes the file, whole, in the place of an older one."""
+        write_json(self.content(), folder / RESULTS_NAME)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results | None":
+        """Returns what an earlier run left in a folder; None where there is no file.
+
+        Raises:
+            InputError: If the file is damaged, or of another version of this tool.
+        """
+        path = folder / RESULTS_NAME
+        if not path.exists():
+            return None
+        try:
+            results = _read(cls, json.loads(path.read_text(encoding="utf-8")))
+            if results.version != VERSION:
+                raise ValueError(f"version {results.version}")
+            return results
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: cannot be read as results of version {VERSION} ({type(error).__name__}); give another "
+                "--save_loc, or --overwrite_output_dir to replace it"
+            ) from error
 
 
-def write_recipe(args: Arguments) -> None:
-    """Writes the flags that repeat the run: ``tvaprune VERB --config recipe.yaml``."""
-    write_text(yaml.safe_dump(args.recipe, sort_keys=False), args.save_loc / RECIPE_NAME)
+def plain(value: Any) -> Any:
+    """Returns a value as JSON takes it: dataclasses without the parts that nobody filled, no NaN or infinity."""
+    if is_dataclass(value):
+        parts = [(entry, getattr(value, entry.name)) for entry in fields(value)]
+        return {entry.name: plain(part) for entry, part in parts if part is not None or entry.default is not None}
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def tell(args: Arguments, results: dict[str, Any]) -> None:
-    """Writes the results of one measurement and prints the closing table."""
-    zero_shot_report.merge(args.save_loc / "results.json", results)
-    write_recipe(args)
-    written = " ".join(sorted(path.name for path in args.save_loc.iterdir() if path.is_file()))
-    rows = [*tables.summary_rows(results), ("mask", results["mask"]), (f"in {args.save_loc}", written)]
-    print("\n" + tables.table(rows))
+def _read(kind: type[Part], value: Any) -> Part:
+    """Returns a value of JSON as a field of some type holds it."""
+    found: Any = _typed(kind, value)
+    return found
 
 
-def zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], identity: dict[str, Any]) -> None:
-    """Scores the models at hand on the tasks, each result written as it comes, and prints the table."""
-    if tasks is None:
-        return
-    wanted = {name: model for name, model in models.items() if name != DENSE or run.args.evaluation.compare_dense}
-    record = zero_shot_report.ZeroShotRecord(run.args.save_loc, identity, run.args.evaluation.write_out)
-    missing = tasks.run(wanted, run.tokenizer, record.add, run.args.data.ctx_length)
-    print("\n" + record.finish(missing))
-    print(f"results: {run.args.save_loc}/")
+def _typed(kind: Any, value: Any) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        others = [part for part in inner if part is not types.NoneType]
+        return value if value is None or len(others) > 1 else _typed(others[0], value)
+    if isinstance(kind, type) and is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _typed(kinds[name], part) for name, part in value.items()})
+    if origin in (list, tuple):
+        return origin(_typed(inner[0], part) for part in value)
+    if origin is dict:
+        return {key: _typed(inner[1], part) for key, part in value.items()}
+    return math.nan if kind is float and value is None else value

@@ -2,19 +2,32 @@
 
 import argparse
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
 
 from tvaprune.files import as_json
-from tvaprune.models.families import shape_of
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
-from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import load_masks
 from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
+from tvaprune.report.results import KeptWidths
 from tvaprune.report.tables import table
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a mask keeps of a model: the widths that were learned, and those that the width rules make of them."""
+
+    mask: str
+    model: str
+    dense_parameters: int
+    learned: KeptWidths
+    adjusted: KeptWidths
 
 
 def describe(
@@ -24,7 +37,7 @@ def describe(
     keep_one_kv_head: bool | None = None,
     uniform: bool | None = None,
     tensor_parallel: int | None = None,
-) -> dict[str, object]:
+) -> Description:
     """Returns the widths before and after adjustment, the sparsity and the parameters.
 
     A rule that is None is as the mask's record says; one that differs from it is told on stderr.
@@ -41,29 +54,24 @@ def describe(
     rules = width_rules(flags, shape)
     if note is not None:
         print(note, file=sys.stderr)
-    return {
-        "mask": str(mask),
-        "model": model,
-        "dense_parameters": dense_parameters(shape),
-        "learned": describe_widths(plan_from_masks(masks, shape, WidthRules(1, rules.min_key_value_heads))),
-        "adjusted": describe_widths(plan_from_masks(masks, shape, rules)),
-    }
+    learned, adjusted = (
+        KeptWidths.of(plan_from_masks(masks, shape, one)) for one in (WidthRules(1, rules.min_key_value_heads), rules)
+    )
+    return Description(str(mask), model, dense_parameters(shape), learned, adjusted)
 
 
-def _print(content: dict[str, object]) -> None:
+def _print(content: Description) -> None:
     """Prints a description as a table of two columns of widths."""
-    learned, adjusted = content["learned"], content["adjusted"]
-    assert isinstance(learned, dict) and isinstance(adjusted, dict)
-    rows = [("", f"{'learned':>14} {'multiple of ' + str(adjusted['dim_multiple']):>16}")]
-    for name in ("hidden_size", "decoder_sparsity", "num_parameters"):
-        form = ".4f" if name == "decoder_sparsity" else ",d"
-        rows.append((name, f"{learned[name]:>14{form}} {adjusted[name]:>16{form}}"))
-    print(table([("parameters of the dense model", f"{content['dense_parameters']:,}"), *rows]))
+    learned, adjusted = content.learned, content.adjusted
+    rows = [("", f"{'learned':>14} {'multiple of ' + str(adjusted.dim_multiple):>16}")]
+    for name, form in (("hidden_size", ",d"), ("decoder_sparsity", ".4f"), ("num_parameters", ",d")):
+        rows.append((name, f"{getattr(learned, name):>14{form}} {getattr(adjusted, name):>16{form}}"))
+    print(table([("parameters of the dense model", f"{content.dense_parameters:,}"), *rows]))
     print("\nlayer  KV heads  adjusted  MLP channels  adjusted")
-    kinds = ("num_key_value_heads", "intermediate_size")
-    layers = zip(*(widths[kind] for kind in kinds for widths in (learned, adjusted)), strict=True)
-    for index, (heads, heads_after, channels, after) in enumerate(layers):
-        print(f"{index:>5}  {heads:>8}  {heads_after:>8}  {channels:>12}  {after:>8}")
+    widths = (learned.num_key_value_heads, adjusted.num_key_value_heads)
+    channels = (learned.intermediate_size, adjusted.intermediate_size)
+    for index, (heads, heads_after, kept, after) in enumerate(zip(*widths, *channels, strict=True)):
+        print(f"{index:>5}  {heads:>8}  {heads_after:>8}  {kept:>12}  {after:>8}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,6 +108,6 @@ def main(arguments: list[str] | None = None) -> None:
         args.tensor_parallel,
     )
     if args.json:
-        print(as_json(content))
+        print(as_json(asdict(content)))
     else:
         _print(content)

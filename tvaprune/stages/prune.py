@@ -3,30 +3,37 @@
 from dataclasses import replace
 
 from tvaprune.checkpoint.folder import save_pruned
-from tvaprune.choose.choose import choose_masks
+from tvaprune.choose.choose import choose_masks, gate_checkpoint
 from tvaprune.cut.narrow import narrow
-from tvaprune.files import prepare_folder
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
-from tvaprune.report.results import identity, measure, tell, write_plan, zero_shot
+from tvaprune.report.results import Results
+from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, given_checkpoint, zero_shot_tasks
+from tvaprune.run import Run, check_results, check_save, check_training, goes_on, zero_shot_tasks
 
 
-def run_prune(args: Arguments) -> None:
-    """Chooses units, writes a mask for every target, applies each and measures the narrower models."""
-    tasks, checkpoint = zero_shot_tasks(args), given_checkpoint(args)
-    targets = args.each_target()
+@holding_folders()
+def run_prune(args: Arguments) -> dict[float, Results]:
+    """Chooses units, writes a mask for every target, applies each and measures the narrower models.
+
+    Returns:
+        The results of every target sparsity.
+    """
+    tasks, checkpoint = zero_shot_tasks(args), gate_checkpoint(args)
+    targets, found = args.each_target(), {}
     for one in targets.values():
         check_save(one)
     check_results(args, checkpoint is not None)
-    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or checkpoint is not None)
+    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or goes_on(args))
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    check_training(args)
     run = Run.load(args)
-    windows = run.blocks(args.evaluation.eval_split, run.window, args.data.max_eval_samples)
+    windows = run.windows()
     dense = run.dense_perplexity(windows)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:
@@ -35,13 +42,15 @@ def run_prune(args: Arguments) -> None:
         part = replace(run, args=one)
         plan = plan_from_masks(load_masks(chosen.masks[target]), run.shape, run.rules)
         write_plan(plan, one.save_loc)
-        results = identity(part, plan) | {"mask": str(chosen.masks[target])}
+        found[target] = results = Results.begin(part, plan, str(chosen.masks[target]), target)
         times = args.evaluation.speed_batches > 0 or args.evaluation.compare_dense
         pruned, update = narrow(part, plan, keep_dense=times or target != max(targets))
-        results |= update | measure(part, plan, pruned, windows, dense)
+        results.note_update(update)
+        measure(part, plan, pruned, windows, dense, results)
         tell(one, results)
         if one.prune.save_pruned is not None:
-            save_pruned(pruned, plan, run.tokenizer, one.prune.save_pruned, args.training.overwrite_output_dir, results)
+            overwrite = args.training.overwrite_output_dir
+            save_pruned(pruned, plan, run.tokenizer, one.prune.save_pruned, overwrite, results.content())
             print(f"checkpoint: {one.prune.save_pruned}")
         zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results)
         if abs(plan.sparsity - target) > TOLERANCE:
@@ -49,3 +58,4 @@ def run_prune(args: Arguments) -> None:
                 f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
                 f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
             )
+    return found

@@ -1,12 +1,16 @@
 """Documents as blocks of tokens.
 
 They are tokenised without special tokens, joined by the tokenizer's end-of-text token and cut into non-overlapping
-blocks; WikiText-2 and PTB are one document, joined as the field does (method: perplexity over non-overlapping windows).
+blocks; WikiText-2 and PTB are one document, their rows joined by a blank line. `protocols` has the field's own ways.
+
+Of a large text, documents are drawn before they are tokenised, and no more are tokenised than are asked for: all of
+C4's training file would take a quarter of an hour and gigabytes. A small one is tokenised whole, and blocks are drawn.
 """
 
 import hashlib
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +18,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tvaprune.errors import InputError
-from tvaprune.text.sources import _cached, cache_folder, load_documents
+from tvaprune.text.sources import STREAMED, _cached, cache_folder, load_documents
 
 _TOKENIZE_BATCH = 256  # documents a call
+WHOLE_CHARACTERS = 64 * 2**20  # a text up to this is tokenised whole: under a minute
+# Characters that documents are drawn from, for each token that is asked for: some 8 times as many as are needed, so
+# that seeds differ, and enough whatever the tokenizer.
+DRAWN_FROM = 32
 
 
 def token_blocks(
@@ -31,7 +39,8 @@ def token_blocks(
     """Returns a split as non-overlapping blocks of tokens, tokenised once and cached.
 
     Args:
-        max_blocks: How many blocks to draw (without repeats, by ``seed``, in the text's order); ``None`` keeps all.
+        max_blocks: How many blocks to draw (without repeats, by ``seed``, in the text's order, of a large text in the
+            drawn documents' order); ``None`` keeps all.
 
     Returns:
         A dataset of ``input_ids`` of shape ``(block_size,)``, formatted as torch tensors.
@@ -39,15 +48,22 @@ def token_blocks(
     Raises:
         InputError: If the text cannot be had or is shorter than one block.
     """
-    documents = load_documents(dataset_name, split, data_dir)
-    identity = [block_size, tokenizer.eos_token_id, _rules(tokenizer)]
+    tokens = None if max_blocks is None else max_blocks * block_size
+    enough = None if tokens is None else tokens * DRAWN_FROM
+    documents = load_documents(dataset_name, split, data_dir, enough)
+    if tokens is not None and _is_large(documents, tokens, dataset_name in STREAMED):
+        order = np.random.default_rng(seed).permutation(len(documents))
+        documents = [documents[place] for place in order]
+    else:
+        tokens = None  # of the whole text blocks are drawn
+    identity = [block_size, tokenizer.eos_token_id, _rules(tokenizer), *([] if tokens is None else [tokens])]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for document in documents:
         digest.update(document.encode() + b"\0")
 
     def build(target: Path) -> None:
-        cut = _cut(tokenizer, documents, block_size)
-        if not cut:
+        cut = _cut(tokenizer, documents, block_size, tokens)
+        if not len(cut):
             raise InputError(
                 f"--dataset_name {dataset_name}: its {split} split is shorter than one block of {block_size} tokens; "
                 "give a longer text or a smaller --block_size"
@@ -72,12 +88,28 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
         return json.dumps([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, documents: list[str], block_size: int) -> list[list[int]]:
-    """Tokenises, joins by the end-of-text token and cuts; the last incomplete block is dropped."""
+def _is_large(documents: list[str], tokens: int, is_streamed: bool) -> bool:
+    """Returns whether documents are drawn for so many tokens, in place of blocks; one document cannot be."""
+    characters = sum(map(len, documents))
+    least = 0 if is_streamed else WHOLE_CHARACTERS
+    return len(documents) > 1 and characters >= max(tokens * DRAWN_FROM, least)
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], block_size: int, tokens: int | None = None
+) -> np.ndarray:
+    """Tokenises, joins by the end-of-text token and cuts, shape ``(blocks, block_size)``; an incomplete end is dropped.
+
+    Args:
+        tokens: How many are enough; ``None``: all.
+    """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    stream: list[int] = []
+    pieces, count = [np.empty(0, dtype=np.int64)], 0
     for first in range(0, len(documents), _TOKENIZE_BATCH):
         batch = tokenizer(documents[first : first + _TOKENIZE_BATCH], add_special_tokens=False, verbose=False)
-        for ids in batch["input_ids"]:
-            stream += ids + end
-    return [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
+        pieces.append(np.fromiter(chain.from_iterable(ids + end for ids in batch["input_ids"]), dtype=np.int64))
+        count += len(pieces[-1])
+        if tokens is not None and count >= tokens:
+            break
+    stream = np.concatenate(pieces)[:tokens]
+    return stream[: len(stream) // block_size * block_size].reshape(-1, block_size)

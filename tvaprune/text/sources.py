@@ -1,25 +1,27 @@
 """Text sets as documents per split: local copies first, then the hub, and a clear line where neither is there."""
 
 import glob
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub import hf_hub_download
 
 from tvaprune.errors import InputError
+from tvaprune.files import clear_leftovers, first_folder
 from tvaprune.text import package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
-
+ROWS = 100
 
 PATH_SHARES = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a file without splits
 
@@ -37,15 +39,15 @@ class HubSet:
         repo: Hub id; a folder of the same name under ``--data_dir`` is read in its place.
         files: Split -> the data files within the repository.
         column: The column that holds the text.
-        join: What joins all rows to one document; ``None`` keeps a row a document.
-        rows: Split -> the share of the files' rows that the split takes.
+        join: What joins all rows to one document; ``None`` keeps a row a document, and reads no more than is asked for.
+        rows: Split -> which of every `ROWS` rows of its file it takes; a split that is not there takes all.
     """
 
     repo: str
     files: dict[str, str]
     column: str
     join: str | None
-    rows: dict[str, tuple[float, float]] | None = None
+    rows: dict[str, range] = field(default_factory=dict)
     revision: str | None = None
 
 
@@ -72,9 +74,10 @@ HUB_SETS = {
         },
         column="text",
         join=None,
-        rows={"train": (0.0, 0.97), "validation": (0.97, 1.0), "test": (0.0, 1.0)},
+        rows={"train": range(0, 97), "validation": range(97, ROWS)},
     ),
 }
+STREAMED = {name for name, hub_set in HUB_SETS.items() if hub_set.join is None}
 
 
 LOCAL_SETS: dict[str, Any] = {  # modules with `read_splits()` and the `PACKAGES` whose versions settle the text
@@ -86,13 +89,16 @@ LOCAL_SETS: dict[str, Any] = {  # modules with `read_splits()` and the `PACKAGES
 DATASET_NAMES = (*LOCAL_SETS, *HUB_SETS)
 
 
-def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data") -> list[str]:
+def load_documents(
+    dataset_name: str, split: str, data_dir: str | Path = "data", enough: int | None = None
+) -> list[str]:
     """Returns the documents of one split.
 
     Args:
         dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet``, a ``save_to_disk`` folder.
         split: ``train``, ``validation`` or ``test``.
         data_dir: Folder that holds local copies of hub repositories.
+        enough: Characters after which a set of `STREAMED` is read no further; ``None`` reads all.
 
     Raises:
         InputError: If the name is unknown, the text cannot be had, or the split is empty.
@@ -100,7 +106,7 @@ def load_documents(dataset_name: str, split: str, data_dir: str | Path = "data")
     if dataset_name in LOCAL_SETS:
         documents = _local_documents(dataset_name, split)
     elif dataset_name in HUB_SETS:
-        documents = _hub_documents(HUB_SETS[dataset_name], dataset_name, split, Path(data_dir))
+        documents = _hub_documents(dataset_name, split, data_dir, enough)
     else:
         documents = _path_documents(Path(dataset_name), split)
     documents = [document for document in documents if document.strip()]
@@ -140,22 +146,30 @@ def _version(package: str) -> str:
 
 
 def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
-    """Loads a ``save_to_disk`` folder; where it is not there, builds it under another name and renames it."""
+    """Loads a ``save_to_disk`` folder; builds it where it is not there, or is damaged."""
+    _clear_damaged(folder)
     if not folder.exists():
+        clear_leftovers(folder.parent)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+            with first_folder(folder) as temporary:
+                build(temporary)
         except OSError as error:
             raise _unwritable(folder.parent, error) from error
-        try:
-            build(temporary / "data")
-            os.rename(temporary / "data", folder)
-        except OSError as error:
-            if not folder.exists():  # else another process was quicker, with the same data
-                raise _unwritable(folder.parent, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
+
+
+def _clear_damaged(folder: Path) -> None:
+    """Removes a folder that cannot be loaded: it is built again."""
+    try:
+        if folder.exists():
+            load_from_disk(str(folder))
+    except Exception as error:  # each kind of damage raises kinds of its own
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            raise InputError(
+                f"the text cache {folder} is damaged ({type(error).__name__}) and cannot be removed; remove it, or set "
+                "TVAPRUNE_CACHE to another folder"
+            ) from error
 
 
 def _unwritable(cache: Path, error: OSError) -> InputError:
@@ -166,30 +180,56 @@ def _unwritable(cache: Path, error: OSError) -> InputError:
     )
 
 
-def _hub_documents(hub_set: HubSet, dataset_name: str, split: str, data_dir: Path) -> list[str]:
-    """Loads a hub set's split, from ``data_dir`` where a copy of the repository lies there."""
-    local = data_dir / hub_set.repo
-    is_local = (local / hub_set.files[split]).exists()
-    builder = "parquet" if hub_set.files[split].endswith(".parquet") else "json"
+def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a hub's file one by one: JSON Lines, compressed, or parquet."""
+    if str(path).endswith(".json.gz"):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+    else:
+        yield from load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+
+
+def hub_rows(dataset_name: str, split: str, data_dir: str | Path) -> Iterator[str]:
+    """Yields the rows of a split of a public set in order, each read when it is asked for.
+
+    From ``data_dir`` where a copy of the repository lies there, else from the hub's file, downloaded once.
+
+    Raises:
+        InputError: If the file cannot be had or read.
+    """
+    hub_set = HUB_SETS[dataset_name]
+    name = hub_set.files[split]
+    local = Path(data_dir) / hub_set.repo / name
     try:
-        if is_local:
-            rows = load_dataset(
-                builder, data_files={split: glob.escape(str(local / hub_set.files[split]))}, split=split
-            )
-        else:
-            rows = load_dataset(
-                hub_set.repo, data_files={split: hub_set.files[split]}, revision=hub_set.revision, split=split
-            )
+        path = (
+            local
+            if local.exists()
+            else hf_hub_download(hub_set.repo, name, repo_type="dataset", revision=hub_set.revision)
+        )
+        taken = hub_set.rows.get(split, range(ROWS))
+        for index, row in enumerate(_rows(path)):
+            if index % ROWS in taken:
+                yield row[hub_set.column]
     except Exception as error:  # the hub's client raises a dozen kinds for "no network"
         raise InputError(
             f"--dataset_name {dataset_name}: cannot load {hub_set.repo} ({type(error).__name__}); put the hub's "
-            f"{hub_set.files[split]} at {local / hub_set.files[split]}, or choose --dataset_name python_docs"
+            f"{name} at {local}, or choose --dataset_name python_docs"
         ) from error
-    texts = list(rows[hub_set.column])
-    if hub_set.rows is not None:
-        first, last = (round(share * len(texts)) for share in hub_set.rows[split])
-        texts = texts[first:last]
-    return texts if hub_set.join is None else [hub_set.join.join(texts)]
+
+
+def _hub_documents(dataset_name: str, split: str, data_dir: str | Path, enough: int | None) -> list[str]:
+    """Loads a public set's split; where a row is a document, no more of them than have ``enough`` characters."""
+    rows, join = hub_rows(dataset_name, split, data_dir), HUB_SETS[dataset_name].join
+    if join is not None:
+        return [join.join(rows)]
+    documents, characters = [], 0
+    for document in rows:
+        documents.append(document)
+        characters += len(document)
+        if enough is not None and characters >= enough:
+            break
+    return documents
 
 
 def _path_documents(path: Path, split: str) -> list[str]:

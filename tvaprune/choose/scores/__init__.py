@@ -17,7 +17,7 @@ from tvaprune.choose.scores.calibration import Calibration
 from tvaprune.choose.scores.flap import flap_scores
 from tvaprune.choose.scores.ranking import random_scores
 from tvaprune.choose.scores.taylor import taylor_global_scores, taylor_scores
-from tvaprune.models.families import shape_of
+from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
 
@@ -41,8 +41,9 @@ def score_masks(
     Args:
         method: One of `SCORES`.
         blocks: Calibration windows.
-        target: The sparsity that the masks are for. Wanda-sp and Bonsai prune while they score; of several targets
-            Bonsai's order for the largest serves the smaller ones too, Wanda-sp's does not.
+        target: The sparsity that the masks are for. What ranks within each layer (magnitude, wanda_sp, taylor, random)
+            has its number of heads for this target alone; of several, Bonsai's order for the largest serves the
+            smaller ones too.
         seed: Of the draws of ``random`` and ``bonsai``.
         batch_size: Windows per forward pass.
 

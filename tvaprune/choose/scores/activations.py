@@ -4,12 +4,12 @@ from tqdm.auto import tqdm
 
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores.calibration import Calibration, output_projections, read_inputs
-from tvaprune.choose.scores.ranking import by_head, layerwise, ranked
+from tvaprune.choose.scores.ranking import by_head, heads_kept, layerwise, places, ranked
 from tvaprune.models.units import PerUnit
 
 
 def magnitude_scores(calibration: Calibration) -> PerUnit:
-    """Scores a unit by the norm of its columns of ``o_proj`` or ``down_proj``, ranked within each layer.
+    """Scores a unit by the norm of its columns of the output or down projection, ranked within each layer.
 
     Source: the structured magnitude baseline of An et al. (FLAP, AAAI 2024): a column's 2-norm, averaged over a head;
     the same share of units goes in every layer. Reads no text.
@@ -18,18 +18,20 @@ def magnitude_scores(calibration: Calibration) -> PerUnit:
     projections = output_projections(calibration.model)
     attn = [by_head(output.weight.double().norm(dim=0), shape) for output, _ in projections]
     inter = [down.weight.double().norm(dim=0) for _, down in projections]
-    return layerwise(shape, attn, inter)
+    return layerwise(shape, calibration.target, attn, inter)
 
 
 def wanda_sp_scores(calibration: Calibration) -> PerUnit:
-    """Scores a unit by ``|W| * ||x||`` of its columns of ``o_proj`` or ``down_proj``, ranked within each layer.
+    """Scores a unit by ``|W| * ||x||`` of its columns of the output or down projection, ranked within each layer.
 
     Source: Wanda (Sun et al., ICLR 2024, eq. 1) in the structured form of An et al. (FLAP, AAAI 2024): averaged over
     the rows of a column and the columns of a head. The same share of units goes in every layer. As in Wanda's
     procedure (section 3), layers are walked in order: each is scored on what comes out of the layers before it, pruned.
+    The code released with FLAP rounds the number of units that go down; here the number of heads is the nearest, and
+    the channels meet the target.
     """
     shape = calibration.shape
-    values = PerUnit.full(shape, 1.0)
+    values, kept_heads = PerUnit.full(shape, 1.0), heads_kept(shape, calibration.target)
     attn, inter = [], []
     gated = GatedModel(calibration.model)
     try:
@@ -38,8 +40,8 @@ def wanda_sp_scores(calibration: Calibration) -> PerUnit:
                 output, down = read_inputs(calibration, projections, None)
             attn.append(by_head(output.wanda(), shape))
             inter.append(down.wanda())
-            values.attn[layer].copy_(ranked(attn[-1]) > calibration.target)
+            values.attn[layer].copy_(places(attn[-1]) >= len(attn[-1]) - kept_heads[layer])
             values.inter[layer].copy_(ranked(inter[-1]) > calibration.target)
     finally:
         gated.detach_gates()
-    return layerwise(shape, attn, inter)
+    return layerwise(shape, calibration.target, attn, inter)

@@ -13,7 +13,7 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores.calibration import Calibration, output_projections, read_inputs
 from tvaprune.choose.scores.ranking import by_head, per_unit, ranked
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.models.families import ModelShape
+from tvaprune.models.parameters import channel_parameters, head_parameters
 from tvaprune.models.units import PerUnit
 
 PRUNED_PER_ROUND = 0.05  # share of the decoder's parameters, as released
@@ -49,7 +49,8 @@ def bonsai_scores(calibration: Calibration) -> PerUnit:
 
     What differs from the released code: fewer sub-models and tokens (the constants above); the utility is the negative
     loss, not the negative perplexity, which few bad sub-models rule; ridge in closed form, its strength chosen by
-    leave-one-out error, in place of gradient descent with a grid chosen by cross-validated Kendall tau.
+    leave-one-out error, in place of gradient descent, whose penalty is L1 by default, with a grid chosen by
+    cross-validated Kendall tau (the two penalties end within each other's seed noise).
     """
     gated = GatedModel(calibration.model)
     try:
@@ -68,7 +69,7 @@ class _Rounds:
         self.present = [*ones.attn, *ones.inter]
         self.scores = [torch.zeros_like(module).double() for module in self.present]
         layers = self.shape.num_hidden_layers
-        self.costs = [_head_parameters(self.shape)] * layers + [3 * self.shape.hidden_size] * layers
+        self.costs = [head_parameters(self.shape)] * layers + [channel_parameters(self.shape)] * layers
         self.total = sum(cost * len(module) for cost, module in zip(self.costs, self.present, strict=True))
 
     def run(self) -> PerUnit:
@@ -177,7 +178,3 @@ def coefficients(present: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
         if error < best:
             best, fitted = error, shrunk * projected
     return x.T @ (vectors @ fitted)
-
-
-def _head_parameters(shape: ModelShape) -> int:
-    return 2 * shape.head_dim * (1 + shape.group_size) * shape.hidden_size

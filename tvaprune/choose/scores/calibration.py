@@ -1,6 +1,6 @@
 """What a score may look at: the model, the calibration text, and what flows into chosen projections.
 
-KV heads and MLP channels write through ``o_proj`` and ``down_proj``; most scores are read off their inputs.
+KV heads and MLP channels write through the output and down projections; most scores are read off their inputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tvaprune.models.families import ModelShape, family_of, shape_of
+from tvaprune.errors import InputError
+from tvaprune.models.families import family_of
+from tvaprune.models.layout import Block, layout_of
+from tvaprune.models.shape import ModelShape, shape_of
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,26 @@ class Calibration:
 
 
 def output_projections(model: PreTrainedModel) -> list[tuple[Any, Any]]:
-    """Returns each layer's ``o_proj`` and ``down_proj``: what its KV heads and its MLP channels write through."""
-    family = family_of(model.config)
-    layers = getattr(getattr(model, family.decoder), family.layers)
-    return [
-        (getattr(getattr(layer, family.attention), family.output), getattr(getattr(layer, family.mlp), family.down))
-        for layer in layers
-    ]
+    """Returns each layer's output and down projections: what its KV heads and its MLP channels write through."""
+    pairs = both_blocks(model)
+    return [(model.get_submodule(attention.writer), model.get_submodule(mlp.writer)) for attention, mlp in pairs]
+
+
+def both_blocks(model: PreTrainedModel) -> list[tuple[Block, Block]]:
+    """Returns each layer's attention and MLP.
+
+    Raises:
+        InputError: If a layer lacks one.
+    """
+    layout = layout_of(family_of(model.config), shape_of(model.config))
+    pairs = list(zip(layout.attention, layout.mlp, strict=True))
+    whole = [(attention, mlp) for attention, mlp in pairs if attention is not None and mlp is not None]
+    if len(whole) < len(pairs):
+        raise InputError(
+            f"--prune_method: {len(pairs) - len(whole)} layers of the model have no attention or no MLP, and the "
+            "one-shot scores compare the two layer by layer: use --prune_method vib"
+        )
+    return whole
 
 
 class InputSums:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from tvaprune.choose.scores.calibration import Calibration, InputSums, output_projections, read_inputs
+from tvaprune.choose.scores.calibration import Calibration, InputSums, both_blocks, output_projections, read_inputs
 from tvaprune.choose.scores.ranking import by_head, per_unit
 from tvaprune.models.families import family_of
 from tvaprune.models.units import PerUnit
@@ -21,8 +21,8 @@ def flap_scores(calibration: Calibration) -> PerUnit:
 
     The paper's WIFV metric and AL-AM structure: scores are standardised over the input features of each module, then
     averaged over a KV head's features, and one threshold serves all heads and channels of all layers; a head counts
-    against the target with all its parameters, as everywhere here. As in the released code the metric of ``o_proj`` is
-    squared before it is standardised.
+    against the target with all its parameters, as everywhere here. As in the released code the metric of the output
+    projection is squared before it is standardised.
     """
     shape = calibration.shape
     linears = [linear for pair in output_projections(calibration.model) for linear in pair]
@@ -45,22 +45,18 @@ def compensate_bias(model: PreTrainedModel, plan: KeepPlan, blocks: Dataset, bat
     """Adds the mean contribution of the units that a plan removes to the biases of an unpruned model, in place.
 
     The paper's baseline bias compensation, ``b += sum_j E[x_j] W[:, j]`` over the removed input features ``j`` of
-    ``o_proj`` and ``down_proj``. Where these carry no bias nothing is added: an architecture gets no new parameters.
+    the output and down projections. Where these carry no bias nothing is added: an architecture gets no new parameters.
     Comes before `tvaprune.cut.slice.apply_plan`, which cuts the biases with everything else.
     """
     calibration = Calibration(model, blocks, plan.sparsity, 0, batch_size)
-    family = family_of(model.config)
-    edits, paths = edits_of(plan, family), map(family.layer_paths, range(plan.shape.num_hidden_layers))
-    kept = [[edits[f"{path}.weight"].columns for path in (layer.output, layer.down)] for layer in paths]
-    sites = [
-        (linear, indices)
-        for pair, layer in zip(output_projections(model), kept, strict=True)
-        for linear, indices in zip(pair, layer, strict=True)
-        if linear.bias is not None and indices is not None
-    ]
-    if sites:
-        sums = read_inputs(calibration, [linear for linear, _ in sites], "FLAP's bias")
-        for entry, (linear, indices) in zip(sums, sites, strict=True):
-            lost = entry.mean.index_fill(0, indices.to(entry.mean.device), 0.0)
+    edits = edits_of(plan, family_of(model.config), model.device)
+    writers = [block.writer for pair in both_blocks(model) for block in pair]
+    writers = [path for path in writers if model.get_submodule(path).bias is not None]
+    if writers:
+        sums = read_inputs(calibration, [model.get_submodule(path) for path in writers], "FLAP's bias")
+        for path, entry in zip(writers, sums, strict=True):
+            lost, edit, linear = entry.mean, edits[f"{path}.weight"], entry.linear
+            if edit.columns is not None and edit.constant:  # a stand-in for what is lost passes nothing on
+                lost = lost.index_fill(0, edit.columns, 0.0)
             linear.bias.copy_(linear.bias.double() + linear.weight.double() @ lost)
     return model

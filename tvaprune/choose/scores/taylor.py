@@ -3,16 +3,15 @@
 Source: Ma et al., LLM-Pruner (NeurIPS 2023), section 3.2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from tvaprune.choose.scores.calibration import Calibration
+from tvaprune.choose.scores.calibration import Calibration, both_blocks
 from tvaprune.choose.scores.ranking import layerwise, per_unit
-from tvaprune.models.families import family_of
+from tvaprune.models.layout import Block
 from tvaprune.models.units import PerUnit
 
 # LLM-Pruner leaves the first 4 and the last 2 of 32 layers alone; shares, for other depths.
@@ -25,11 +24,9 @@ def taylor_scores(calibration: Calibration) -> PerUnit:
     They also leave the first 4 and the last 2 of 32 layers unpruned, since the loss is most sensitive there; here that
     share of the layers goes after all others, so that a target which the others cannot meet is met.
     """
-    scores = layerwise(calibration.shape, *group_importance(calibration))
-    for index in protected_layers(calibration.shape.num_hidden_layers):
-        scores.attn[index].add_(1.0)  # above every rank
-        scores.inter[index].add_(1.0)
-    return scores
+    shape = calibration.shape
+    attn, inter = group_importance(calibration)
+    return layerwise(shape, calibration.target, attn, inter, last=protected_layers(shape.num_hidden_layers))
 
 
 def taylor_global_scores(calibration: Calibration) -> PerUnit:
@@ -57,32 +54,40 @@ def group_importance(calibration: Calibration) -> tuple[list[torch.Tensor], list
 
     Element-wise and first-order (the paper's "Element^1", its eq. 5 without the second-order term: what its command
     line runs), ``dL/dw`` being the gradient of the mean loss over all calibration windows. Groups: an MLP channel is
-    its rows of ``gate_proj`` and ``up_proj`` and its column of ``down_proj``; a KV head is its rows of ``k_proj`` and
-    ``v_proj``, the rows of ``q_proj`` of all query heads that share it and their columns of ``o_proj``. Within a group
-    importances are added: the default of the released code, and of the paper's four the one that counts every weight.
+    its rows of the gate and up projections and its column of the down projection; a KV head is its rows of the key and
+    value projections, the rows of the query projection of all query heads that share it and their columns of the output
+    projection. Within a group importances are added: the default of the released code, and of the paper's four the one
+    that counts every weight.
+
+    What differs from the released code: its script for grouped queries scores KV head ``j`` with the query heads
+    ``j, j + n_kv, ...``, this with those that share it; it scores on 10 windows of 64 tokens, this on all of the
+    calibration text.
     """
     model, shape = calibration.model, calibration.shape
-    layers = [_linears(layer, model) for layer in _layers(model)]
-    with _trainable(model, [linear.weight for layer in layers for linear in layer.values()]):
+    layers = both_blocks(model)
+    paths = {path for layer in layers for block in layer for path in (*block.reading_linears, block.writer)}
+    with _trainable(model, [model.get_parameter(f"{path}.weight") for path in paths]):
         for ids in calibration.batches("Taylor"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             (loss * len(ids) / len(calibration.blocks)).backward()
-        attn = [_heads(layer, shape.num_key_value_heads) for layer in layers]
-        inter = [_rows(layer["gate"]) + _rows(layer["up"]) + _columns(layer["down"]) for layer in layers]
+        width = {"query": shape.group_size * shape.head_dim, "key": shape.head_dim, "value": shape.head_dim}
+        attn = [_group(model, attention, width) for attention, _ in layers]
+        inter = [_group(model, mlp, dict.fromkeys(mlp.readers, 1)) for _, mlp in layers]
     return attn, inter
 
 
-def _layers(model: PreTrainedModel) -> Any:
-    family = family_of(model.config)
-    return getattr(getattr(model, family.decoder), family.layers)
+def _group(model: PreTrainedModel, block: Block, width: Mapping[str, int]) -> torch.Tensor:
+    """Adds up what belongs to each unit of a block, whose rows and columns stand side by side in all projections.
 
-
-def _linears(layer: Any, model: PreTrainedModel) -> dict[str, Any]:
-    """Returns a layer's seven projections by the names of a family's row."""
-    family = family_of(model.config)
-    attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
-    names = {attention: ("query", "key", "value", "output"), mlp: ("gate", "up", "down")}
-    return {name: getattr(part, getattr(family, name)) for part, parts in names.items() for name in parts}
+    Args:
+        width: Rows of a unit in each reading projection; in the writer it has as many columns as the first has rows.
+    """
+    features = []
+    for role, reader in block.readers.items():
+        rows = _salience(model, reader.path).sum(1, dtype=torch.float64)[reader.start : reader.stop]
+        features.append(rows.unflatten(0, (-1, width[role])))
+    features.append(_salience(model, block.writer).sum(0, dtype=torch.float64).view_as(features[0]))
+    return torch.stack([sums.sum(1) for sums in features]).sum(0)
 
 
 @contextmanager
@@ -101,19 +106,7 @@ def _trainable(model: PreTrainedModel, weights: list[torch.nn.Parameter]) -> Ite
             parameter.grad = None
 
 
-def _heads(layer: dict[str, Any], num_key_value_heads: int) -> torch.Tensor:
-    """Adds up each KV head's group; its rows and columns stand side by side in all four projections."""
-    features = (_rows(layer["query"]), _rows(layer["key"]), _rows(layer["value"]), _columns(layer["output"]))
-    return torch.stack([sums.unflatten(0, (num_key_value_heads, -1)).sum(1) for sums in features]).sum(0)
-
-
-def _rows(linear: Any) -> torch.Tensor:
-    return _salience(linear).sum(1, dtype=torch.float64)
-
-
-def _columns(linear: Any) -> torch.Tensor:
-    return _salience(linear).sum(0, dtype=torch.float64)
-
-
-def _salience(linear: Any) -> torch.Tensor:
-    return (linear.weight.detach().float() * linear.weight.grad.float()).abs()
+def _salience(model: PreTrainedModel, path: str) -> torch.Tensor:
+    weight = model.get_parameter(f"{path}.weight")
+    assert weight.grad is not None
+    return (weight.detach().float() * weight.grad.float()).abs()

@@ -6,15 +6,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from compare_grid import VIB, VIB_ONCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from tvaprune.files import write_json
+from tvaprune.files import write_json, write_text
+from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.report.plots import save_figure
+from tvaprune.study.grid import VIB
 
 DENSE, PRUNED = "dense", "pruned"
 LEARNED = (VIB, VIB_ONCE)
@@ -67,9 +68,7 @@ def write_report(contents: Iterable[dict[str, Any]], folder: Path) -> None:
     write_json({"figures": figures, "worst_change": worst, "orders": orders, "cells": cells.all},
                folder / "compare.json")  # fmt: skip
     text = "\n".join([*_heading(cells), *_tables(cells), *_figures(figures, worst, orders)])
-    temporary = folder / ".compare.md.part"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(folder / "compare.md")
+    write_text(text + "\n", folder / "compare.md")
     plot(cells, folder / "compare.png")
 
 

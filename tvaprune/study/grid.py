@@ -1,6 +1,5 @@
 """The cells of a comparison: their flags, their files, and which of them an earlier run has measured already."""
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +8,11 @@ from typing import Any
 
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.settings import VIB_ONCE, CompareSettings
 
-VIB, VIB_ONCE = "vib", "vib_once"
-PER_TARGET = (VIB, "wanda_sp")  # chosen anew for every target; what the others choose once is cut at all of them
+VIB = "vib"
+# Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
+PER_TARGET = (VIB, "magnitude", "wanda_sp", "taylor", "random")
 _SETTINGS = (
     "dataset", "second_text", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
 )  # fmt: skip
@@ -43,9 +44,9 @@ class Grid:
         InputError: If a file in the output folder is no cell, or one of other settings.
     """
 
-    def __init__(self, args: argparse.Namespace, model: str) -> None:
+    def __init__(self, args: CompareSettings, model: str) -> None:
         self.args, self.model = args, model
-        self.folder = args.output / Path(model).name
+        self.folder = Path(args.output) / Path(model).name
         self.cells = [
             Cell(method, update, sparsity, seed)
             for seed in args.seeds
@@ -92,7 +93,7 @@ class Grid:
 
     def settings(self, cell: Cell | None = None) -> dict[str, Any]:
         """Returns what must be the same for a file of an earlier run to serve."""
-        settings = {"model": self.model, "flags": self.args.flags}
+        settings: dict[str, Any] = {"model": self.model, "flags": self.args.flags}
         settings |= {name: getattr(self.args, name) for name in _SETTINGS}
         if cell is not None:
             settings["zero_eval_limit"] = self.args.zero_eval_limit if self.is_scored(cell) else None

@@ -1,30 +1,22 @@
-"""The comparison: every way of choosing units, each update of the weights, at several sparsities and seeds.
+"""The cells of a comparison, measured: every way of choosing units, each update of the weights, at several sparsities.
 
 A cell is one (model, method, update, sparsity, seed). It is written to a file of its own as soon as it is measured, and
 a cell that has its file is not measured again. All methods end in the same masks, plan and knife; what a method costs
 is measured beside what it gives. All cells run in one process: loading torch takes longer than measuring one.
 """
 
-import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from compare_grid import VIB, VIB_ONCE, Cell, Grid
-from compare_report import DENSE, PRUNED, write_report
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks
-from tvaprune.choose.scores import SCORES, score_masks
-from tvaprune.cli import run_command
+from tvaprune.choose.scores import score_masks
 from tvaprune.cut.narrow import narrow
-from tvaprune.errors import InputError
-from tvaprune.files import prepare_folder, write_json
+from tvaprune.files import write_json
+from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.measure import hardware
 from tvaprune.measure.memory import PeakMemory
 from tvaprune.measure.perplexity import perplexity
@@ -33,69 +25,11 @@ from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, save_masks
 from tvaprune.run import Run
+from tvaprune.study.grid import VIB, Cell, Grid
+from tvaprune.study.report import DENSE, PRUNED
 from tvaprune.text.blocks import token_blocks
 
-MINIATURES = ("mistral_saves_tva/mini_mistral", "llama3_saves_tva/mini_llama3")
-METHODS = (VIB, VIB_ONCE, *SCORES)
 Result = TypeVar("Result")
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; what is no flag of ours goes to every run, as a flag of `tva_prune.py`."""
-    parser = argparse.ArgumentParser(
-        description="Compares methods of pruning on one model or more; other flags are those of tva_prune.py.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--models", nargs="+", default=list(MINIATURES), help="checkpoint folders or hub ids")
-    add("--dataset", default="python_docs", help="text that units are chosen by and that is tested first")
-    add("--second_text", default="package_readmes", help="text from another source, tested only")
-    add(
-        "--split",
-        choices=["validation", "test"],
-        default="test",
-        help="of both texts; choose nothing on the test split",
-    )
-    add("--methods", nargs="+", choices=METHODS, default=[VIB, *SCORES], metavar="METHOD",
-        help=f"of {', '.join(METHODS)}; vib trains gates for each sparsity, vib_once to the largest only")  # fmt: skip
-    add("--weight_updates", nargs="+", default=["fold", "refit"], help="instant weight updates")
-    add("--sparsities", nargs="+", type=float, default=[0.2, 0.35, 0.5, 0.65], help="shares of the decoder to remove")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration blocks and of training")
-    add("--output", type=Path, default=Path("out/compare"), help="folder of cells, table and picture")
-    add("--block_size", type=int, default=256, help="tokens of a block and of an evaluation window")
-    add("--train_samples", type=int, default=1200, help="blocks that gates are trained on")
-    add("--calibration_samples", type=int, default=128, help="blocks of the one-shot scores and of the update")
-    add("--max_eval_samples", type=int, default=256, help="windows of each text, at most")
-    add("--eval_batch_size", type=int, default=8, help="windows of a forward pass")
-    add("--zero_eval_limit", type=int, default=50, help="examples of each zero-shot task")
-    add("--zero_eval_sparsities", nargs="*", type=float, default=[0.5], help="where zero-shot tasks are scored too")
-    add("--zero_eval_seeds", nargs="*", type=int, default=[0], help="the seeds of these cells")
-    add("--threads", type=int, default=None, help="CPU threads; default: as many as torch takes")
-    args, flags = parser.parse_known_args(arguments)
-    args.flags = flags
-    names = [Path(model).name for model in args.models]
-    if len(set(names)) < len(names):
-        raise InputError(f"--models {' '.join(args.models)}: two have the same name; give each once")
-    if args.dataset == args.second_text:
-        raise InputError(f"--second_text {args.second_text}: is the --dataset too; give a text from another source")
-    return args
-
-
-def main() -> None:
-    """Measures what is missing of the grid, then writes the table and the picture."""
-    args = parse()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    prepare_folder("output", args.output, may_hold_files=True)
-    grids = [Grid(args, model) for model in args.models]
-    with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
-        for grid in grids:
-            if grid.missing:
-                Measurement(grid).run(progress)
-    write_report([content for grid in grids for content in grid.contents()], args.output)
-    print((args.output / "compare.md").read_text(encoding="utf-8"))
-    print(f"in {args.output}: compare.json compare.md compare.png")
 
 
 class Measurement:
@@ -230,7 +164,3 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Ma
         blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
         masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
     return {target: calibrate(masks, run.shape, target, run.rules) for target in targets}
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, "the same command goes on where it was"))

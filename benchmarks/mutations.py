@@ -1,0 +1,173 @@
+"""Do the tests see what must not go wrong? Each mutation is put into a copy of the project, and its tests must fail.
+
+python -m benchmarks.mutations
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*_cache", "out", "shared")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake that somebody could make.
+
+    Attributes:
+        says: What goes wrong.
+        path: The file.
+        right: What stands there, once.
+        wrong: What it becomes.
+        tests: What must fail.
+    """
+
+    says: str
+    path: str
+    right: str
+    wrong: str
+    tests: str
+
+
+REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tvaprune/run.py"
+RUNS = "tests/test_run.py"
+MUTATIONS = [
+    Mutation(
+        "the residual target without the factors",
+        REFIT,
+        "index_select(-1, kept).float() * scale - batch",
+        "index_select(-1, kept).float() - batch",
+        "tests/cut/test_refit.py",
+    ),
+    Mutation(
+        "the residual target with half the stream",
+        REFIT,
+        "* scale - batch.pruned",
+        "* scale - 0.5 * batch.pruned",
+        "tests/cut/test_refit.py",
+    ),
+    Mutation(
+        "lam chosen on its own calibration text",
+        "tvaprune/cut/ridge.py",
+        "own = Moments(held.inputs, outputs(held.cross, rows))",
+        "own = Moments(fit.inputs, outputs(fit.cross, rows))",
+        "tests/cut",
+    ),
+    Mutation(
+        "gate distillation with the KL reversed",
+        "tvaprune/choose/objective.py",
+        "distance = distillation_loss(student.logits, teacher, self.settings.distill_temp)",
+        "distance = distillation_loss(teacher, student.logits, self.settings.distill_temp)",
+        "tests/choose",
+    ),
+    Mutation(
+        "scoring while the target rises",
+        TRAINER,
+        "rising = self.state.global_step < self.settings.num_warmup_steps",
+        "rising = False",
+        "tests/choose/test_trainer.py",
+    ),
+    Mutation(
+        "scoring outside the band",
+        TRAINER,
+        "self.settings.target_sparsity) <= BAND:",
+        "self.settings.target_sparsity) <= 1.0:",
+        "tests/choose/test_trainer.py",
+    ),
+    Mutation(
+        "the multipliers' rate taken from the gates'",
+        TRAINER,
+        '"lr": self.settings.reg_learning_rate',
+        '"lr": self.settings.vib_learning_rate',
+        "tests/choose/test_trainer.py",
+    ),
+    Mutation(
+        "selection blocks from the training split",
+        RUN,
+        'return self.blocks("validation", self.args.data.block_size, CHOICE_SAMPLES)',
+        'return self.blocks("train", self.args.data.block_size, CHOICE_SAMPLES)',
+        RUNS,
+    ),
+    Mutation(
+        "the refit on validation",
+        RUN,
+        'return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)',
+        'return self.blocks("validation", self.args.data.block_size, self.args.prune.refit_samples)',
+        RUNS,
+    ),
+    Mutation(
+        "--eval_split ignored", RUN, "self.blocks(self.args.evaluation.eval_split, ", 'self.blocks("validation", ', RUNS
+    ),
+    Mutation(
+        "evaluation windows that follow the seed",
+        RUN,
+        'self.args.training.seed if split == "train" else 0',
+        "self.args.training.seed",
+        RUNS,
+    ),
+    Mutation(
+        "--refit_offload ignored",
+        "tvaprune/cut/narrow.py",
+        "if not run.args.prune.refit_offload:",
+        "if True:",
+        RUNS,
+    ),
+    Mutation(
+        "the speed-up upside down",
+        "tvaprune/measure/speed.py",
+        "per_batch=median(a / b for",
+        "per_batch=median(b / a for",
+        "tests/measure",
+    ),
+    Mutation(
+        "query heads grouped otherwise than their KV head",
+        "tvaprune/plan/edits.py",
+        "rows, means = {",
+        "queries = queries.flip(0)\n            rows, means = {",
+        "tests/plan/test_edits.py",
+    ),
+]
+
+
+def survives(mutation: Mutation) -> bool:
+    """Tells whether the tests pass although the mistake is there.
+
+    Raises:
+        ValueError: If what is to be changed does not stand in its file exactly once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        path = copy / mutation.path
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutation.right) != 1:
+            raise ValueError(f"{mutation.path} holds {mutation.right!r} {source.count(mutation.right)} times, not once")
+        path.write_text(source.replace(mutation.right, mutation.wrong), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise ValueError(f"{mutation.says}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 0
+
+
+def main() -> None:
+    """Tries every mutation and prints a line each; exit code 1 if one survives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="those whose words contain this")
+    args = parser.parse_args()
+    alive = 0
+    for mutation in MUTATIONS:
+        if args.only in mutation.says:
+            survived = survives(mutation)
+            alive += survived
+            print(f"{'SURVIVES' if survived else 'seen    '}  {mutation.says}  ({mutation.tests})", flush=True)
+    sys.exit(alive > 0)
+
+
+if __name__ == "__main__":
+    main()

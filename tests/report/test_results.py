@@ -1,0 +1,88 @@
+"""results.json is one dataclass: written whole, read back as it was, without NaN."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+from report.test_zero_shot_report import made, record_of, score
+
+from tvaprune.errors import InputError
+from tvaprune.measure.speed import SpeedUp
+from tvaprune.models.shape import shape_of
+from tvaprune.recover.training import Tuning
+from tvaprune.report.results import VERSION, Calibration, Parameters, Perplexities, Refit, Results
+
+
+@pytest.fixture
+def whole(make_model, tmp_path):
+    """Results of which every part is filled."""
+    results = made(
+        plan="p", calibration=Calibration("t", 8, 4, 1), split="test", window=8, num_windows=3,
+        shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
+        perplexity=Perplexities(4.0, 5.0, 4.5), speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
+        refit=Refit((0.0, 1.0), (0.5, 0.4), 1.0, {"q": 0.1, "k": None}, 4, 2, 1.5),
+        training_speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
+        finetune=Tuning("lora", True, 10, "live", 1.0, 2.0, 0.0, 1e-3, 4, 24, 1.0, 6, 6, None, 2.5, 2, 4.0, 0.0, 1e-6),
+    )  # fmt: skip
+    record = record_of(tmp_path, results)
+    record.add("a", "dense", score([1.0, 1.0]))
+    record.add("a", "pruned", score([1.0, 0.0]))
+    record.finish({"b": "some/data"})
+    return results
+
+
+def test_what_is_written_is_read_back_as_it_was(whole, tmp_path):
+    assert [entry.name for entry in fields(whole) if getattr(whole, entry.name) is None] == ["target_sparsity"]
+    assert Results.read(tmp_path) == whole
+    assert Results.read(tmp_path / "nowhere") is None
+    whole.perplexity.pruned = 6.0
+    assert Results.read(tmp_path) != whole  # control
+
+
+def test_a_part_that_no_stage_filled_is_left_out(tmp_path):
+    made().write(tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["version"] == VERSION and content["target_sparsity"] is None
+    assert {"perplexity", "refit", "finetune", "zero_shot", "plan"} & set(content) == set()
+    assert Results.read(tmp_path) == made()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_null(value, tmp_path):
+    made(perplexity=Perplexities(4.0, value)).write(tmp_path)
+    text = (tmp_path / "results.json").read_text()
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads(text, parse_constant=refuse)["perplexity"] == {"dense": 4.0, "pruned": None}
+    found = Results.read(tmp_path)
+    assert found.perplexity.dense == 4.0 and math.isnan(found.perplexity.pruned)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "{}", "null", '{"model": "m"}', '{"version": 99}', '{"no_such_part": 1}']
+)
+def test_a_file_of_another_kind_is_refused_in_one_line_and_kept(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match="cannot be read as results of version 1") as error:
+        Results.read(tmp_path)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_results_of_another_version_are_refused(tmp_path):
+    made(version=VERSION + 1).write(tmp_path)
+    with pytest.raises(InputError, match="--overwrite_output_dir to replace it"):
+        Results.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "n"}, {"mask": "j"}, {"plan": "p"}, {"weight_update": "none"}, {"widths": None},
+     {"calibration": Calibration("t", 8, 4, 1)}],
+)  # fmt: skip
+def test_results_of_another_model_are_told_apart(change):
+    assert made().differing(made(**change)) == list(change)
+    assert made().differing(made(seed=2, command="other", perplexity=Perplexities(1.0, 2.0))) == []  # control

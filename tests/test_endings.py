@@ -1,0 +1,120 @@
+"""How a command ends: a signal, a reader that leaves, a full disk."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors import SafetensorError
+from support import tiny
+
+from tvaprune import endings
+from tvaprune.cli import run_command
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_at_once(number, code, capsys):
+    def command():
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(number)
+    assert run_command(command) == code
+    assert "interrupted; --resume_from_checkpoint True goes on" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_in_a_training_a_signal_waits_for_the_next_step_also_where_an_exception_is_swallowed():
+    steps = []
+
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def command():
+        with endings.at_steps():
+            for step in range(5):
+                endings.check()
+                if step == 2:
+                    Swallows()
+                steps.append(step)
+
+    assert run_command(command) == 130
+    assert steps == [0, 1, 2]
+
+
+def test_a_second_signal_does_not_wait():
+    def command():
+        with endings.at_steps():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("went on")
+
+    assert run_command(command) == 143
+
+
+def test_a_signal_in_the_last_step_is_not_lost():
+    def command():
+        with endings.at_steps():
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    assert run_command(command) == 130
+
+
+SAYS = """
+import sys
+from tvaprune.cli import run_command
+def command():
+    for i in range(20000):
+        print("line", i)
+        print("line", i, file=sys.stderr)
+    open(sys.argv[1], "w").close()
+sys.exit(run_command(command))
+"""
+
+
+def test_a_reader_that_leaves_ends_nothing(tmp_path):
+    command = f"{sys.executable} -c '{SAYS}' {tmp_path}/done 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("line 0")
+    assert (tmp_path / "done").exists()
+
+
+def raised(kind, *args, cause=None):
+    try:
+        raise kind(*args) from cause
+    except kind as error:
+        return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (FULL, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (raised(RuntimeError, "while saving", cause=FULL), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_a_full_disk_is_one_line(error, is_full, capsys):
+    def command():
+        raise error
+
+    if not is_full:
+        with pytest.raises(type(error)):
+            run_command(command)
+        return
+    assert run_command(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no room on the disk" in line and "make room, and run again" in line

@@ -1,0 +1,83 @@
+"""Which text is fitted, selected on and reported: a test of every choice."""
+
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+import tvaprune.cut.narrow as narrowing
+from tvaprune.flags.arguments import Arguments
+from tvaprune.run import CHOICE_SAMPLES, Run
+
+
+@pytest.fixture
+def asked(make_model, monkeypatch):
+    """Returns a function: flags, what is asked of the run -> the split, size, number and seed of the blocks."""
+
+    def ask(flags, what):
+        seen = []
+
+        def blocks(tokenizer, name, split, size, count, seed, folder):
+            seen.append((split, size, count, seed))
+            return Dataset.from_dict({"input_ids": [[0]]})
+
+        monkeypatch.setattr("tvaprune.run.token_blocks", blocks)
+        common = ["--model_name_or_path", "x", "--block_size", "16", "--ctx_length", "32"]
+        what(Run(Arguments.parse([*common, *flags], "prune"), make_model(), None))
+        (one,) = seen
+        return one
+
+    return ask
+
+
+def test_gates_are_trained_and_units_scored_on_the_training_split_by_the_seed(asked):
+    assert asked(["--seed", "5"], lambda run: run.train_blocks(64)) == ("train", 16, 64, 5)
+    assert asked(["--max_train_samples", "7"], lambda run: run.train_blocks(64)) == ("train", 16, 7, 42)
+
+
+def test_the_refit_fits_the_training_split(asked):
+    assert asked(["--refit_samples", "9"], Run.refit_blocks) == ("train", 16, 9, 42)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_choices_are_made_on_validation_whatever_is_reported(split, asked):
+    flags = ["--eval_split", split, "--max_eval_samples", "3", "--seed", "5"]
+    assert asked(flags, Run.choice_blocks) == ("validation", 16, CHOICE_SAMPLES, 0)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_split_that_is_asked_for_is_reported_the_same_windows_whatever_the_seed(split, asked):
+    flags = ["--eval_split", split, "--max_eval_samples", "3"]
+    assert asked(flags, Run.windows) == (split, 32, 3, 0)
+    assert asked([*flags, "--seed", "5"], Run.windows) == (split, 32, 3, 0)
+
+
+@pytest.mark.parametrize(("offload", "moves"), [(True, ["cpu"]), (False, ["cpu", "the device"])])
+def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_model, full_plan, monkeypatch):
+    model, seen = make_model(), []
+    plan = full_plan(model)
+    monkeypatch.setattr(type(model), "device", "the device")
+
+    def move(module, device):
+        if module is model:
+            seen.append(device)
+        return module
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args):
+        raise Stopped
+
+    monkeypatch.setattr("torch.nn.Module.to", move)
+    monkeypatch.setattr(narrowing, "apply_plan", lambda copied, plan: copied)
+    monkeypatch.setattr(narrowing, "fold", lambda copied, plan: copied)
+    monkeypatch.setattr(narrowing, "refit", stop)
+    flags = SimpleNamespace(
+        prune=SimpleNamespace(weight_update="refit", refit_offload=offload),
+        training=SimpleNamespace(per_device_eval_batch_size=1),
+    )
+    run = SimpleNamespace(args=flags, model=model, refit_blocks=list, choice_blocks=list)
+    with pytest.raises(Stopped):
+        narrowing.narrow(run, plan, keep_dense=False)
+    assert seen == moves

@@ -1,0 +1,140 @@
+"""Checkpoints of `transformers.Trainer`, of gates and of fine-tuning alike.
+
+One is marked before anything else is in it and told what it belongs to when all else is: what lacks the mark is another
+tool's and stays, what lacks the identity, or a file, is half a checkpoint and does not count.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from tvaprune import endings
+from tvaprune.errors import InputError
+from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark
+from tvaprune.identity import IDENTITY_NAME, Identity, write_identity
+
+_NEEDED = (IDENTITY_NAME, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # without one, another result
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_RANDOM = ("rng_state.pth", "rng_state_0.pth")  # of one process, of several
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Returns all ``checkpoint-*`` of a folder, whosesoever, by their step."""
+    found = (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit())
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """Returns those that this tool wrote, whole or half."""
+    return [path for path in checkpoints_in(folder) if is_ours(path) or (path / IDENTITY_NAME).is_file()]
+
+
+def missing_in(checkpoint: Path) -> list[str]:
+    """Returns what a checkpoint lacks to be gone on from."""
+    missing = [name for name in _NEEDED if not (checkpoint / name).is_file()]
+    missing += [group[0] for group in (_WEIGHTS, _RANDOM) if not any((checkpoint / name).is_file() for name in group)]
+    return missing
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises `InputError` if a checkpoint lacks a file: Trainer would go on without it, to another result."""
+    missing = missing_in(checkpoint)
+    if missing:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: holds no {missing[0]}; give a whole checkpoint-* folder of such a "
+            "run, saved without --save_only_model"
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the last whole checkpoint of an output folder; says which later ones are not whole."""
+    for path in reversed(checkpoints_in(folder)):
+        missing = missing_in(path)
+        if not missing:
+            return path
+        print(f"note: {path} is half a checkpoint (no {missing[0]}) and does not count")
+    return None
+
+
+def check_ours(folder: Path) -> None:
+    """Raises `InputError` if checkpoints of another tool lie in an output folder: Trainer would rotate them away."""
+    own = own_checkpoints(folder)
+    for path in checkpoints_in(folder):
+        if any(path.iterdir()) and path not in own:
+            raise InputError(
+                f"--output_dir {folder}: {path.name} is not of this tool (no {MARK_NAME} in it); move it away, or give "
+                "another folder"
+            )
+
+
+class CheckpointedTrainer(Trainer):
+    """A `Trainer` whose checkpoints count only when whole, and which ends between two steps when asked to.
+
+    Args:
+        identity: What its checkpoints belong to.
+    """
+
+    def __init__(self, *args: Any, identity: Identity, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.identity = identity
+        self._resumed: str | None = None
+        self.add_callback(_AtSteps())
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Trains; an earlier run's checkpoints, or halves that this one left, go when all else is built."""
+        self._resumed = resume_from_checkpoint
+        with endings.at_steps():
+            return super().train(resume_from_checkpoint, *args, **options)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if not self.args.should_save:
+            super()._save_checkpoint(model, trial)
+            return
+        discard(folder)
+        with first_folder(folder) as marked:
+            mark(marked)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        write_identity(folder, self.identity)
+        self._rotate(folder.parent, limit)
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint where it lies now: its path in the state may be of a folder that was moved."""
+        name = Path(str(self.state.best_model_checkpoint)).name
+        places = [Path(str(self.args.output_dir)) / name, Path(str(self._resumed)).parent / name]
+        found = [path for path in places if path.is_dir()]
+        if not found:
+            raise InputError(
+                f"--load_best_model_at_end: the best checkpoint, {name}, is no longer in {self.args.output_dir}; train "
+                "again, or give --load_best_model_at_end False"
+            )
+        self.state.best_model_checkpoint = str(found[0])
+        super()._load_best_model()
+
+    def _rotate(self, folder: Path, limit: int | None) -> None:
+        """Removes the oldest checkpoints of this tool beyond a limit, not the best one."""
+        best = Path(self.state.best_model_checkpoint or "").name
+        own = own_checkpoints(folder)
+        spare = [path for path in own[:-1] if path.name != best]
+        surplus = len(own) - limit if limit else 0
+        for path in spare[: max(0, surplus)]:
+            discard(path)
+
+
+class _AtSteps(TrainerCallback):
+    """Clears old checkpoints when training begins; looks at the signals before each step, when the last is saved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.should_save:
+            return
+        for path in own_checkpoints(Path(str(args.output_dir))):
+            if state.global_step == 0 or missing_in(path):  # else it goes on
+                discard(path)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        endings.check()

@@ -1,0 +1,122 @@
+"""How a command may end early, or must not: signals, a reader that leaves, a full disk.
+
+Python raises `KeyboardInterrupt` wherever it is, and what is raised in a destructor's callback is lost: so a signal is
+noted, and looked at before every step of a training; elsewhere, where nothing is half done, it ends the command.
+"""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TextIO, cast
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same in the words of safetensors and of torch's own writer, which carry no number.
+_FULL_WORDS = ("os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed writing", "unexpected pos")
+_asked: list[int] = []  # the signals that came
+_waiting: list[bool] = []  # whether they wait for the next step
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user, or the machine, asked the command to end.
+
+    Attributes:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Turns both signals into `Interrupted` within."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        _asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def at_steps() -> Iterator[None]:
+    """Lets signals within wait for the next `check`; a second one does not wait."""
+    _waiting.append(True)
+    try:
+        yield
+        check()
+    finally:
+        _waiting.pop()
+
+
+def check() -> None:
+    """Raises `Interrupted` if a signal came: call it where nothing is half done."""
+    if _asked:
+        raise Interrupted(_asked[0])
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _asked.append(number)
+    if not _waiting or len(_asked) > 1:
+        raise Interrupted(number)
+
+
+@contextmanager
+def unclosed() -> Iterator[None]:
+    """Lets the output's reader leave, as `head -1` does: what is written after that goes nowhere, and nothing ends."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Unclosed(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Unclosed:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Returns a line if an error means that there is no room on the disk; None if it means something else."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for one in chain:
+        if getattr(one, "errno", None) in _FULL or any(word in str(one) for word in _FULL_WORDS):
+            return f"there is no room on the disk ({' '.join(str(one).split())[:200]}); make room, and run again"
+    return None

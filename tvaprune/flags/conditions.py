@@ -1,0 +1,75 @@
+"""Flags that act only beside another one's value, as data: given where they would do nothing, they are refused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from tvaprune.errors import InputError
+from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.settings import DistillSettings
+from tvaprune.flags.verbs import VERBS
+
+_GATES = (
+    "vib_learning_rate", "reg_learning_rate", "kl_factor", "att_mul", "inter_mul", "emb_mult",
+    "lagrangian_warmup_epochs", "beta", "beta_start", "settle_share", "gate_noise", "gate_ce_weight",
+    "initial_log_variance", *(entry.name for entry in fields(DistillSettings)),
+)  # fmt: skip
+# What fits the machine or the screen may stand in a command line or a recipe for all methods alike.
+_ANYWHERE = ("per_device_train_batch_size", "disable_tqdm", "log_level", "report_to", "run_name")
+_TRAINED = tuple(name for name in VERBS["prune"].training if name not in _ANYWHERE)
+_DISTILLED = (
+    "distill_temp", "gate_ce_weight", "distill_ce_loss_alpha", "distill_hidden_alpha", "teacher_cache", "teacher_top_k",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What some flags need in order to do anything.
+
+    Attributes:
+        flags: Their names.
+        words: What would leave them idle.
+        holds: Whether they act.
+        verbs: Where that is asked.
+    """
+
+    flags: tuple[str, ...]
+    words: str
+    holds: Callable[[Arguments], bool]
+    verbs: tuple[str, ...] = ("prune", "apply", "finetune")
+
+
+CONDITIONS = (
+    Condition((*_GATES, *_TRAINED), "without --prune_method vib, as the others score units in one shot",
+              lambda args: args.prune.prune_method == "vib", ("prune",)),
+    Condition(_DISTILLED, "without --distill True", lambda args: args.distill.distill),
+    Condition(("teacher_top_k",), "without --teacher_cache", lambda args: args.finetune.teacher_cache is not None),
+    Condition(("lora_r", "lora_alpha_ratio", "lora_dropout", "train_lm_head"), "beside --full_ft True",
+              lambda args: not args.finetune.full_ft),
+    Condition(("early_stopping_patience",), "beside --eval_strategy no: it counts evaluations",
+              lambda args: args.training.eval_strategy != "no"),
+    Condition(("refit_offload",), "without --weight_update refit", lambda args: args.prune.weight_update == "refit"),
+    Condition(("zero_eval_tasks", "num_fewshot", "zero_eval_limit", "compare_dense", "write_out"),
+              "without --do_zero_eval True", lambda args: args.evaluation.do_zero_eval),
+    Condition(("fp16",), "without a GPU, where --bf16 may serve",
+              lambda args: args.training.device.type != "cpu"),
+    Condition(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+              "without --activation_checkpointing True",
+              lambda args: bool(args.training.activation_checkpointing or args.training.gradient_checkpointing)),
+    Condition(("dataloader_prefetch_factor", "dataloader_persistent_workers"), "without --dataloader_num_workers",
+              lambda args: args.training.dataloader_num_workers > 0),
+)  # fmt: skip
+
+
+def parse(verb: str, arguments: list[str]) -> Arguments:
+    """Returns the flags of a verb's command line, each in its range and with something to do.
+
+    Raises:
+        InputError: If a value cannot be used, or a flag that was given would do nothing.
+    """
+    args = Arguments.parse(arguments, verb)
+    for condition in CONDITIONS:
+        given = [name for name in condition.flags if str(args.recipe.get(name, False)).lower() != "false"]
+        if verb in condition.verbs and given and not condition.holds(args):
+            names = " and ".join(f"--{name}" for name in given)
+            raise InputError(f"{names} would do nothing {condition.words}; leave it out")
+    return args

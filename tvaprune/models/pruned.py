@@ -1,0 +1,80 @@
+"""The config and class of a model at given widths: stock where its layers are alike, else its family's pruned one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tvaprune.models.auto_classes import auto_map
+from tvaprune.models.families import PREFIX, base_type
+
+PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def config_of_widths(
+    source: PretrainedConfig,
+    hidden_size: int,
+    head_dim: int,
+    heads: Sequence[int],
+    channels: Sequence[int],
+    group_size: int,
+) -> PretrainedConfig:
+    """Returns the config of a model with these KV heads and MLP channels per layer, stock where all are equal.
+
+    The globals hold the largest width, the overrides what differs from it: an engine that reads the globals alone gives
+    each layer enough room.
+
+    Args:
+        source: The config of the model that it is cut from: all that is no width.
+    """
+    values = source.to_dict()
+    for key in ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version"):
+        values.pop(key, None)
+    rows = [dict(zip(PER_LAYER, (k * group_size, k, f), strict=True)) for k, f in zip(heads, channels, strict=True)]
+    widest = {key: max(row[key] for row in rows) for key in PER_LAYER}
+    values |= widest | {"hidden_size": hidden_size, "head_dim": head_dim}
+    model_type = base_type(source)
+    if all(row == widest for row in rows):
+        model_type = _stock_type(model_type, values)
+    else:
+        model_type = PREFIX + model_type
+        differing = {i: {k: v for k, v in row.items() if v != widest[k]} for i, row in enumerate(rows)}
+        values["per_layer_config"] = {str(i): row for i, row in differing.items() if row}
+    if model_type.startswith(PREFIX):
+        values["auto_map"] = auto_map(base_type(source))
+    return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def _stock_type(model_type: str, values: dict[str, Any]) -> str:
+    """Returns the stock type of uniform widths.
+
+    transformers 5 refuses a Llama config whose hidden width is no multiple of its heads, even with ``head_dim`` given.
+    Mistral's takes it: without a window and without biases the two are one model, down to the names of the weights.
+    """
+    if model_type != "llama" or values["hidden_size"] % values["num_attention_heads"] == 0:
+        return model_type
+    if values.get("attention_bias") or values.get("mlp_bias"):
+        return PREFIX + model_type
+    values["sliding_window"] = None
+    return "mistral"
+
+
+def empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model without weights: they are on the meta device, what its class computes itself is real.
+
+    Args:
+        like: The model that its device, precision, attention and generation settings are those of.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=like.dtype, attn_implementation=like.config._attn_implementation, trust_remote_code=False
+        )
+    for module in list(model.modules()):
+        names = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]
+        for name in names:  # NaN: what the class forgets to compute is heard
+            setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=like.device))
+        if names:
+            model._init_weights(module)  # rotary frequencies and the like; weights on meta stay there
+    model.generation_config = like.generation_config
+    return model.train(like.training)

@@ -1,0 +1,118 @@
+"""The sizes that pruning counts with, read from a model's config, layer by layer: a pruned model has them too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvaprune.errors import InputError
+from tvaprune.models.families import family_of
+from tvaprune.models.modeling_pruned import layer_config
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model, stock or pruned.
+
+    Attributes:
+        num_key_value_heads: Per layer; 0: the layer has no attention.
+        group_size: Query heads per KV head.
+        intermediate_size: MLP channels per layer; 0: the layer has no MLP.
+        qkv_bias: Whether q, k and v carry biases; so the other biases.
+        head_norm: Whether q and k are normalised per head.
+        gated_mlp: Whether the MLP has a gate beside its up projection.
+        layer_norms: Norms of each layer that are ``hidden_size`` wide; none told: two.
+    """
+
+    hidden_size: int
+    num_key_value_heads: tuple[int, ...]
+    group_size: int
+    head_dim: int
+    intermediate_size: tuple[int, ...]
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norm: bool = False
+    gated_mlp: bool = True
+    layer_norms: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layer_norms:
+            object.__setattr__(self, "layer_norms", (2,) * self.num_hidden_layers)
+
+    @classmethod
+    def uniform(
+        cls,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        vocab_size: int,
+        **rest: Any,
+    ) -> "ModelShape":
+        """Returns the sizes of a model whose layers are all alike, in the words of a stock config."""
+        heads, channels = (num_key_value_heads,) * num_hidden_layers, (intermediate_size,) * num_hidden_layers
+        group_size = num_attention_heads // num_key_value_heads
+        return cls(hidden_size, heads, group_size, head_dim, channels, vocab_size, **rest)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of layers."""
+        return len(self.num_key_value_heads)
+
+
+def in_words(per_layer: Sequence[int]) -> str:
+    """Returns sizes of layers for a table: one number where they are all alike."""
+    return " ".join(map(str, per_layer if len(set(per_layer)) > 1 else per_layer[:1]))
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Reads the sizes from a transformers config.
+
+    Raises:
+        InputError: If the family is not supported or the sizes do not fit one another.
+    """
+    family = family_of(config)
+    layers = [layer_config(config, index) for index in range(config.num_hidden_layers)]
+    heads = [_kv_heads(layer) for layer in layers]
+    groups = {layer.num_attention_heads // count for layer, count in zip(layers, heads, strict=True) if count}
+    if len(groups) != 1:
+        raise InputError(f"the layers have {sorted(groups)} query heads per KV head, one number is needed: mend config")
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    channels = tuple(layer.intermediate_size for layer in layers)
+    attention_norms, mlp_norms = (
+        2 - norms.count(None)
+        for norms in ((family.attention_norm, family.attention_post_norm), (family.mlp_norm, family.mlp_post_norm))
+    )
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        num_key_value_heads=tuple(heads),
+        group_size=groups.pop(),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // layers[0].num_attention_heads,
+        intermediate_size=channels,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=family.has_qkv_bias or attention_bias,
+        output_bias=attention_bias and not family.has_qkv_bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        head_norm=family.has_head_norm,
+        gated_mlp=family.gate is not None,
+        layer_norms=tuple(
+            attention_norms * (k > 0) + mlp_norms * (c > 0) for k, c in zip(heads, channels, strict=True)
+        ),
+    )
+
+
+def _kv_heads(layer: Any) -> int:
+    """Returns the KV heads of a layer's config: as many as query heads where it tells none."""
+    heads: int = layer.num_attention_heads
+    count: int | None = getattr(layer, "num_key_value_heads", None)
+    kv_heads = heads if count is None else count
+    if kv_heads and heads % kv_heads:
+        raise InputError(
+            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: mend config"
+        )
+    return kv_heads

@@ -1,0 +1,34 @@
+"""The folders of a fine-tuning: what may be used, and what is gone on from."""
+
+from pathlib import Path
+
+from tvaprune.errors import InputError
+from tvaprune.files import check_output, holds_files, prepare_folder
+from tvaprune.flags.arguments import Arguments
+from tvaprune.run import check_save, given_checkpoint, goes_on
+
+
+def found_checkpoint(args: Arguments) -> Path | None:
+    """Returns the checkpoint to go on from, if any; without one, only an interrupted run's folder begins anew.
+
+    Raises:
+        InputError: If ``--resume_from_checkpoint`` names none, in a folder of something else.
+    """
+    nothing = not holds_files(args.output_dir)
+    begun = (args.save_loc / "plan.json").is_file() and not (args.save_loc / "results.json").exists()
+    may_be_none = nothing or begun or args.training.overwrite_output_dir
+    found = given_checkpoint(args, may_be_none)
+    return None if found is None else Path(found)
+
+
+def prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
+    """Refuses folders that are in use, before any work."""
+    overwrite = args.training.overwrite_output_dir
+    if checkpoint is None:
+        check_save(args)
+    for name in ("adapter", "merged", "pruned"):
+        check_output("output_dir", args.output_dir / name, overwrite=True)
+    prepare_folder("output_dir", args.output_dir, overwrite or goes_on(args))
+    prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    if (args.save_loc / "results.json").exists() and not (overwrite or checkpoint):
+        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")

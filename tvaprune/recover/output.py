@@ -1,0 +1,59 @@
+"""What a fine-tuning leaves: the adapter and the merged model, written, and read again."""
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from tvaprune.checkpoint.card import adapter_card, model_card
+from tvaprune.checkpoint.folder import write_checkpoint
+from tvaprune.files import discard, new_folder
+from tvaprune.recover.job import Job
+from tvaprune.recover.lora import load_adapter, merge, save_adapter
+
+COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
+
+
+def write_adapter(job: Job, student: Any, record: dict[str, Any]) -> PreTrainedModel:
+    """Writes the adapter and merges it, in place; where all weights were trained there is none to write.
+
+    Args:
+        record: The content of the results so far, for the card.
+    """
+    if job.lora is None:
+        whole: PreTrainedModel = student
+        return whole
+    with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
+        save_adapter(student, folder, job.identity)
+        card = adapter_card(job.plan, record, "adapter", str(job.pruned_folder))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    merged: PreTrainedModel = merge(student)
+    return merged
+
+
+def write_merged(job: Job, merged: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Writes the merged model as an ordinary checkpoint."""
+    config = copy.deepcopy(merged.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
+    with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
+        write_checkpoint(merged, config, job.run.tokenizer, folder)
+        (folder / "README.md").write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")
+    if job.lora is None:  # an earlier run's, which fits this one's pruned model no more
+        discard(job.output / "adapter")
+
+
+def read_again(job: Job) -> float | None:
+    """Returns the largest difference in logits of adapter and merged model as they stand on disk."""
+    if job.lora is None:
+        return None
+    tuned = load_adapter(job.load_pruned(), job.output / "adapter", job.identity)
+    return _difference(tuned, job.load_merged(), job.windows)
+
+
+@torch.inference_mode()
+def _difference(first: Any, second: Any, windows: Dataset) -> float:
+    ids = windows[:COMPARED_WINDOWS]["input_ids"].to(next(first.parameters()).device)
+    own, other = (model(input_ids=ids, use_cache=False).logits.float() for model in (first, second))
+    return float((own - other).abs().max())

@@ -1,0 +1,80 @@
+"""What the stages share: measure, score, write, tell."""
+
+from pathlib import Path
+
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from tvaprune.files import write_text
+from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.recipes import RECIPE_NAME
+from tvaprune.measure.perplexity import perplexity, windows_per_pass
+from tvaprune.measure.speed import speed_up
+from tvaprune.measure.zeroshot import ZeroShot
+from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.report import plots, tables
+from tvaprune.report.results import Parameters, Perplexities, Results, ScoringRun
+from tvaprune.report.zero_shot import DENSE, ZeroShotRecord
+from tvaprune.run import Run
+
+
+def write_plan(plan: KeepPlan, folder: Path) -> None:
+    """Writes the decision down, before anything is cut: the plan as JSON, its widths as a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / "plan.json")
+    plots.plot_widths(plan, folder / "widths.png")
+
+
+def measure(
+    run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Dataset, dense: float, results: Results
+) -> None:
+    """Measures the pruned model, and its speed beside the dense one's.
+
+    Args:
+        dense: The dense model's perplexity on the same windows.
+        results: What is measured goes in there.
+    """
+    evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
+    text = run.evaluation_text(windows)
+    results.protocol, results.split, results.window, results.num_windows = (
+        text,
+        text.split,
+        text.window,
+        text.num_windows,
+    )
+    results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
+    results.parameters = Parameters(dense_parameters(plan.shape), plan.num_parameters)
+    results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
+    if evaluation.speed_batches:
+        timed = windows_per_pass(windows, batch_size)
+        results.speed_up = speed_up(run.model, pruned, windows, timed, evaluation.speed_batches)
+
+
+def write_recipe(args: Arguments) -> None:
+    """Writes the flags that repeat the run: ``tvaprune VERB --config recipe.yaml``."""
+    write_text(yaml.safe_dump(args.recipe, sort_keys=False), args.save_loc / RECIPE_NAME)
+
+
+def tell(args: Arguments, results: Results) -> None:
+    """Writes the results of one measurement and prints the closing table."""
+    results.write(args.save_loc)
+    write_recipe(args)
+    written = " ".join(sorted(path.name for path in args.save_loc.glob("[!.]*") if path.is_file()))
+    rows = [*tables.summary_rows(results), tables.origin(results), (f"in {args.save_loc}", written)]
+    print("\n" + tables.table(rows))
+
+
+def zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], results: Results) -> None:
+    """Scores the models at hand on the tasks, each result written as it comes, and prints the table."""
+    if tasks is None:
+        return
+    wanted = {name: model for name, model in models.items() if name != DENSE or run.args.evaluation.compare_dense}
+    made = run.record()
+    scored_by = ScoringRun(made["seed"], made["hardware"], made["versions"], made["command"])
+    record = ZeroShotRecord(results, run.args.save_loc, run.args.evaluation.write_out, scored_by)
+    write_recipe(run.args)
+    missing = tasks.run(wanted, run.tokenizer, record.add, run.args.data.ctx_length)
+    print("\n" + record.finish(missing))
+    print(f"results: {run.args.save_loc}/")

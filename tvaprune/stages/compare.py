@@ -1,0 +1,35 @@
+"""All methods on one model or more -> a cell for each of the grid -> table, picture and JSON."""
+
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from tvaprune.files import prepare_folder
+from tvaprune.flags.arguments import parse_comparison
+from tvaprune.flags.settings import CompareSettings
+from tvaprune.study.cells import Measurement
+from tvaprune.study.grid import Grid
+from tvaprune.study.report import write_report
+
+
+def main(arguments: list[str]) -> Path:
+    """Parses the flags and compares."""
+    return run_compare(parse_comparison(arguments))
+
+
+def run_compare(settings: CompareSettings) -> Path:
+    """Measures what is missing of the grid, then writes the table and the picture; returns their folder."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    output = Path(settings.output)
+    prepare_folder("output", output, may_hold_files=True)
+    grids = [Grid(settings, model) for model in settings.models]
+    with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
+        for grid in grids:
+            if grid.missing:
+                Measurement(grid).run(progress)
+    write_report([content for grid in grids for content in grid.contents()], output)
+    print((output / "compare.md").read_text(encoding="utf-8"))
+    print(f"in {output}: compare.json compare.md compare.png")
+    return output
