@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from report.test_zero_shot_report import record_of
 from support.byte_tokenizer import byte_tokenizer
 from support.hub_rows import REPOSITORIES, ROWS, write_hub_copy
 
@@ -15,7 +16,6 @@ from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.widths import WidthRules
-from tvaprune.report import zero_shot as zero_report
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_crash_in_a_later_task_keeps_the_earlier_results(tmp_path, tokenizer, 
     write_hub_copy(tmp_path, "piqa")
     broken = ROWS["winogrande"](1) | {"sentence": "Nothing to fill in."}
     write_hub_copy(tmp_path, "winogrande", [ROWS["winogrande"](0), broken])
-    record = zero_report.ZeroShotRecord(tmp_path, {"model": "m"}, write_out=False)
+    record = record_of(tmp_path)
     with pytest.raises(ValueError, match="substring not found"):
         ZeroShot(["piqa", "winogrande"], tmp_path).run({"pruned": pruned}, tokenizer, record.add)
     tasks = json.loads((tmp_path / "results.json").read_text())["zero_shot"]["tasks"]

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten, wrap
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -100,7 +100,7 @@ class _Parser(HfArgumentParser):
             if action.type is string_to_bool and action.nargs is None:  # transformers' way where the default is None
                 action.nargs, action.const = "?", True
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
 

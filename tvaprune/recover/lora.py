@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity, check_identity, write_identity
+
+Student = PreTrainedModel | PeftModel  # with LoRA, or trained whole
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,26 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.files import discard, new_folder
 from tvaprune.recover.job import Job
-from tvaprune.recover.lora import load_adapter, merge, save_adapter
+from tvaprune.recover.lora import Student, load_adapter, merge, save_adapter
 
 COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
 
 
-def write_adapter(job: Job, student: Any, record: dict[str, Any]) -> PreTrainedModel:
+def write_adapter(job: Job, student: Student, record: dict[str, Any]) -> PreTrainedModel:
     """Writes the adapter and merges it, in place; where all weights were trained there is none to write.
 
     Args:
         record: The content of the results so far, for the card.
     """
-    if job.lora is None:
-        whole: PreTrainedModel = student
-        return whole
+    if not isinstance(student, PeftModel):
+        return student
     with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
         save_adapter(student, folder, job.identity)
         card = adapter_card(job.plan, record, "adapter", str(job.pruned_folder))
@@ -53,7 +53,7 @@ def read_again(job: Job) -> float | None:
 
 
 @torch.inference_mode()
-def _difference(first: Any, second: Any, windows: Dataset) -> float:
+def _difference(first: Student, second: Student, windows: Dataset) -> float:
     ids = windows[:COMPARED_WINDOWS]["input_ids"].to(next(first.parameters()).device)
     own, other = (model(input_ids=ids, use_cache=False).logits.float() for model in (first, second))
     return float((own - other).abs().max())

@@ -2,14 +2,13 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
 from tvaprune.measure.speed import SpeedUp, training_speed_up
 from tvaprune.recover.job import Job
-from tvaprune.recover.lora import add_lora, trainable
+from tvaprune.recover.lora import Student, add_lora, trainable
 from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, Teacher, cache_teacher
 from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 
@@ -55,13 +54,13 @@ def write_teacher_cache(job: Job) -> None:
         job.teacher_cache = cache_teacher(folder, job.run.model, job.train_blocks, k, temperature, batch_size)
 
 
-def prepare_student(job: Job, pruned: PreTrainedModel) -> Any:
+def prepare_student(job: Job, pruned: PreTrainedModel) -> Student:
     """Returns the model with what is trained of it: all, or LoRA, whose start is drawn."""
     set_seed(job.run.args.training.seed)
     return pruned.requires_grad_(True) if job.lora is None else add_lora(pruned, job.lora)
 
 
-def training_speed(job: Job, student: Any) -> SpeedUp | None:
+def training_speed(job: Job, student: Student) -> SpeedUp | None:
     """Times a training step beside that of the dense model, trained in the same way; None: not asked, or no memory."""
     args = job.run.args
     if not args.evaluation.speed_batches:
@@ -74,7 +73,7 @@ def training_speed(job: Job, student: Any) -> SpeedUp | None:
         return None
 
 
-def train(job: Job, student: Any) -> tuple[Tuning, list[dict[str, float]]]:
+def train(job: Job, student: Student) -> tuple[Tuning, list[dict[str, float]]]:
     """Trains the student in place; returns what is to be told of it, and its log."""
     args = job.run.args
     weights = LossWeights(args.finetune.distill_ce_loss_alpha, args.finetune.distill_hidden_alpha)

@@ -19,6 +19,7 @@ from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job
+from tvaprune.recover.lora import Student
 from tvaprune.recover.output import read_again, write_adapter, write_merged
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
@@ -86,7 +87,7 @@ def _written_pruned(job: Job, results: Results) -> dict[str, Any]:
     return update
 
 
-def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Any:
+def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
     """Trains, and returns the trained model, its log drawn and written."""
     student, folder = prepare_student(job, pruned), job.run.args.save_loc
     results.training_speed_up = training_speed(job, student)
@@ -97,7 +98,7 @@ def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Any:
     return student
 
 
-def _written(job: Job, student: Any, results: Results) -> None:
+def _written(job: Job, student: Student, results: Results) -> None:
     """Writes the adapter, merges it (in place), measures the merged model and writes that."""
     merged = write_adapter(job, student, results.content())
     batch_size = job.run.args.training.per_device_eval_batch_size
