@@ -103,6 +103,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
         (raised(RuntimeError, "while saving", cause=FULL), True),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
         (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
         (OSError(errno.EACCES, "Permission denied"), False),
         (RuntimeError("size mismatch"), False),
     ],

@@ -17,7 +17,10 @@ from typing import Any, TextIO, cast
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same in the words of safetensors and of torch's own writer, which carry no number.
-_FULL_WORDS = ("os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed writing", "unexpected pos")
+_FULL_WORDS = (
+    "os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed writing", "unexpected pos",
+    "basic_ios::clear: iostream error",
+)  # fmt: skip
 _asked: list[int] = []  # the signals that came
 _waiting: list[bool] = []  # whether they wait for the next step
 

@@ -1,7 +1,9 @@
 """LoRA and full fine-tuning on tiny models: the loss, what is saved, what goes on, what is refused."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from contextlib import suppress
 from types import SimpleNamespace
@@ -311,6 +313,16 @@ def test_an_interrupted_cache_leaves_nothing(make_model, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(tmp_path / "cache", model, blocks(), 4, 1.0, batch_size=4)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_is_written(make_model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="--teacher_cache .*: cannot be written .*No space left on device"):
+        cache_teacher(tmp_path / "cache", make_model(), blocks(), 4, 1.0)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
