@@ -85,7 +85,10 @@ class CheckpointedTrainer(Trainer):
         """Trains; an earlier run's checkpoints, or halves that this one left, go when all else is built."""
         self._resumed = resume_from_checkpoint
         with endings.at_steps():
-            return super().train(resume_from_checkpoint, *args, **options)
+            result = super().train(resume_from_checkpoint, *args, **options)
+        if self.args.should_save:  # also where a kill came between the last checkpoint and this
+            self._rotate(Path(str(self.args.output_dir)), self.args.save_total_limit)
+        return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
