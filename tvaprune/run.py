@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import check_apart, check_output, write_json
+from tvaprune.files import check_apart, check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.identity import Identity, blocks_digest, content, model_digest
@@ -24,7 +24,7 @@ from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.load import load_config, load_model
-from tvaprune.models.shape import ModelShape, shape_of
+from tvaprune.models.shape import ModelShape, in_words, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
@@ -250,7 +250,7 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
         kept = KeepPlan.load(Path(plan))
         other = [name for name, size in vars(shape).items() if getattr(kept.shape, name) != size]
         if other:
-            told = ", ".join(f"{name} {getattr(kept.shape, name)} for {getattr(shape, name)}" for name in other)
+            told = ", ".join(f"{name} {_told(kept.shape, name)} for {_told(shape, name)}" for name in other)
             raise InputError(f"--plan {plan}: is of another model ({told}); give the plan of this model")
         return kept
     assert path is not None
@@ -258,6 +258,11 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
     recorded_flags(path)  # a damaged one ends the command here
     masks.check_fits(shape, f"--mask_loc {path}")
     return masks
+
+
+def _told(shape: ModelShape, name: str) -> str:
+    size = getattr(shape, name)
+    return in_words(size) if isinstance(size, tuple) else str(size)
 
 
 def goes_on(args: Arguments) -> bool:
@@ -289,14 +294,14 @@ def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
             f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
         )
     check_whole(Path(found))
-    _settle_best(Path(found), args.output_dir)
+    _check_best(Path(found), args.output_dir)
     return str(found)
 
 
-def _settle_best(checkpoint: Path, output_dir: Path) -> None:
-    """Has a checkpoint name the run's own best: the Trainer would take its weights from wherever that says.
+def _check_best(checkpoint: Path, output_dir: Path) -> None:
+    """Refuses a checkpoint whose best is another run's: weights would come from wherever that says.
 
-    In a run that was moved it is the one of that name beside the checkpoint.
+    In a run that was moved the best is the one of that name beside the checkpoint, as `CheckpointedTrainer` finds it.
     """
     path = checkpoint / TRAINER_STATE_NAME
     if not path.is_file():
@@ -315,7 +320,6 @@ def _settle_best(checkpoint: Path, output_dir: Path) -> None:
             f"{path}: its best_model_checkpoint is {quoted(best)}, outside --output_dir {output_dir}: go on in the "
             "folder that the run began in, or begin anew"
         )
-    write_json(state | {"best_model_checkpoint": str(beside)}, path)
 
 
 def check_training(args: Arguments) -> None:

@@ -12,6 +12,7 @@ from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import shape_of
 from tvaprune.recover.training import Tuning
 from tvaprune.report.results import VERSION, Calibration, Parameters, Perplexities, Refit, Results
+from tvaprune.text.protocols import EvaluationText
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def whole(make_model, tmp_path):
     """Results of which every part is filled."""
     results = made(
         plan="p", calibration=Calibration("t", 8, 4, 1), split="test", window=8, num_windows=3,
+        protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5), speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
         refit=Refit((0.0, 1.0), (0.5, 0.4), 1.0, {"q": 0.1, "k": None}, 4, 2, 1.5),
@@ -80,7 +82,7 @@ def test_results_of_another_version_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "n"}, {"mask": "j"}, {"plan": "p"}, {"weight_update": "none"}, {"widths": None},
+    [{"model": "n"}, {"model_digest": "e"}, {"mask": "j"}, {"plan": "p"}, {"weight_update": "none"}, {"widths": None},
      {"calibration": Calibration("t", 8, 4, 1)}],
 )  # fmt: skip
 def test_results_of_another_model_are_told_apart(change):

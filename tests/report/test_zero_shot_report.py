@@ -12,9 +12,9 @@ WIDTHS = KeptWidths(8, [1], [4], 0.5, 100, 4)
 
 def made(**change):
     """The results of a run before anything is measured."""
-    first = {"model": "m", "prune_method": "vib", "dataset_name": "t", "block_size": 8, "target_sparsity": None,
-             "seed": 1, "hardware": "none", "versions": {}, "command": "c", "mask": "k", "weight_update": "fold",
-             "widths": WIDTHS}  # fmt: skip
+    first = {"model": "m", "model_digest": "d", "prune_method": "vib", "dataset_name": "t", "block_size": 8,
+             "target_sparsity": None, "seed": 1, "hardware": "none", "versions": {}, "command": "c", "mask": "k",
+             "weight_update": "fold", "widths": WIDTHS}  # fmt: skip
     return Results(**first | change)
 
 

@@ -314,24 +314,12 @@ def test_the_best_checkpoint_is_one_of_the_run(best, folder, tmp_path, monkeypat
         refused(ended, "--dataset_name")
     else:
         refused(ended, f"its best_model_checkpoint is {named!r}, outside --output_dir {output}")
-        state.write_text(json.dumps({"best_model_checkpoint": "/gone/out/checkpoint-1", "epoch": 1.5}))
-        refused(
-            run(
-                "prune",
-                "--model_name_or_path",
-                folder,
-                "--output_dir",
-                output,
-                "--use_cpu",
-                "--resume_from_checkpoint",
-                "True",
-                "--dataset_name",
-                tmp_path / "no.txt",
-            ),
-            "--dataset_name",
-        )
-        moved = {"best_model_checkpoint": str(output / "checkpoint-1"), "epoch": 1.5}
-        assert tiny.read_json(state) == moved  # a run that was moved goes on with its own
+        moved = json.dumps({"best_model_checkpoint": "/gone/out/checkpoint-1", "epoch": 1.5})
+        state.write_text(moved)
+        ended = run("prune", "--model_name_or_path", folder, "--output_dir", output, "--use_cpu",
+                    "--resume_from_checkpoint", "True", "--dataset_name", tmp_path / "no.txt")  # fmt: skip
+        refused(ended, "--dataset_name")  # a run that was moved goes on with its own
+        assert state.read_text() == moved
     state.write_text("[" * 10**5)
     refused(run("prune", "--model_name_or_path", folder, "--output_dir", output, "--use_cpu",
                 "--resume_from_checkpoint", "True"), "trainer_state.json: cannot be read")  # fmt: skip

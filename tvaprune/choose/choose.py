@@ -24,7 +24,7 @@ from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
 from tvaprune.plan.record import rules_as_flags
-from tvaprune.run import Run, given_checkpoint, goes_on
+from tvaprune.run import Run, given_checkpoint
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
 DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
@@ -52,14 +52,8 @@ def gate_checkpoint(args: Arguments) -> str | None:
     """Returns the checkpoint that gate training goes on from; None begins anew.
 
     Raises:
-        InputError: If there is none, or units are scored in one shot: what an earlier training left is not theirs.
+        InputError: If there is none, or the masks of an earlier training lie behind a link.
     """
-    if args.prune.prune_method != "vib" and goes_on(args):
-        raise InputError(
-            f"--resume_from_checkpoint {args.training.resume_from_checkpoint}: --prune_method "
-            f"{args.prune.prune_method} scores units in one shot and has no "
-            "checkpoints; leave the flag out"
-        )
     if (args.output_dir / "best").is_symlink() and args.training.overwrite_output_dir:
         raise InputError(
             f"--output_dir {args.output_dir}: its best is a symbolic link, behind which nothing is replaced; remove "
