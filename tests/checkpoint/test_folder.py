@@ -31,6 +31,8 @@ from tvaprune.models.families import FAMILIES
 from tvaprune.models.modeling_pruned import layer_config
 from tvaprune.models.pruned import PER_LAYER
 from tvaprune.models.shape import shape_of
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.widths import WidthRules
 
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
@@ -171,6 +173,32 @@ def test_scaled_rotary_settings_survive(make_pruned, input_ids, tmp_path):
     assert torch.equal(logits(load_pruned(tmp_path / "pruned"), input_ids), expected)
     edit_config(tmp_path / "pruned", rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     assert not torch.allclose(logits(load_pruned(tmp_path / "pruned"), input_ids), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("row", ["llama MHA", "mistral GQA, window shorter than the input", "qwen2 tied", "qwen3 tied"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 3.0],
+         "original_max_position_embeddings": 8},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_every_scaled_rotary_embedding_is_saved_loaded_and_cut_again(row, rope, make_pruned, input_ids, tmp_path):
+    """Texts shorter and longer than the model's longest, where frequencies that follow the length are computed anew."""
+    narrow, plan = make_pruned(row, uneven, rope_parameters=rope | {"rope_theta": 5000.0}, max_position_embeddings=16)
+    loaded = load_pruned(save_pruned(narrow, plan, None, tmp_path / "pruned"))
+    assert "allow_global_per_layer_attribute_access" not in read_config(tmp_path / "pruned")
+    for ids in (input_ids, input_ids.repeat(1, 3)):
+        assert torch.equal(logits(loaded, ids), logits(narrow, ids))
+    shape = shape_of(loaded.config)
+    ones = PerUnit.full(shape, 1.0)
+    same = KeepPlan(ones.map(lambda units: torch.arange(len(units))), ones, shape, 1)
+    again = sliced(loaded, same)
+    torch.testing.assert_close(logits(again, input_ids.repeat(1, 3)), logits(narrow, input_ids.repeat(1, 3)), **CLOSE)
 
 
 @pytest.mark.parametrize("row", ["llama MHA", "mistral GQA, window shorter than the input", "qwen2 tied", "qwen3 tied"])

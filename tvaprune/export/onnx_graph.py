@@ -46,12 +46,22 @@ class _Step(nn.Module):
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def export_onnx(model: PreTrainedModel, source: Path, out: Path, overwrite: bool, verify: bool) -> None:
-    """Writes both graphs, the checkpoint's config and its tokenizer into a folder."""
+def export_onnx(model: PreTrainedModel, source: Path, tokenizer: Any, out: Path, overwrite: bool, verify: bool) -> None:
+    """Writes both graphs in float32, the checkpoint's config and its tokenizer into a folder.
+
+    ONNX Runtime lacks half-precision kernels on a CPU.
+
+    Args:
+        source: The checkpoint's folder.
+        tokenizer: Of the checkpoint; None writes none.
+    """
+    model = model.float()
     with new_folder("format onnx", out, overwrite) as temporary:
         _export_text(model, temporary / MODEL_NAME)
         _export_step(model, temporary / WITH_PAST_NAME)
-        for name in (CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if tokenizer is not None:  # with its chat template, in whatever files it has
+            tokenizer.save_pretrained(temporary)
+        for name in (CONFIG_NAME, "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
                 drop_code(temporary / name)

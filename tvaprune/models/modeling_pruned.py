@@ -38,12 +38,26 @@ def layer_config(config: Any, layer_idx: int) -> Any:
 
 
 @contextmanager
+def _globals_readable(config: Any) -> Iterator[None]:
+    """Lets stock code read the global widths, which transformers forbids: scaled rotary settings do before they ask."""
+    if not hasattr(config, "is_heterogeneous"):
+        yield
+        return
+    config.allow_global_per_layer_attribute_access = True
+    try:
+        yield
+    finally:
+        config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # else it would be saved
+
+
+@contextmanager
 def _without_layers(config: Any) -> Iterator[None]:
     """Lets a stock constructor build everything but the layers, which it would build from the global widths."""
     depth = config.num_hidden_layers
     config.num_hidden_layers = 0
     try:
-        yield
+        with _globals_readable(config):
+            yield
     finally:
         config.num_hidden_layers = depth
 
@@ -55,6 +69,11 @@ def _rebuilt(config_class: Any) -> Any:
 
 class _PrunedConfig:
     """Writes the rotary settings in the words of transformers 4 as well, which reads no ``rope_parameters``."""
+
+    def validate_rope(self) -> None:
+        """Checks the rotary settings, some of which are held against the global widths."""
+        with _globals_readable(self):
+            super().validate_rope()  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain values."""
@@ -80,11 +99,13 @@ class _PrunedModel(nn.Module):
     """A stock decoder whose layers are of ``layer_class``."""
 
     layer_class: Any
+    rotary_emb: Any
     post_init: Any
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
             super().__init__(config)
+        self.rotary_emb.config = layer_config(config, 0)  # read again where the frequencies follow the text's length
         self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
 
@@ -133,6 +154,7 @@ class PrunedLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
     _no_split_modules = ["PrunedLlamaDecoderLayer"]
 
 
+@_rebuilt
 class PrunedMistralConfig(_PrunedConfig, MistralConfig):
     """Mistral with per-layer widths."""
 
@@ -160,6 +182,7 @@ class PrunedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
     _no_split_modules = ["PrunedMistralDecoderLayer"]
 
 
+@_rebuilt
 class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
     """Qwen2 with per-layer widths."""
 
@@ -187,6 +210,7 @@ class PrunedQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
 
+@_rebuilt
 class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
     """Qwen3 with per-layer widths."""
 

@@ -102,7 +102,8 @@ class Job:
 
     def load_pruned(self) -> PreTrainedModel:
         """Loads the pruned checkpoint in the run's precision and on its device."""
-        return _on_device(self.run, load_pruned(self.pruned_folder, dtype=self.dtype))
+        folder = self.pruned_folder.resolve()  # an adapter records it, and is loaded from elsewhere
+        return _on_device(self.run, load_pruned(folder, dtype=self.dtype))
 
     def load_merged(self) -> PreTrainedModel:
         """Loads the fine-tuned model as it stands on disk."""

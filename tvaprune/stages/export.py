@@ -32,10 +32,12 @@ def export(
     model = load_pruned(folder)
     if format_name == "gguf":
         export_gguf(model, folder, out, outtype, overwrite, verify)
-    elif format_name == "onnx":
-        export_onnx(model, folder, out, overwrite, verify)
+        return
+    tokenizer = _tokenizer(folder, model.config.vocab_size)
+    if format_name == "onnx":
+        export_onnx(model, folder, tokenizer, out, overwrite, verify)
     else:
-        export_vanilla(model, _tokenizer(folder, model.config.vocab_size), out, overwrite, verify)
+        export_vanilla(model, tokenizer, out, overwrite, verify)
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
