@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_with_nothing_pruned_it_returns_the_dense_weights(model, full_plan):
     same = copy.deepcopy(model)
     refit(model, same, full_plan(model), CALIBRATION, HELD_OUT)
     assert weights_differ(model, same) < 1e-4
+
+
+def test_what_the_fold_gets_right_the_refit_leaves(make_model, full_plan):
+    """One factor for all hidden dims: the norms divide it out, so the fold is exact, and so is each layer's target."""
+    model = make_model("llama")
+    plan = full_plan(model)
+    plan = replace(plan, scale=replace(plan.scale, hidden=1.5 * plan.scale.hidden))
+    folded = sliced(model, plan)
+    same = copy.deepcopy(folded)
+    refit(model, same, plan, CALIBRATION, HELD_OUT, shares=(1.0,))  # all the way: no fold to fall back to
+    assert weights_differ(folded, same) < 1e-3
 
 
 def test_infinite_strength_is_the_fold(model, make_masks, input_ids):
