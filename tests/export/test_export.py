@@ -12,7 +12,7 @@ import torch
 from support.families import CLOSE, ROWS, logits, make_plan, sliced
 from support.folders import LLAMA3_ROPE, edit_config, no_heads_in_layer_0, read_config, tokenizer, uneven, uniform
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
@@ -339,6 +339,23 @@ def test_onnx_runtime_gives_the_same_logits(row, make_folder, input_ids, tmp_pat
     step = ort.InferenceSession(tmp_path / "onnx" / "model_with_past.onnx")
     heads = [node.shape[1] for node in step.get_inputs() if node.name.endswith(".key")]
     assert heads == [layer.num_key_value_heads for layer in load_pruned(folder).config.per_layer_config]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of its own parts
+def test_onnx_of_half_precision_is_float32_and_keeps_the_chat_template(make_folder, input_ids, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    words = tokenizer()
+    words.chat_template = "{{ messages[0]['content'] }}"
+    _, folder = make_folder("llama GQA", words=words)
+    half = load_pruned(folder, dtype=torch.bfloat16)
+    half.save_pretrained(folder)
+    export("onnx", folder, tmp_path / "onnx")
+    session = ort.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    found = torch.tensor(session.run(["logits"], {"input_ids": input_ids.numpy()})[0])
+    torch.testing.assert_close(found, logits(half.float(), input_ids), **CLOSE)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
 @pytest.mark.slow

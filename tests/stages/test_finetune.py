@@ -101,6 +101,8 @@ def test_it_writes_exactly_these_files(tuned):
     assert files_in(output / "adapter") == {
         "adapter_config.json", "adapter_model.safetensors", "identity.json", "README.md"
     }  # fmt: skip
+    base = tiny.read_json(output / "adapter" / "adapter_config.json")["base_model_name_or_path"]
+    assert base == str((output / "pruned").resolve())  # found from any folder
 
 
 def test_it_says_what_it_did(tuned):
