@@ -75,8 +75,8 @@ MUTATIONS = [
     Mutation(
         "scoring outside the band",
         TRAINER,
-        "self.settings.target_sparsity) <= BAND:",
-        "self.settings.target_sparsity) <= 1.0:",
+        "self.settings.target_sparsity) <= BAND  # NaN",
+        "self.settings.target_sparsity) <= 1.0  # NaN",
         "tests/choose/test_trainer.py",
     ),
     Mutation(

@@ -9,7 +9,7 @@ from tvaprune.choose import gates
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.settings import describe, gate_settings
-from tvaprune.choose.trainer import GateTrainer
+from tvaprune.choose.trainer import BAND, GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import RunArguments
 from tvaprune.flags.settings import DistillSettings, PruneSettings
@@ -71,6 +71,48 @@ def test_the_teacher_is_the_ungated_model_and_gates_of_one_lose_nothing(make_mod
         objective.gated.mu[0][:9] = 0.5  # all of them would cancel in the norms
     assert float(objective(input_ids, beta=5.0, target=0.0)["task_loss"].detach()) > 1e-3
     objective.gated.detach_gates()
+
+
+def test_the_gates_are_drawn_to_the_ungated_model_by_the_forward_kl(make_model, input_ids):
+    """KL(teacher || student); the reverse would forgive what the student leaves out."""
+    objective = PruningObjective(GatedModel(make_model("llama"), -60.0), settings(distill=True))
+    uneven = objective.gated.masks().mu.map(lambda v: torch.linspace(0.2, 1.8, len(v)))
+    with torch.no_grad(), objective.gated.using(uneven):
+        loss = float(objective._task_loss(input_ids))
+        student = objective.gated(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
+        with objective.gated.off():
+            teacher = objective.gated(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
+    forward = float((teacher.exp() * (teacher - student)).sum(-1).mean())
+    reverse = float((student.exp() * (student - teacher)).sum(-1).mean())
+    assert abs(forward - reverse) > 0.02 * forward  # control: they can be told apart
+    assert loss == pytest.approx(forward, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("step", "sparsity", "scored"),
+    [
+        (1, 0.3, False),
+        (2, 0.3, True),
+        (2, 0.3 - 1.1 * BAND, False),
+        (2, 0.3 + 1.1 * BAND, False),
+        (2, 0.3 - 0.9 * BAND, True),
+        (2, float("nan"), False),
+    ],
+)
+def test_a_mask_is_scored_once_the_target_has_risen_and_the_gates_are_near_it(
+    step, sparsity, scored, make_model, tmp_path, monkeypatch
+):
+    """The target of 0.3 rises over 2 steps."""
+    args = RunArguments(output_dir=str(tmp_path), max_steps=8, use_cpu=True, disable_tqdm=True)
+    trainer = GateTrainer(
+        GatedModel(make_model("llama"), -2.0), settings(), args, blocks(), blocks(8), {"model": "tiny"}
+    )
+    seen = []
+    monkeypatch.setattr(trainer, "score_mask", lambda: seen.append(step) or {})
+    monkeypatch.setattr("tvaprune.choose.trainer.expected_sparsity", lambda *args: torch.tensor(sparsity))
+    trainer.state.global_step, trainer.state.max_steps = step, 8
+    trainer.evaluate()
+    assert bool(seen) == scored
 
 
 def test_gates_are_minimised_multipliers_maximised_and_the_model_stays(make_model, tmp_path):
