@@ -71,8 +71,7 @@ def main() -> int:
     """Runs ``tvaprune VERB ...`` and returns its exit code."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
+        return run_command(lambda: print(_usage()))
     return run_command(lambda: _run(words[0], words[1:]), VERBS.get(words[0], VERBS["prune"]).goes_on)
 
 

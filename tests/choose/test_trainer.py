@@ -127,6 +127,16 @@ def test_gates_are_minimised_multipliers_maximised_and_the_model_stays(make_mode
     assert history[1]["lambda_1"] * (history[1]["expected_sparsity"] - history[1]["target_sparsity"]) > 0
 
 
+def test_gates_and_multipliers_have_rates_of_their_own(make_model, tmp_path):
+    args = RunArguments(output_dir=str(tmp_path), max_steps=8, use_cpu=True, disable_tqdm=True)
+    chosen = settings(vib_learning_rate=0.03, reg_learning_rate=0.07)
+    trainer = GateTrainer(GatedModel(make_model("llama"), -2.0), chosen, args, blocks(), blocks(8), {"model": "tiny"})
+    gates_group, multipliers = trainer.create_optimizer().param_groups
+    assert (gates_group["lr"], gates_group["maximize"]) == (0.03, False)
+    assert (multipliers["lr"], multipliers["maximize"]) == (0.07, True)
+    assert len(multipliers["params"]) == 2
+
+
 def test_only_the_gates_rate_decays(make_model, tmp_path):
     gates_rate, multipliers_rate = train(make_model("llama"), tmp_path).lr_scheduler.get_last_lr()
     assert (gates_rate, multipliers_rate) == (0.0, 0.1)
