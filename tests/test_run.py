@@ -77,7 +77,7 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
         prune=SimpleNamespace(weight_update="refit", refit_offload=offload),
         training=SimpleNamespace(per_device_eval_batch_size=1),
     )
-    run = SimpleNamespace(args=flags, model=model, refit_blocks=list, choice_blocks=list)
+    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=list, choice_blocks=list)
     with pytest.raises(Stopped):
         narrowing.narrow(run, plan, keep_dense=False)
     assert seen == moves

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
@@ -93,6 +94,14 @@ class Run:
     def rules(self) -> WidthRules:
         """What the widths must satisfy."""
         return width_rules(vars(self.args.prune), self.shape)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The precision that a narrower model is saved in: the checkpoint's, unless ``--dtype`` names one."""
+        if self.args.source.dtype != "auto":
+            return self.model.dtype
+        stored: torch.dtype | None = load_config(self.args.source.model_name_or_path).dtype
+        return stored or self.model.dtype
 
     @property
     def window(self) -> int:

@@ -331,3 +331,28 @@ def test_a_model_that_gives_no_number_ends_before_any_work(script, checkpoint, t
     )  # fmt: skip
     assert "the unpruned model itself gives a perplexity of nan" in tiny.refusal(code, error)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_narrower_model_is_saved_in_the_checkpoints_precision(dtype, make_model, make_masks, tmp_path, command):
+    """A CPU computes in float32; what is measured is what is saved."""
+    model = make_model("llama").to(torch.bfloat16)
+    source = tiny.save_checkpoint(model, tmp_path / "model")
+    save_masks(make_masks(shape_of(model.config)), tmp_path / "mask_info_1.0.pkl")
+    text = tiny.write_text(tmp_path / "text.txt")
+    code, _, error = command(
+        "--model_name_or_path", source, "--mask_loc", tmp_path / "mask_info_1.0.pkl", "--do_eval", "--dtype", dtype,
+        "--dataset_name", text, "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches", 0,
+        "--weight_update", "fold", "--use_cpu", "--output_dir", tmp_path / "out", "--save_pruned", tmp_path / "pruned",
+    )  # fmt: skip
+    assert code == 0, error
+    stored = {weight.dtype for weight in load_file(tmp_path / "pruned" / "model.safetensors").values()}
+    assert stored == {torch.bfloat16 if dtype == "auto" else torch.float32}
+    again, _, _ = command(
+        "--model_name_or_path", tmp_path / "pruned", "--prune_method", "magnitude", "--do_train", "--target_sparsity",
+        0.3, "--dataset_name", text, "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches",
+        0, "--weight_update", "fold", "--use_cpu", "--output_dir", tmp_path / "again",
+    )  # fmt: skip
+    assert again == 0
+    pruned, dense = (tiny.read_json(tmp_path / name / "results.json")["perplexity"] for name in ("out", "again"))
+    assert dense["dense"] == pytest.approx(pruned["pruned"], rel=1e-6)

@@ -93,10 +93,17 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
 
 def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
-    """Writes a model's weights under a config that is at least as wide: what a layer lacks is zero."""
+    """Writes a model's weights under a config that is at least as wide: what a layer lacks is zero.
+
+    In the precision that the config names, where that is the shorter: a CPU computes in float32 what came in bfloat16.
+    """
+    named = config.dtype or model.dtype
+    named = getattr(torch, named) if isinstance(named, str) else named  # a name once the config was saved
+    stored = min(model.dtype, named, key=lambda dtype: dtype.itemsize)
     target = empty_model(config, model)
     wanted = target.state_dict()
-    target.load_state_dict({n: _padded(t, wanted[n].shape) for n, t in model.state_dict().items()}, assign=True)
+    weights = {name: _padded(tensor.to(stored), wanted[name].shape) for name, tensor in model.state_dict().items()}
+    target.load_state_dict(weights, assign=True)
     target.tie_weights()
     target.save_pretrained(folder)
     if tokenizer is not None:

@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,20 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
     Returns:
         The narrower model, and what the refit did, for the results.
     """
+    stored = run.stored_dtype  # before the dense model is used up
+    model, update = _cut(run, plan, keep_dense)
+    return _as_stored(model, stored), update
+
+
+def _as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Rounds the weights to the precision that they are saved in: what is measured is what is saved."""
+    model.config.dtype = dtype
+    for parameter in model.parameters() if dtype != model.dtype else ():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return model
+
+
+def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     if run.args.prune.weight_update == "refit":
         return _refitted(run, plan, keep_dense)
     model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
