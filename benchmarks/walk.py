@@ -12,7 +12,7 @@ checkout.
 | commit 490b0f6, 37 modules in one folder | 25, 90 | 22, 56 | 29, 95 |
 | commit cff8f95, in rooms | 41, 113 | 34, 78 | 43, 121 |
 | commit 5796b54, more families, results as a dataclass, ranges of flags | 49, 135 | 38, 88 | 51, 143 |
-| commit 34f8a15, with vetting, locks, identities and marks | 54, 177 | 42, 108 | 55, 182 |
+| commit 6ff54f7, with vetting, locks, identities and marks | 54, 177 | 42, 108 | 55, 182 |
 """
 
 import argparse
