@@ -3,7 +3,7 @@
 The text stands in C4's place: a compressed file of 40,000 documents of 2,000 characters each, slices of Python's
 language reference; C4's own first training file has nine times as many. The tokenizer is the miniature Mistral's.
 
-    python benchmarks/draw.py
+    python -m benchmarks.draw
 
     128 blocks: 128 tokenised, 0.5 s
     all blocks: 51,139 tokenised, 109.5 s

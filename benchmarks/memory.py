@@ -3,7 +3,7 @@
 A random Llama of 2 layers, width 64, over a vocabulary of 32,000 tokens, in float32 on a CPU; a pass of 4 windows of
 2,048 tokens. Peak resident memory over what was there before, and that over the number of logits.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 
     ours (chunks of 2,048 tokens): 754 MiB, 3.0 bytes a logit, perplexity 32340.68
     all logits at once: 2,993 MiB, 12.0 bytes a logit, perplexity 32340.70

@@ -43,7 +43,7 @@ def check_whole(checkpoint: Path) -> None:
     if missing:
         raise InputError(
             f"--resume_from_checkpoint {checkpoint}: holds no {missing[0]}; give a whole checkpoint-* folder of such a "
-            "run, saved without --save_only_model"
+            "run"
         )
 
 

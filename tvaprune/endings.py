@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO, cast
 
+from tvaprune.errors import reason
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same in the words of safetensors and of torch's own writer, which carry no number.
@@ -121,5 +123,5 @@ def full_disk(error: BaseException) -> str | None:
         chain.append(cause)
     for one in chain:
         if getattr(one, "errno", None) in _FULL or any(word in str(one) for word in _FULL_WORDS):
-            return f"there is no room on the disk ({' '.join(str(one).split())[:200]}); make room, and run again"
+            return f"there is no room on the disk ({reason(one)}); make room, and run again"
     return None

@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
@@ -270,7 +270,7 @@ def new_folder(flag: str, folder: str | Path, overwrite: bool) -> Iterator[Path]
             mark(temporary, _files_in(temporary))
             _take_name(temporary, place)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"--{flag} {folder}: cannot be written ({_short(error)}); nothing was left there") from error
+        raise InputError(f"--{flag} {folder}: cannot be written ({reason(error)}); nothing was left there") from error
 
 
 @contextmanager
@@ -313,7 +313,3 @@ def _exchange(first: Path, second: Path) -> bool:
     if rename is None:
         return False
     return bool(rename(at_folder, os.fsencode(first), at_folder, os.fsencode(second), exchange) == 0)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

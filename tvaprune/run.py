@@ -340,7 +340,7 @@ def check_training(args: Arguments) -> None:
     try:
         Trainer(nn.Linear(1, 1), args.training, eval_dataset=[]).create_optimizer_and_scheduler(1)
     except (ImportError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"the training cannot begin: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"the training cannot begin: {reason(error)}") from error
 
 
 def check_results(args: Arguments, may_hold_some: bool) -> None:

@@ -163,6 +163,20 @@ def test_equal_widths_give_a_stock_checkpoint(row, values, stock, make_pruned, i
         assert read_config(tmp_path / "pruned").get("sliding_window") is None
 
 
+def test_saving_leaves_the_model_and_its_precision_as_they_are(make_pruned, tmp_path):
+    """A CPU computes in float32 what is saved in bfloat16: the second time too."""
+    narrow, plan = make_pruned("qwen2 tied", no_heads_in_layer_0)
+    narrow.config.dtype = torch.bfloat16
+    for name in ("first", "second"):
+        save_pruned(narrow, plan, None, tmp_path / name)
+        assert {tensor.dtype for tensor in load_file(tmp_path / name / "model.safetensors").values()} == {
+            torch.bfloat16
+        }
+    assert narrow.dtype == torch.float32 and narrow.config.dtype == torch.bfloat16
+    narrow.config.dtype = torch.float32  # control
+    assert saved("third") == {torch.float32}
+
+
 def test_scaled_rotary_settings_survive(make_pruned, input_ids, tmp_path):
     narrow, plan = make_pruned("llama GQA", uneven, rope_parameters=LLAMA3_ROPE)
     save_pruned(narrow, plan, None, tmp_path / "pruned")
@@ -197,6 +211,12 @@ def test_every_scaled_rotary_embedding_is_saved_loaded_and_cut_again(row, rope, 
     shape = shape_of(loaded.config)
     ones = PerUnit.full(shape, 1.0)
     same = KeepPlan(ones.map(lambda units: torch.arange(len(units))), ones, shape, 1)
+    other = copy.deepcopy(loaded.config)
+    other.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
+    with torch.no_grad():  # control: without the scaling the model is another
+        plain = AutoModelForCausalLM.from_config(other)
+        plain.load_state_dict(loaded.state_dict())
+    assert (logits(plain.eval(), input_ids.repeat(1, 3)) - logits(loaded, input_ids.repeat(1, 3))).abs().max() > 1e-3
     again = sliced(loaded, same)
     torch.testing.assert_close(logits(again, input_ids.repeat(1, 3)), logits(narrow, input_ids.repeat(1, 3)), **CLOSE)
 

@@ -86,6 +86,8 @@ def test_gates_that_would_keep_no_hidden_dim_give_finite_logits(model, input_ids
     gated.log_variance[0].data.fill_(3.0)  # log_alpha above 0 everywhere
     assert (gated.masks().log_alpha.hidden > 0).all()
     assert logits(gated, input_ids).isfinite().all()
+    gated._kept_hidden = lambda: gated.masks().log_alpha.hidden < 0  # control: an average over nothing
+    assert logits(gated, input_ids).isnan().any()
 
 
 def test_sizes_of_the_sliced_model_are_those_of_the_plan(model, plan, request):

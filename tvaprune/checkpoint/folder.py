@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.checkpoint.card import model_card
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
 from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX
@@ -70,7 +70,7 @@ def load_pruned(folder: str | Path, **options: Any) -> PreTrainedModel:
         model: PreTrainedModel = load.read_model(folder, config, **options)[0]
         return model
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({_short(error)}); prune again") from error
+        raise InputError(f"{folder}: cannot be loaded ({reason(error)}); prune again") from error
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -88,7 +88,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         if model_type.removeprefix(PREFIX) in FAMILIES:
             return load.read_config(folder)
     except Exception as error:  # a broken config raises nearly anything
-        raise InputError(f"{folder}: {CONFIG_NAME} cannot be read ({_short(error)}); prune again") from error
+        raise InputError(f"{folder}: {CONFIG_NAME} cannot be read ({reason(error)}); prune again") from error
     raise InputError(f"{folder}: not a pruned checkpoint (its type is '{model_type}'); give a folder of --save_pruned")
 
 
@@ -158,7 +158,7 @@ def _sizes_of(folder: Path, config: PretrainedConfig) -> dict[str, tuple[int, ..
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # sizes that fit no model raise nearly anything
-        raise InputError(f"{folder}: {CONFIG_NAME} builds no model ({_short(error)}); prune again") from error
+        raise InputError(f"{folder}: {CONFIG_NAME} builds no model ({reason(error)}); prune again") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -169,11 +169,7 @@ def _sizes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as file:
                 sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({_short(error)}); prune again") from error
+            raise InputError(f"{path}: not a whole safetensors file ({reason(error)}); prune again") from error
     if not sizes:
         raise InputError(f"{folder}: not a pruned checkpoint (no *.safetensors); give a folder of --save_pruned")
     return sizes
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

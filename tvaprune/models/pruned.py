@@ -1,5 +1,6 @@
 """The config and class of a model at given widths: stock where its layers are alike, else its family's pruned one."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,10 @@ def empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedMo
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=like.dtype, attn_implementation=like.config._attn_implementation, trust_remote_code=False
+            copy.deepcopy(config),
+            dtype=like.dtype,
+            attn_implementation=like.config._attn_implementation,
+            trust_remote_code=False,
         )
     for module in list(model.modules()):
         names = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]

@@ -146,12 +146,11 @@ def plan_from_masks(
     """Cuts at ``log_alpha = 0``, then adjusts the widths: the units of smallest ``log_alpha`` fill or leave (eq. 5).
 
     Args:
-        min_key_value_heads: KV heads that every layer keeps at least; 0 lets a layer lose its attention.
-        uniform: Every layer keeps as many KV heads, and as many channels: its own best.
-        tensor_parallel: KV heads and channels are multiples of this in every layer.
+        shape: The dense model's sizes.
+        rules: What the widths must satisfy; where they are equal, every layer keeps its own best units.
 
     Raises:
-        InputError: If ``tensor_parallel`` does not divide the unpruned widths.
+        InputError: If ``rules.tensor_parallel`` does not divide the dense widths.
     """
 
     def counts(scores: Sequence[torch.Tensor]) -> list[int]:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 from tvaprune.identity import Identity, check_identity, write_identity
 
 Student = PreTrainedModel | PeftModel  # with LoRA, or trained whole
@@ -99,9 +99,7 @@ def load_adapter(model: Any, folder: str | Path, identity: Identity) -> PeftMode
         with _quiet():
             return PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]}); train it again"
-        ) from error
+        raise InputError(f"{folder}: cannot be loaded ({reason(error)}); train it again") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 from tvaprune.files import clear_leftovers, first_folder
 from tvaprune.text import package_readmes, python_docs
 
@@ -173,9 +173,9 @@ def _clear_damaged(folder: Path) -> None:
 
 
 def _unwritable(cache: Path, error: OSError) -> InputError:
-    reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    why = error.strerror or reason(error)
     return InputError(
-        f"the text cache {cache} cannot be written ({reason}); set TVAPRUNE_CACHE to a folder that can, with room for "
+        f"the text cache {cache} cannot be written ({why}); set TVAPRUNE_CACHE to a folder that can, with room for "
         "the text"
     )
 
