@@ -166,12 +166,13 @@ def test_equal_widths_give_a_stock_checkpoint(row, values, stock, make_pruned, i
 def test_saving_leaves_the_model_and_its_precision_as_they_are(make_pruned, tmp_path):
     """A CPU computes in float32 what is saved in bfloat16: the second time too."""
     narrow, plan = make_pruned("qwen2 tied", no_heads_in_layer_0)
-    narrow.config.dtype = torch.bfloat16
-    for name in ("first", "second"):
+
+    def saved(name):
         save_pruned(narrow, plan, None, tmp_path / name)
-        assert {tensor.dtype for tensor in load_file(tmp_path / name / "model.safetensors").values()} == {
-            torch.bfloat16
-        }
+        return {tensor.dtype for tensor in load_file(tmp_path / name / "model.safetensors").values()}
+
+    narrow.config.dtype = torch.bfloat16
+    assert saved("first") == saved("second") == {torch.bfloat16}
     assert narrow.dtype == torch.float32 and narrow.config.dtype == torch.bfloat16
     narrow.config.dtype = torch.float32  # control
     assert saved("third") == {torch.float32}
