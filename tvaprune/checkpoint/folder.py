@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tvaprune.checkpoint.card import model_card
 from tvaprune.errors import InputError, reason
@@ -55,7 +54,7 @@ def save_pruned(
 
 
 def load_pruned(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Loads a checkpoint of `save_pruned`, after its sizes have been compared with its config's.
+    """Loads a checkpoint of `save_pruned` whose weights are exactly its config's.
 
     Args:
         options: Passed on to ``from_pretrained``.
@@ -64,13 +63,8 @@ def load_pruned(folder: str | Path, **options: Any) -> PreTrainedModel:
         InputError: If the folder is no such checkpoint, or a damaged one.
     """
     check_folder(folder, str(folder))
-    config = read_config(folder)
-    _check_sizes(Path(folder), config)
-    try:
-        model: PreTrainedModel = load.read_model(folder, config, **options)[0]
-        return model
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({reason(error)}); prune again") from error
+    model: PreTrainedModel = load.load_whole(folder, read_config(folder), str(folder), **options)
+    return model
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -136,40 +130,3 @@ def _complete_config(path: Path, config: PretrainedConfig) -> None:
         if hasattr(config, key):
             content[key] = getattr(config, key)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Compares the tensors on disk with what the config builds."""
-    wanted, found = _sizes_of(folder, config), _sizes_on_disk(folder)
-    if config.tie_word_embeddings:
-        for sizes in (wanted, found):
-            sizes.pop("lm_head.weight", None)
-    wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise InputError(
-            f"{folder}: '{name}' is {found.get(name, 'missing')} in the weights and {wanted.get(name, 'missing')} by "
-            f"{CONFIG_NAME} ({len(wrong)} such tensors); the checkpoint is damaged, prune again"
-        )
-
-
-def _sizes_of(folder: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # sizes that fit no model raise nearly anything
-        raise InputError(f"{folder}: {CONFIG_NAME} builds no model ({reason(error)}); prune again") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _sizes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
-    sizes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({reason(error)}); prune again") from error
-    if not sizes:
-        raise InputError(f"{folder}: not a pruned checkpoint (no *.safetensors); give a folder of --save_pruned")
-    return sizes

@@ -104,11 +104,20 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
     torch_dtype = ("auto" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     named = f"--model_name_or_path {path}"
     tokenizer = load_tokenizer(config.name_or_path, config.vocab_size, named)
+    return load_whole(path, config, named, dtype=torch_dtype).to(device), tokenizer
+
+
+def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options: Any) -> Any:
+    """Loads weights that are exactly those of a config: no tensor missing, none unknown, each of its size.
+
+    Raises:
+        InputError: Naming the first tensor that is not.
+    """
     with _in_one_line(named, path):
         check_stored(path, _sizes_of(config), named)
-        model, loaded = read_model(config.name_or_path, config, dtype=torch_dtype)
-    _check_whole(path, loaded)
-    return model.to(device), tokenizer
+        model, loaded = read_model(path, config, **options)
+    _check_whole(named, loaded)
+    return model
 
 
 def _sizes_of(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -132,7 +141,7 @@ def _settle_tie(path: str | Path, model: Any) -> None:
         model.config.tie_word_embeddings = tied
 
 
-def _check_whole(path: str, loaded: dict[str, Any]) -> None:
+def _check_whole(named: str, loaded: dict[str, Any]) -> None:
     """Refuses a partial load: what the file lacks would be drawn at random. Tied heads are not missing."""
     missing, unknown = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
     if not missing and not unknown:
@@ -146,7 +155,7 @@ def _check_whole(path: str, loaded: dict[str, Any]) -> None:
         if names
     ]
     raise InputError(
-        f"--model_name_or_path {path}: the weights are not those of its config ({'; '.join(parts)}); give a whole, "
+        f"{named}: the weights are not those of its config ({'; '.join(parts)}); give a whole, "
         "unquantised checkpoint of a causal language model"
     )
 
