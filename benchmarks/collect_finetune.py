@@ -33,9 +33,9 @@ def main(folder: Path) -> None:
             " ".join(f"{run['finetune']['seconds']:.0f}" for run in found),
         ]
         print(f"| {' | '.join(columns)} |")
-    told, first = runs[0]["finetune"], runs[0]
+    told, first, text = runs[0]["finetune"], runs[0], runs[0]["protocol"]
     print(
-        f"\nText: {first['dataset_name']}, {first['split']}, {first['num_windows']} windows of {first['window']}. "
+        f"\nText: {text['dataset_name']}, {text['split']}, {text['num_windows']} windows of {text['window']}. "
         f"Trained on {told['train_blocks']} blocks of {first['block_size']}, {told['steps']} steps of "
         f"{told['blocks_per_step']}, learning rate {told['learning_rate']}; weights updated by "
         f"{first['weight_update']}. Hardware: {first['hardware']}."

@@ -79,7 +79,7 @@ def compare(settings: CompareSettings, *every: Settings, **training: Value) -> P
 
 
 def describe(mask: str | Path, model: str | Path, rules: PruneSettings | None = None) -> Description:
-    """Returns what a mask keeps, from the model's config alone.
+    """Returns what a mask, or a plan (``.json``), keeps, from the model's config alone.
 
     Args:
         rules: Of it the width flags count: `dim_multiple`, `keep_one_kv_head`, `uniform`, `tensor_parallel`.

@@ -25,7 +25,7 @@ from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.load import load_config, load_model
-from tvaprune.models.shape import ModelShape, in_words, shape_of
+from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
@@ -257,21 +257,13 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
     shape = shape_of(load_config(args.source.model_name_or_path))
     if plan is not None:
         kept = KeepPlan.load(Path(plan))
-        other = [name for name, size in vars(shape).items() if getattr(kept.shape, name) != size]
-        if other:
-            told = ", ".join(f"{name} {_told(kept.shape, name)} for {_told(shape, name)}" for name in other)
-            raise InputError(f"--plan {plan}: is of another model ({told}); give the plan of this model")
+        kept.check_fits(shape, f"--plan {plan}")
         return kept
     assert path is not None
     masks = load_masks(path, shape)
     recorded_flags(path)  # a damaged one ends the command here
     masks.check_fits(shape, f"--mask_loc {path}")
     return masks
-
-
-def _told(shape: ModelShape, name: str) -> str:
-    size = getattr(shape, name)
-    return in_words(size) if isinstance(size, tuple) else str(size)
 
 
 def goes_on(args: Arguments) -> bool:

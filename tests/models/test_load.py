@@ -92,6 +92,14 @@ def test_a_partial_load_is_refused(edit, config, wanted, checkpoint):
     assert wanted in refused(checkpoint(edit, config=config))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, checkpoint):
+    def spoilt(tensors):
+        tensors[UP][1, 2] = value
+
+    assert f"{UP} holds NaN or infinity" in refused(checkpoint(spoilt))
+
+
 @pytest.mark.parametrize(
     ("edit", "tied"),
     [

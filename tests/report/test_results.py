@@ -19,7 +19,7 @@ from tvaprune.text.protocols import EvaluationText
 def whole(make_model, tmp_path):
     """Results of which every part is filled."""
     results = made(
-        plan="p", calibration=Calibration("t", 8, 4, 1), split="test", window=8, num_windows=3,
+        plan="p", calibration=Calibration("t", 8, 4, 1),
         protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5), speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
@@ -68,7 +68,7 @@ def test_a_number_that_is_none_is_null(value, tmp_path):
 )
 def test_a_file_of_another_kind_is_refused_in_one_line_and_kept(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(InputError, match="cannot be read as results of version 1") as error:
+    with pytest.raises(InputError, match="cannot be read as results of version 2") as error:
         Results.read(tmp_path)
     assert "\n" not in str(error.value)
     assert (tmp_path / "results.json").read_text() == content

@@ -50,3 +50,19 @@ def test_json_and_table_say_the_same(mask_and_config, monkeypatch, capsys):
 def test_a_folder_without_config_is_refused(mask_and_config, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded"):
         describe(mask_and_config[0], str(tmp_path / "nowhere"))
+
+
+def test_a_plan_is_described_as_it_is(mask_and_config, tmp_path):
+    mask, model, plan = mask_and_config
+    plan.save(tmp_path / "plan.json")
+    content = describe(tmp_path / "plan.json", str(model))
+    assert content.adjusted == content.learned == describe(mask, str(model), dim_multiple=8).adjusted
+    with pytest.raises(InputError, match="--dim_multiple: acts on a mask"):
+        describe(tmp_path / "plan.json", str(model), dim_multiple=4)
+
+
+def test_a_plan_of_another_model_is_refused(mask_and_config, make_model, tmp_path):
+    mask_and_config[2].save(tmp_path / "plan.json")
+    make_model("llama", num_hidden_layers=2).config.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="is of another model"):
+        describe(tmp_path / "plan.json", str(tmp_path / "other"))

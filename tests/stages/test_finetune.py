@@ -8,11 +8,14 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from support import tiny
 
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.files import MARK_NAME
+from tvaprune.flags.arguments import Arguments
 from tvaprune.identity import weights_digest
+from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import Masks, save_masks
 from tvaprune.recover import job as finetune_job
@@ -58,9 +61,9 @@ def text(tmp_path_factory):
 def make_source(make_model, make_masks, text, tmp_path_factory):
     """Returns a function: a tiny model's values -> the flags that name it, its mask and the text."""
 
-    def make(seed=0, **values):
+    def make(seed=0, dtype=torch.float32, **values):
         folder = tmp_path_factory.mktemp("source")
-        model = make_model("llama", **values)
+        model = make_model("llama", **values).to(dtype)
         checkpoint = tiny.save_checkpoint(model, folder / "model")
         save_masks(without_heads(make_masks(shape_of(model.config), seed)), folder / "mask_info_1.0.pkl")
         return ("--model_name_or_path", checkpoint, "--mask_loc", folder / "mask_info_1.0.pkl", "--dataset_name", text)
@@ -439,3 +442,20 @@ def test_bad_flags_are_refused_in_one_line(flags, words, source, tmp_path, comma
         *given, *(RUN if "--finetune" not in flags else ()), *flags, "--output_dir", tmp_path / "o"
     )
     assert words in tiny.refusal(code, error)
+
+
+@pytest.mark.parametrize(("words", "stored"), [((), torch.bfloat16), (("--dtype", "float32"), torch.float32)])
+def test_a_tuned_model_is_saved_in_the_checkpoints_precision_and_measured_so(
+    words, stored, make_source, tmp_path, command
+):
+    """A CPU trains in float32 what came in bfloat16."""
+    source = make_source(dtype=torch.bfloat16)
+    flags = (*without(RUN, "--speed_batches"), "--speed_batches", 0, "--max_steps", 3, "--output_dir", tmp_path / "out")
+    code, _, error = command(*source, *flags, *words)
+    assert code == 0, error
+    weights = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {stored}
+    results = tiny.read_json(tmp_path / "out" / "results.json")
+    windows = Run.load(Arguments.parse([*map(str, (*source, *flags))], "finetune")).windows()
+    again = load_pruned(tmp_path / "out" / "merged", dtype="float32")
+    assert results["perplexity"]["finetuned"] == pytest.approx(perplexity(again, windows, 8), rel=1e-6)

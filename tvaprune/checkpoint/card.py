@@ -121,8 +121,8 @@ def _perplexity_rows(record: dict[str, Any]) -> list[str]:
     values = record.get("perplexity")
     if not values:
         return ["", "Its perplexity was not measured when it was saved."]
-    text = record.get("protocol", record)
-    where = f"{text['dataset_name']} {record['split']}, windows of {record['window']}"
+    text = record["protocol"]
+    where = f"{text['dataset_name']} {text['split']}, windows of {text['window']}"
     pruned = f"{values['pruned']:.2f}"
     if "finetuned" in values:
         pruned = f"{values['finetuned']:.2f}, before fine-tuning {pruned}"

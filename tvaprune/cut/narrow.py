@@ -30,14 +30,22 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
     """
     stored = run.stored_dtype  # before the dense model is used up
     model, update = _cut(run, plan, keep_dense)
-    return _as_stored(model, stored), update
+    return as_stored(model, stored), update
 
 
-def _as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Rounds the weights to the precision that they are saved in: what is measured is what is saved."""
+def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Rounds the weights to the precision that they are saved in: what is measured is what is saved.
+
+    Raises:
+        InputError: If that precision cannot hold a weight.
+    """
     model.config.dtype = dtype
-    for parameter in model.parameters() if dtype != model.dtype else ():
-        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    for name, parameter in model.named_parameters() if dtype != model.dtype else ():
+        rounded = parameter.data.to(dtype)
+        if not bool(rounded.isfinite().all()):
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(f"{name} has weights that {kind}, in which the model came, cannot hold; give --dtype float32")
+        parameter.data = rounded.to(parameter.dtype)
     return model
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -117,7 +118,19 @@ def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options
         check_stored(path, _sizes_of(config), named)
         model, loaded = read_model(path, config, **options)
     _check_whole(named, loaded)
+    check_finite(model, named)
     return model
+
+
+def check_finite(model: nn.Module, named: str) -> None:
+    """Refuses a model that holds NaN or infinity: whatever is cut of it or measured would hold them too.
+
+    Raises:
+        InputError: Naming the first tensor that does.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{named}: {name} holds NaN or infinity; give a checkpoint that is whole")
 
 
 def _sizes_of(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import torch
 from tvaprune.errors import InputError
 from tvaprune.files import write_text
 from tvaprune.models.parameters import decoder_sparsity, total_parameters
-from tvaprune.models.shape import ModelShape
+from tvaprune.models.shape import ModelShape, in_words
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
 from tvaprune.plan.widths import NO_RULES, WidthRules, Widths
@@ -111,6 +111,17 @@ class KeepPlan:
             inside = not len(kept) or (kept[0] >= 0 and kept[-1] < len(units))
             if len(kept) != len(scale) or not inside or not bool((kept.diff() > 0).all()):
                 raise ValueError("indices are not those of the model's units")
+
+    def check_fits(self, shape: ModelShape, named: str) -> None:
+        """Raises `InputError`, beginning with ``named``, unless the plan is of a model of this shape."""
+
+        def told(size: object) -> str:
+            return in_words(size) if isinstance(size, tuple) else str(size)
+
+        other = [name for name, size in vars(shape).items() if getattr(self.shape, name) != size]
+        if other:
+            sizes = ", ".join(f"{name} {told(getattr(self.shape, name))} for {told(getattr(shape, name))}" for name in other)
+            raise InputError(f"{named}: is of another model ({sizes}); give the plan of this model")
 
     @classmethod
     def load(cls, path: Path) -> "KeepPlan":

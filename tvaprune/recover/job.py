@@ -27,6 +27,7 @@ class Job:
         train_blocks: Those that are trained on.
         choice_blocks: Those that checkpoints are compared on.
         dtype: The run's precision; ``run.model`` is given up in the end.
+        stored: The precision that the narrower model is saved in, tuned or not.
     """
 
     run: Run
@@ -36,6 +37,7 @@ class Job:
     train_blocks: Dataset
     choice_blocks: Dataset
     dtype: torch.dtype
+    stored: torch.dtype
     identity: Identity = field(default_factory=dict)
     teacher_cache: Path | None = None
 
@@ -48,7 +50,7 @@ class Job:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
         windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
-        job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype)
+        job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype, run.stored_dtype)
         job.identity = _identity(job)
         if checkpoint is not None:
             check_identity("checkpoint", checkpoint, job.identity)

@@ -21,7 +21,7 @@ from tvaprune.recover.training import Tuning
 from tvaprune.run import Run
 from tvaprune.text.protocols import EvaluationText
 
-VERSION = 1
+VERSION = 2
 RESULTS_NAME = "results.json"
 Part = TypeVar("Part")
 
@@ -171,9 +171,6 @@ class Results:
     weight_update: str | None = None
     widths: KeptWidths | None = None
     calibration: Calibration | None = None
-    split: str | None = None
-    window: int | None = None
-    num_windows: int | None = None
     protocol: EvaluationText | None = None
     shape: ModelShape | None = None
     sparsity_definition: str | None = None

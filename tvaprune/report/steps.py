@@ -37,13 +37,7 @@ def measure(
         results: What is measured goes in there.
     """
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
-    text = run.evaluation_text(windows)
-    results.protocol, results.split, results.window, results.num_windows = (
-        text,
-        text.split,
-        text.window,
-        text.num_windows,
-    )
+    results.protocol = run.evaluation_text(windows)
     results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
     results.parameters = Parameters(dense_parameters(plan.shape), plan.num_parameters)
     results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))

@@ -1,4 +1,4 @@
-"""`python -m tvaprune.describe MASK --model_name_or_path DIR`: what a mask keeps, from the model's config alone."""
+"""`python -m tvaprune.describe MASK --model_name_or_path DIR`: what a mask, or a plan, keeps, from the config alone."""
 
 import argparse
 import sys
@@ -7,11 +7,12 @@ from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
 
+from tvaprune.errors import InputError
 from tvaprune.files import as_json
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import shape_of
-from tvaprune.plan.keep_plan import plan_from_masks
+from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks
 from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
@@ -21,7 +22,10 @@ from tvaprune.report.tables import table
 
 @dataclass(frozen=True)
 class Description:
-    """What a mask keeps of a model: the widths that were learned, and those that the width rules make of them."""
+    """What a mask keeps of a model: the widths that were learned, and those that the width rules make of them.
+
+    Of a plan both are its own.
+    """
 
     mask: str
     model: str
@@ -40,16 +44,21 @@ def describe(
 ) -> Description:
     """Returns the widths before and after adjustment, the sparsity and the parameters.
 
-    A rule that is None is as the mask's record says; one that differs from it is told on stderr.
+    ``mask`` may be a plan's JSON, to which no rule applies. A rule that is None is as the mask's record says; one that differs from it is told on stderr.
 
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
     shape = shape_of(load_config(model))
-    masks = load_masks(mask, shape)
-    masks.check_fits(shape, str(mask))
     given = {"dim_multiple": dim_multiple, "keep_one_kv_head": keep_one_kv_head, "uniform": uniform,
              "tensor_parallel": tensor_parallel}  # fmt: skip
+    if mask.suffix == ".json":
+        plan = _plan(mask, given)
+        plan.check_fits(shape, str(mask))
+        kept = KeptWidths.of(plan)
+        return Description(str(mask), model, dense_parameters(shape), kept, kept)
+    masks = load_masks(mask, shape)
+    masks.check_fits(shape, str(mask))
     flags, note = as_recorded(given, recorded_flags(mask))
     rules = width_rules(flags, shape)
     if note is not None:
@@ -58,6 +67,13 @@ def describe(
         KeptWidths.of(plan_from_masks(masks, shape, one)) for one in (WidthRules(1, rules.min_key_value_heads), rules)
     )
     return Description(str(mask), model, dense_parameters(shape), learned, adjusted)
+
+
+def _plan(path: Path, rules: dict[str, int | None]) -> KeepPlan:
+    given = [name for name, value in rules.items() if value is not None]
+    if given:
+        raise InputError(f"--{given[0]}: acts on a mask, and {path} is a plan, whose widths are what they are")
+    return KeepPlan.load(path)
 
 
 def _print(content: Description) -> None:
@@ -77,7 +93,7 @@ def _print(content: Description) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parses the flags and prints the description."""
     parser = argparse.ArgumentParser(prog="python -m tvaprune.describe", description=__doc__)
-    parser.add_argument("mask", type=Path, help="a mask_info_*.pkl")
+    parser.add_argument("mask", type=Path, help="a mask_info_*.pkl, or the plan.json of a run")
     parser.add_argument(
         "--model_name_or_path", required=True, help="folder or hub id of the model; config.json is enough"
     )

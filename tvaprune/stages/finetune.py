@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tvaprune.checkpoint.folder import save_pruned
-from tvaprune.cut.narrow import narrow
+from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError
 from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
@@ -100,7 +100,7 @@ def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
 
 def _written(job: Job, student: Student, results: Results) -> None:
     """Writes the adapter, merges it (in place), measures the merged model and writes that."""
-    merged = write_adapter(job, student, results.content())
+    merged = as_stored(write_adapter(job, student, results.content()), job.stored)
     batch_size = job.run.args.training.per_device_eval_batch_size
     assert results.perplexity is not None
     results.perplexity.finetuned = perplexity(merged, job.windows, batch_size, "fine-tuned perplexity")
