@@ -44,7 +44,7 @@ def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         rounded = parameter.data.to(dtype)
         if not bool(rounded.isfinite().all()):
             kind = str(dtype).removeprefix("torch.")
-            raise InputError(f"{name} has weights that {kind}, in which the model came, cannot hold; give --dtype float32")
+            raise InputError(f"{name} has weights that {kind}, the checkpoint's own, cannot hold; give --dtype float32")
         parameter.data = rounded.to(parameter.dtype)
     return model
 

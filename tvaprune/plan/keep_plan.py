@@ -120,7 +120,8 @@ class KeepPlan:
 
         other = [name for name, size in vars(shape).items() if getattr(self.shape, name) != size]
         if other:
-            sizes = ", ".join(f"{name} {told(getattr(self.shape, name))} for {told(getattr(shape, name))}" for name in other)
+            pairs = [(name, told(getattr(self.shape, name)), told(getattr(shape, name))) for name in other]
+            sizes = ", ".join(f"{name} {own} for {wanted}" for name, own, wanted in pairs)
             raise InputError(f"{named}: is of another model ({sizes}); give the plan of this model")
 
     @classmethod

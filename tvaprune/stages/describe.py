@@ -44,7 +44,8 @@ def describe(
 ) -> Description:
     """Returns the widths before and after adjustment, the sparsity and the parameters.
 
-    ``mask`` may be a plan's JSON, to which no rule applies. A rule that is None is as the mask's record says; one that differs from it is told on stderr.
+    ``mask`` may be a plan's JSON, to which no rule applies. A rule that is None is as the mask's record says; one that
+    differs from it is told on stderr.
 
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.
