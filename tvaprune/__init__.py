@@ -5,7 +5,6 @@ The front door is light: what it names is imported when it is used.
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -26,7 +25,7 @@ _FRONT_DOOR = {
 __all__ = ["VerbModule", "__version__", *_FRONT_DOOR]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module 'tvaprune' has no attribute {name!r}")
     return getattr(import_module(_FRONT_DOOR[name]), name)
@@ -35,7 +34,7 @@ def __getattr__(name: str) -> Any:
 class VerbModule(ModuleType):
     """A module of a verb's name: once it is imported it stands where the verb stood, and called, it is the verb."""
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: object, **options: object) -> object:
         """Does what the verb does."""
         name = self.__name__.removeprefix("tvaprune.")
         return getattr(import_module("tvaprune.library"), name)(*args, **options)

@@ -7,7 +7,7 @@ tool's and stays, what lacks the identity, or a file, is half a checkpoint and d
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tvaprune import endings
 from tvaprune.errors import InputError
@@ -90,7 +90,7 @@ class CheckpointedTrainer(Trainer):
             self._rotate(Path(str(self.args.output_dir)), self.args.save_total_limit)
         return result
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if not self.args.should_save:
             super()._save_checkpoint(model, trial)
@@ -132,12 +132,16 @@ class CheckpointedTrainer(Trainer):
 class _AtSteps(TrainerCallback):
     """Clears old checkpoints when training begins; looks at the signals before each step, when the last is saved."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not args.should_save:
             return
         for path in own_checkpoints(Path(str(args.output_dir))):
             if state.global_step == 0 or missing_in(path):  # else it goes on
                 discard(path)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         endings.check()

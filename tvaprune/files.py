@@ -16,10 +16,9 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -34,17 +33,17 @@ _in_use: set[Path] = set()  # this process's own temporaries: its number may be 
 _held: list[tuple[ExitStack, set[Path]]] = []  # the folders that the running command holds
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
+def write_json(content: Mapping[str, object], path: Path) -> None:
     """Writes JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
     write_text(as_json(content) + "\n", path)
 
 
-def as_json(content: Any, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
+def as_json(content: object, indent: int | None = 2, default: Callable[[object], object] | None = None) -> str:
     """Returns a value as JSON: what is no finite number is null, where Python would write what JSON does not know."""
     return json.dumps(_finite(content), indent=indent, default=default, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

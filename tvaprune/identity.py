@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from tvaprune.errors import InputError
 from tvaprune.files import write_json
@@ -64,17 +65,17 @@ def differences(found: Mapping[str, Any], wanted: Identity) -> str:
     return ""
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> object:
     return value["digest"] if isinstance(value, dict) and "digest" in value else value
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     if isinstance(value, dict) and "digest" in value:
         return f"{value.get('name')} [{value['digest'][:8]}]"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def model_digest(model: Any) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """Returns 16 hex digits that tell a model's config and weights from any other's, in whatever precision it came."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     return digest_of([json.loads(json.dumps(config, default=str)), weights_digest(model)])

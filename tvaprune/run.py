@@ -159,7 +159,9 @@ class Run:
         """Returns the run of one of several targets: the same model, folders of its own."""
         return replace(self, args=self.args.at(target))
 
-    def identity(self, flags: Mapping[str, Any], texts: Sequence[Dataset], settings: Mapping[str, Any]) -> Identity:
+    def identity(
+        self, flags: Mapping[str, object], texts: Sequence[Dataset], settings: Mapping[str, object]
+    ) -> Identity:
         """Returns what tells this run's masks and checkpoints from another's.
 
         Args:

@@ -50,7 +50,7 @@ model = PeftModel.from_pretrained(model, "{name}")
 """
 
 
-def adapter_card(plan: KeepPlan, record: dict[str, Any], name: str, base: str) -> str:
+def adapter_card(plan: KeepPlan, record: dict[str, object], name: str, base: str) -> str:
     """Returns the card of a LoRA adapter.
 
     Args:
@@ -141,7 +141,7 @@ def _loading(config: PretrainedConfig, name: str) -> str:
     )
 
 
-def _origin(plan: KeepPlan, record: dict[str, Any]) -> list[tuple[str, Any]]:
+def _origin(plan: KeepPlan, record: dict[str, Any]) -> list[tuple[str, object]]:
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     rows = [
         ("mask", record.get("mask")),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.card import model_card
 from tvaprune.errors import InputError, reason
@@ -26,11 +26,11 @@ from tvaprune.plan.keep_plan import KeepPlan
 def save_pruned(
     model: PreTrainedModel,
     plan: KeepPlan,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     overwrite: bool = False,
-    record: dict[str, Any] | None = None,
-    beside: Mapping[str, dict[str, Any]] | None = None,
+    record: dict[str, object] | None = None,
+    beside: Mapping[str, dict[str, object]] | None = None,
 ) -> Path:
     """Writes a model that was sliced by ``plan`` as a checkpoint; the model stays as it is.
 
@@ -53,7 +53,7 @@ def save_pruned(
     return Path(folder)
 
 
-def load_pruned(folder: str | Path, **options: Any) -> PreTrainedModel:
+def load_pruned(folder: str | Path, **options: object) -> PreTrainedModel:
     """Loads a checkpoint of `save_pruned` whose weights are exactly its config's.
 
     Args:

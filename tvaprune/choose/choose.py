@@ -5,7 +5,6 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
@@ -126,7 +125,7 @@ def _score_units(run: Run) -> Path:
     return _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
 
 
-def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
+def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:
     """Cuts masks at a run's target, and writes them by their perplexity; what an earlier run left goes then."""
     target, batch_size = max(run.args.prune.target_sparsity), run.args.training.per_device_eval_batch_size
     masks = calibrate(masks, run.shape, target, run.rules)
@@ -143,7 +142,7 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, Any]) -> Path:
     return path
 
 
-def _cut_of(largest: Path, run: Run) -> dict[str, Any]:
+def _cut_of(largest: Path, run: Run) -> dict[str, object]:
     """Returns the record of a training's gates cut at another target."""
     identity = read_record(largest)["identity"]
     target = {"target_sparsity": max(run.args.prune.target_sparsity), "learned for": largest.stem}

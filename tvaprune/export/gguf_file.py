@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
@@ -155,7 +155,7 @@ def _write(model: PreTrainedModel, source: Path, path: Path, architecture: str, 
     writer.close()
 
 
-def _add_sizes(writer: Any, config: Any, architecture: str) -> None:
+def _add_sizes(writer: Any, config: PretrainedConfig, architecture: str) -> None:
     shape = shape_of(config)
     heads, channels = list(shape.num_key_value_heads), list(shape.intermediate_size)
     queries = [count * shape.group_size for count in heads]
@@ -175,7 +175,7 @@ def _add_sizes(writer: Any, config: Any, architecture: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _context_length(config: Any) -> int:
+def _context_length(config: PretrainedConfig) -> int:
     """Returns the longest text on which llama.cpp computes the same: it knows no sliding window here."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:

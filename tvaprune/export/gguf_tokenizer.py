@@ -5,6 +5,7 @@ no name for is refused here rather than guessed.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def _split_name(pre_tokenizer: dict[str, Any]) -> str:
     )
 
 
-def _sentencepiece(content: dict[str, Any]) -> dict[str, Any]:
+def _sentencepiece(content: Mapping[str, object]) -> dict[str, Any]:
     """Returns SentencePiece's fields; a prefix space is there where the normalizer prepends one."""
     described = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     prefix = '"Prepend"' in described or '"prepend_scheme": "first"' in described or '"always"' in described
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
 
 
-def _tokens(content: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+def _tokens(content: dict[str, Any], vocab_size: int) -> dict[str, object]:
     """Returns the tokens by id and their types; ids that the embedding has and the tokenizer lacks are unused."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -111,7 +112,7 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks[token]) if token in ranks else LOWEST_SCORE for token in tokens]
 
 
-def _special_tokens(folder: Path, content: dict[str, Any], config: Any) -> dict[str, Any]:
+def _special_tokens(folder: Path, content: dict[str, Any], config: Any) -> dict[str, object]:
     """Returns the ids of the special tokens, and whether texts begin or end with one."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -132,7 +133,7 @@ def _special_tokens(folder: Path, content: dict[str, Any], config: Any) -> dict[
     return fields
 
 
-def _is_added(settings: dict[str, Any], content: dict[str, Any], short: str) -> bool:
+def _is_added(settings: Mapping[str, object], content: dict[str, Any], short: str) -> bool:
     """Tells whether the tokenizer itself puts the token around a text: by its template, or by its flag."""
     token = settings.get(f"{short}_token")
     token = token.get("content") if isinstance(token, dict) else token

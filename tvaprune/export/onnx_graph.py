@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.folder import CONFIG_NAME
 from tvaprune.export.verify import NUM_CACHED, fixed_prompt, reference_logits, report_difference
@@ -41,12 +41,14 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    def forward(self, input_ids: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]) -> object:
         output = self.model(input_ids=input_ids, past_key_values=DynamicCache(past), use_cache=True)
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def export_onnx(model: PreTrainedModel, source: Path, tokenizer: Any, out: Path, overwrite: bool, verify: bool) -> None:
+def export_onnx(
+    model: PreTrainedModel, source: Path, tokenizer: PreTrainedTokenizerBase, out: Path, overwrite: bool, verify: bool
+) -> None:
     """Writes both graphs in float32, the checkpoint's config and its tokenizer into a folder.
 
     ONNX Runtime lacks half-precision kernels on a CPU.

@@ -1,7 +1,6 @@
 """What every exporter shares: the fixed prompt, the reference logits, and the line that reports the difference."""
 
 import importlib.util
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +31,7 @@ def reference_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.T
     return logits.float()
 
 
-def report_difference(what: str, found: Any, expected: torch.Tensor, tolerance: float = TOLERANCE) -> float:
+def report_difference(what: str, found: object, expected: torch.Tensor, tolerance: float = TOLERANCE) -> float:
     """Prints the largest difference between logits and returns it.
 
     Raises:

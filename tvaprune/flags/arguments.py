@@ -94,7 +94,7 @@ class FinetuneRunArguments(RunArguments):
 class _Parser(HfArgumentParser):
     """Says what is wrong with the flags in one line; a truth value's flag alone means True, whatever its default."""
 
-    def __init__(self, classes: tuple[Any, ...], **options: Any) -> None:
+    def __init__(self, classes: tuple[Any, ...], **options: object) -> None:
         super().__init__(classes, allow_abbrev=False, **options)
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:  # transformers' way where the default is None
@@ -104,7 +104,7 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def parse(classes: tuple[Any, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
+def parse(classes: tuple[object, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
     """Parses the command line into dataclasses.
 
     Raises:

@@ -56,7 +56,7 @@ def _flags_of(verb: str, recipe: str | None) -> list[str]:
     return flags
 
 
-def recipe_of(verb: str, arguments: list[str]) -> dict[str, Any]:
+def recipe_of(verb: str, arguments: list[str]) -> dict[str, object]:
     """Returns a command line's flags as a recipe: of a flag given twice the last one counts."""
     recipe: dict[str, Any] = {"verb": verb}
     name: str | None = None

@@ -22,7 +22,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 VIB_ONCE = "vib_once"  # in a comparison: gates trained to the largest sparsity alone, and cut at each
 
 
-def _flag(default: Any, help: str) -> Any:
+def _flag(default: object, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -248,7 +248,7 @@ class EvalSettings:
             self.zero_eval_tasks = [name for names in self.zero_eval_tasks for name in names.split(",") if name]
 
 
-def _flags(default: list[Any], help: str) -> Any:
+def _flags(default: list[object], help: str) -> Any:
     return field(default_factory=lambda: list(default), metadata={"help": f"{help}."})
 
 

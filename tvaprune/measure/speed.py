@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 
 WARM_UP_BATCHES = 2
 
@@ -35,7 +36,9 @@ class SpeedUp:
     window: int
 
 
-def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, max_batches: int = 20) -> SpeedUp:
+def speed_up(
+    reference: PreTrainedModel, model: PreTrainedModel, blocks: Dataset, batch_size: int = 8, max_batches: int = 20
+) -> SpeedUp:
     """Times a forward pass of both models over the same batches, alternating which goes first.
 
     Args:
@@ -51,7 +54,7 @@ def speed_up(reference: Any, model: Any, blocks: Dataset, batch_size: int = 8, m
 
 
 def training_speed_up(
-    reference: Any, model: Any, blocks: Dataset, args: TrainingArguments, max_batches: int = 10
+    reference: PreTrainedModel, model: nn.Module, blocks: Dataset, args: TrainingArguments, max_batches: int = 10
 ) -> SpeedUp:
     """Times a training step of both models: forward, backward, and AdamW over what has gradients.
 
@@ -73,17 +76,17 @@ def training_speed_up(
         reference.train(was_training[0]), model.train(was_training[1])
 
 
-def _forward(model: Any, ids: torch.Tensor) -> None:
+def _forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
     model(input_ids=ids, use_cache=False)
 
 
 class _TrainingStep:
-    def __init__(self, model: Any, args: TrainingArguments) -> None:
+    def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
         self.precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
-    def __call__(self, model: Any, ids: torch.Tensor) -> None:
+    def __call__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
         with torch.autocast(ids.device.type, self.precision, enabled=self.precision is not None):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -139,7 +142,7 @@ def _compare(reference: _Side, model: _Side, blocks: Dataset, batch_size: int, m
     )
 
 
-def _seconds(model: Any, step: Callable[[Any, torch.Tensor], None], ids: torch.Tensor) -> float:
+def _seconds(model: PreTrainedModel, step: Callable[[object, torch.Tensor], None], ids: torch.Tensor) -> float:
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     begin = time.perf_counter()

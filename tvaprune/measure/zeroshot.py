@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tvaprune.errors import InputError
 
@@ -73,7 +74,7 @@ class ZeroShot:
         self.names = list(dict.fromkeys(leaf for name in names for leaf in _leaves(self.manager.task_index, name)))
 
     def run(
-        self, models: Mapping[str, Any], tokenizer: Any, on_score: Callable[[str, str, Score], None],
+        self, models: Mapping[str, Any], tokenizer: object, on_score: Callable[[str, str, Score], None],
         max_length: int | None = None,
     ) -> dict[str, str]:  # fmt: skip
         """Scores every model on every task, a task at a time, and hands each score over as soon as it is there.
@@ -108,7 +109,7 @@ class ZeroShot:
             )
         return missing
 
-    def _load(self, name: str) -> dict[str, Any]:
+    def _load(self, name: str) -> dict[str, object]:
         """Returns the harness's dictionary of one task, its data read from ``data_dir`` where a copy lies there."""
         local = self.data_dir / self._data_set(name)
         if not local.is_dir():
@@ -190,7 +191,7 @@ def _leaves(index: Mapping[str, Any], name: str) -> list[str]:
     return [name]
 
 
-def _harness_model(model: Any, tokenizer: Any, max_length: int | None) -> Any:
+def _harness_model(model: nn.Module, tokenizer: object, max_length: int | None) -> object:
     from lm_eval.models.huggingface import HFLM
 
     # Without a GPU the search for a batch size ends where it starts, and costs a third of a short task.

@@ -118,14 +118,14 @@ class _Machine:
         else:
             raise ValueError(f"{name} is not among what tensors are written with")
 
-    def _pop(self, count: int) -> list[Any]:
+    def _pop(self, count: int) -> list[object]:
         if not 0 <= count <= len(self.stack):
             raise ValueError("a damaged pickle")
         taken = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return taken
 
-    def _set(self, items: list[Any]) -> None:
+    def _set(self, items: list[object]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise ValueError("a damaged pickle")
@@ -144,7 +144,7 @@ class _Machine:
         )
 
 
-def _rebuilt(name: Any, arguments: Any) -> Any:
+def _rebuilt(name: object, arguments: object) -> object:
     """Returns what one of the known names makes of its arguments."""
     if not isinstance(name, _Name) or not isinstance(arguments, tuple):
         raise ValueError("a damaged pickle")
@@ -173,7 +173,7 @@ def _storage(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> torch.Tensor:
+def _tensor(storage: object, offset: object, size: Any, stride: Any) -> torch.Tensor:
     """Returns a tensor of a storage that holds all of it; rows lie one behind the other."""
     sizes = (offset, *size, *stride)
     if not isinstance(storage, torch.Tensor) or any(type(value) is not int or value < 0 for value in sizes):

@@ -101,7 +101,7 @@ def _check_size(path: Path, shape: ModelShape | None) -> None:
 
 
 def keep_best(
-    folder: Path, masks: Masks, perplexity: float, record: dict[str, Any], before: Path | None = None
+    folder: Path, masks: Masks, perplexity: float, record: dict[str, object], before: Path | None = None
 ) -> Path:
     """Writes a mask named by its perplexity, and its JSON, if it beats the run's best so far; the others go last.
 

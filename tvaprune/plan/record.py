@@ -18,7 +18,7 @@ _RULES = {  # the flag of each rule
 FLAGS = (*_RULES.values(), "prune_method")
 
 
-def recorded_flags(mask: str | Path) -> dict[str, Any]:
+def recorded_flags(mask: str | Path) -> Mapping[str, object]:
     """Returns the flags that a mask was learned with, as far as the JSON beside it tells.
 
     Raises:
@@ -43,7 +43,7 @@ def recorded_flags(mask: str | Path) -> dict[str, Any]:
     return found | ({"prune_method": method} if method else {})
 
 
-def as_recorded(given: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+def as_recorded(given: Mapping[str, object], recorded: Mapping[str, object]) -> tuple[Mapping[str, object], str | None]:
     """Completes the flags that were given by those of the record.
 
     Args:
@@ -77,7 +77,7 @@ def width_rules(flags: Mapping[str, Any], shape: ModelShape) -> WidthRules:
     )
 
 
-def rules_as_flags(rules: WidthRules) -> dict[str, Any]:
+def rules_as_flags(rules: WidthRules) -> Mapping[str, object]:
     """Returns rules by the names of their flags."""
     return {flag: getattr(rules, name) for name, flag in _RULES.items()}
 
@@ -87,7 +87,7 @@ def _plain(name: str, value: Any) -> Any:
     return max(1, value) if name == "dim_multiple" else value
 
 
-def _is_known(rules: Any) -> bool:
+def _is_known(rules: object) -> bool:
     return isinstance(rules, dict) and rules.keys() <= _RULES.keys()
 
 

@@ -7,6 +7,7 @@ results whole: of an older file nothing stays but zero-shot scores of the same m
 import json
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -200,7 +201,7 @@ class Results:
                 results.calibration = Calibration(data.dataset_name, data.block_size, prune.refit_samples, seed)
         return results
 
-    def note_update(self, update: dict[str, Any]) -> None:
+    def note_update(self, update: Mapping[str, object]) -> None:
         """Takes what the weight update did, as `cut.narrow.narrow` tells it or a file kept it."""
         self.refit = _read(Refit, update["refit"]) if "refit" in update else None
 
@@ -209,7 +210,7 @@ class Results:
         same = ("model", "model_digest", "mask", "plan", "weight_update", "calibration", "widths")
         return [name for name in same if getattr(self, name) != getattr(other, name)]
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, object]:
         """Returns what the file holds: plain values, without the parts that no stage filled."""
         content: dict[str, Any] = plain(self)
         return content
@@ -240,7 +241,7 @@ class Results:
             ) from error
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Returns a value as JSON takes it: dataclasses without the parts that nobody filled, no NaN or infinity."""
     if is_dataclass(value):
         parts = [(entry, getattr(value, entry.name)) for entry in fields(value)]
@@ -252,13 +253,13 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read(kind: type[Part], value: Any) -> Part:
+def _read(kind: type[Part], value: object) -> Part:
     """Returns a value of JSON as a field of some type holds it."""
     found: Any = _typed(kind, value)
     return found
 
 
-def _typed(kind: Any, value: Any) -> Any:
+def _typed(kind: object, value: Any) -> object:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         others = [part for part in inner if part is not types.NoneType]

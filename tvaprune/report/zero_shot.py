@@ -96,7 +96,7 @@ def write_examples(score: Score, path: Path) -> None:
             file.write(as_json(_example(sample), indent=None, default=str) + "\n")
 
 
-def _example(sample: dict[str, Any]) -> dict[str, Any]:
+def _example(sample: dict[str, Any]) -> Mapping[str, object]:
     pairs = zip(sample["arguments"], sample["filtered_resps"], strict=False)
     return {
         "doc_id": sample["doc_id"],
@@ -107,7 +107,7 @@ def _example(sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _request(arguments: Sequence[Any], response: Any) -> dict[str, Any]:
+def _request(arguments: Sequence[object], response: object) -> Mapping[str, object]:
     if isinstance(response, tuple | list) and len(response) == 2:  # what the harness gives for a log-likelihood
         log_likelihood, is_greedy = response
         result = {"log_likelihood": log_likelihood, "is_greedy": is_greedy}

@@ -7,7 +7,7 @@ and stays zero).
 
 import gc
 import json
-from typing import Any
+from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
@@ -75,7 +75,7 @@ def _pruned(job: Job, results: Results) -> PreTrainedModel:
     return pruned
 
 
-def _written_pruned(job: Job, results: Results) -> dict[str, Any]:
+def _written_pruned(job: Job, results: Results) -> Mapping[str, object]:
     """Writes the pruned checkpoint, unless the run goes on with it; returns what the weight update did."""
     path = job.pruned_folder / UPDATE_NAME
     if job.checkpoint is not None and (job.pruned_folder / "config.json").is_file():

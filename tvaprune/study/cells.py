@@ -7,7 +7,7 @@ is measured beside what it gives. All cells run in one process: loading torch ta
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, set_seed
@@ -91,7 +91,7 @@ class Measurement:
             "command": hardware.command_line(),
         }
 
-    def _choice(self, cell: Cell) -> dict[str, Any]:
+    def _choice(self, cell: Cell) -> Mapping[str, object]:
         """Makes the cell's mask if it is not there, and returns what that cost."""
         path = self.grid.mask_path(cell)
         settings = self.grid.settings() | {"method": cell.method, "seed": cell.seed} | self.grid.training(cell)
@@ -108,7 +108,7 @@ class Measurement:
             write_json(content, path.with_suffix(".json"))
         return content
 
-    def _once(self, name: str, limit: int | None, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _once(self, name: str, limit: int | None, work: Callable[[], dict[str, object]]) -> dict[str, Any]:
         """Returns what is measured of the unpruned model, from its file if an earlier run measured it."""
         path, settings = self.grid.folder / f"{name}.json", self.grid.settings() | {"zero_eval_limit": limit}
         content = self.grid.known(path, settings)
@@ -123,7 +123,7 @@ class Measurement:
         values = {text: perplexity(model, blocks, self.args.eval_batch_size) for text, blocks in self.texts.items()}
         return {"perplexity": values, "seconds": time.perf_counter() - started}
 
-    def _zero_shot(self, model: PreTrainedModel) -> dict[str, Any]:
+    def _zero_shot(self, model: PreTrainedModel) -> dict[str, object]:
         """Scores a model on the offline tasks."""
         assert self.tasks is not None
         started, found = time.perf_counter(), {}

@@ -1,7 +1,7 @@
 """The cells of a comparison: their flags, their files, and which of them an earlier run has measured already."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Grid:
         for cell in self.missing:  # a wrong flag fails before the work begins
             self.arguments(cell)
 
-    def contents(self) -> Iterator[dict[str, Any]]:
+    def contents(self) -> Iterator[dict[str, object]]:
         """Yields the content of every cell that is there: those asked for, then what earlier runs measured beside."""
         asked = [self.path(cell) for cell in self.cells]
         others = sorted(set((self.folder / "cells").glob("*.json")) - set(asked))
@@ -67,7 +67,7 @@ class Grid:
             if content is not None:
                 yield content
 
-    def content(self, cell: Cell) -> dict[str, Any] | None:
+    def content(self, cell: Cell) -> Mapping[str, object] | None:
         """Returns a cell's content; ``None`` if it is not measured yet."""
         return self.known(self.path(cell), self.settings(cell))
 
@@ -91,7 +91,7 @@ class Grid:
         """Returns whether the zero-shot tasks are scored in a cell."""
         return cell.target_sparsity in self.args.zero_eval_sparsities and cell.seed in self.args.zero_eval_seeds
 
-    def settings(self, cell: Cell | None = None) -> dict[str, Any]:
+    def settings(self, cell: Cell | None = None) -> dict[str, object]:
         """Returns what must be the same for a file of an earlier run to serve."""
         settings: dict[str, Any] = {"model": self.model, "flags": self.args.flags}
         settings |= {name: getattr(self.args, name) for name in _SETTINGS}
@@ -100,7 +100,7 @@ class Grid:
             settings |= self.training(cell)
         return settings
 
-    def known(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    def known(self, path: Path, settings: Mapping[str, object]) -> dict[str, object] | None:
         """Returns what an earlier run wrote to a file; ``None`` if it is not there.
 
         Raises:

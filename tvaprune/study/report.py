@@ -39,15 +39,15 @@ class Cells:
         )
         self.sparsities.sort()
 
-    def of(self, **values: Any) -> list[dict[str, Any]]:
+    def of(self, **values: object) -> list[dict[str, Any]]:
         """Returns the cells in which all the values are as given."""
         return [content for content in self.all if all(content[name] == value for name, value in values.items())]
 
-    def gaps(self, text: str, **values: Any) -> list[float]:
+    def gaps(self, text: str, **values: object) -> list[float]:
         """Returns the gap of each such cell: log perplexity pruned minus dense."""
         return [gap(content, text) for content in self.of(**values)]
 
-    def median_gap(self, text: str, **values: Any) -> float | None:
+    def median_gap(self, text: str, **values: object) -> float | None:
         """Returns the median gap over the seeds; ``None`` if there is no such cell."""
         found = self.gaps(text, **values)
         return median(found) if found else None
@@ -59,7 +59,7 @@ def gap(content: dict[str, Any], text: str) -> float:
     return math.log(perplexity[PRUNED]) - math.log(perplexity[DENSE])
 
 
-def write_report(contents: Iterable[dict[str, Any]], folder: Path) -> None:
+def write_report(contents: Iterable[dict[str, object]], folder: Path) -> None:
     """Writes ``compare.json``, ``compare.md`` and ``compare.png``."""
     cells = Cells(contents)
     figures = [row for model in cells.models for row in ratios(cells, model)]
@@ -72,7 +72,7 @@ def write_report(contents: Iterable[dict[str, Any]], folder: Path) -> None:
     plot(cells, folder / "compare.png")
 
 
-def ratios(cells: Cells, model: str) -> list[dict[str, Any]]:
+def ratios(cells: Cells, model: str) -> list[dict[str, object]]:
     """Returns the learned masks' gaps beside the best baseline's, for each sparsity and text of a model.
 
     ``to_refitted`` and ``to_folded`` divide the gap of the learned masks with refit by the smallest of the baselines'
@@ -106,7 +106,7 @@ def ratios(cells: Cells, model: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _best_baseline(cells: Cells, text: str, **place: Any) -> tuple[float | None, str]:
+def _best_baseline(cells: Cells, text: str, **place: object) -> tuple[float | None, str]:
     """Returns the smallest median gap of a baseline, and its name."""
     gaps = {m: cells.median_gap(text, method=m, **place) for m in cells.methods if m not in LEARNED}
     return min(((value, method) for method, value in gaps.items() if value is not None), default=(None, NONE))
@@ -116,7 +116,7 @@ def _ratio(own: float, other: float | None) -> float | None:
     return own / other if other else None
 
 
-def worst_change(cells: Cells, text: str) -> dict[str, Any] | None:
+def worst_change(cells: Cells, text: str) -> dict[str, object] | None:
     """Returns the largest relative change of perplexity from fold to refit in any cell; ``None`` without pairs."""
     names = ("model", "method", "target_sparsity", "seed")
     found = []
@@ -128,10 +128,10 @@ def worst_change(cells: Cells, text: str) -> dict[str, Any] | None:
     return max(found, key=lambda row: row["change"], default=None)
 
 
-def orders_of(cells: Cells, model: str) -> list[dict[str, Any]]:
+def orders_of(cells: Cells, model: str) -> list[dict[str, object]]:
     """Returns the methods from the smallest median gap to the largest on each text, for each update and sparsity."""
 
-    def order(text: str, **place: Any) -> list[str]:
+    def order(text: str, **place: object) -> list[str]:
         gaps = {method: cells.median_gap(text, method=method, **place) for method in cells.methods}
         known = {method: value for method, value in gaps.items() if value is not None}
         return sorted(known, key=lambda method: known[method])
@@ -200,7 +200,7 @@ def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
     return f"| {' | '.join([str(sparsity), method, *gaps, *scores, *costs])} |"
 
 
-def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, Any]], form: str) -> str:
+def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, object]], form: str) -> str:
     return form.format(median(map(value, found))) if found else NONE
 
 

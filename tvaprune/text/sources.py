@@ -285,7 +285,7 @@ class _Rows:
             raise ValueError("a row is no object")
         self.column_names = list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def __getitem__(self, column: str) -> list[Any]:
+    def __getitem__(self, column: str) -> list[object]:
         return [row.get(column) for row in self.rows]
 
 

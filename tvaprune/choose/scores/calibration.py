@@ -77,7 +77,7 @@ def both_blocks(model: PreTrainedModel) -> list[tuple[Block, Block]]:
 class InputSums:
     """Running sums over the inputs of one linear layer; shapes ``(in_features,)``, float64."""
 
-    def __init__(self, linear: Any) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
         self.total = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
         self.squares = torch.zeros_like(self.total)
@@ -114,7 +114,7 @@ def read_inputs(calibration: Calibration, linears: Sequence[Any], description: s
     """Returns the input sums of linear layers, given in the order of the forward pass."""
     sums = [InputSums(linear) for linear in linears]
 
-    def stop(module: nn.Module, args: Any) -> None:
+    def stop(module: nn.Module, args: object) -> None:
         raise _AllRead
 
     handles = [entry.linear.register_forward_pre_hook(entry.add) for entry in sums]
