@@ -40,17 +40,28 @@ def write_identity(folder: Path, identity: Identity) -> None:
     write_json(identity, folder / IDENTITY_NAME)
 
 
+def read_identity(name: str, folder: Path) -> Identity:
+    """Returns what a checkpoint or an adapter, ``name`` in words, was written with.
+
+    Raises:
+        InputError: If nothing says what it belongs to.
+    """
+    try:
+        found: Identity = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+        if not all(isinstance(found[part], dict) for part in ("flags", "contents", "settings")):
+            raise TypeError("a part is no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: is no {name} that this version wrote (no readable {IDENTITY_NAME})") from error
+    return found
+
+
 def check_identity(name: str, folder: Path, identity: Identity) -> None:
     """Compares what a checkpoint or an adapter belongs to with what it is wanted for.
 
     Raises:
         InputError: If they differ, naming the flags with both values, or nothing says what it belongs to.
     """
-    try:
-        found = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
-        differing = differences(found, identity)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder}: is no {name} that this version wrote (no readable {IDENTITY_NAME})") from error
+    differing = differences(read_identity(name, folder), identity)
     if differing:
         raise InputError(f"{folder}: is the {name} of a run with {differing}; give the flags that it was made with")
 

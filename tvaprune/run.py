@@ -25,10 +25,13 @@ from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.load import load_config, load_model
+from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.rotate import rotate
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
+from tvaprune.plan.rotation import Rotation, read_rotation
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
 from tvaprune.text.protocols import (
@@ -59,12 +62,16 @@ class Run:
 
     Attributes:
         digest: The unpruned model's, of its config and weights.
+        rotation: What its residual stream was turned by; None: it is as it came.
+        tied: Whether its embeddings came tied.
     """
 
     args: Arguments
     model: PreTrainedModel
     tokenizer: Any
     digest: str = ""
+    rotation: Rotation | None = None
+    tied: bool = False
 
     @classmethod
     def load(cls, args: Arguments) -> "Run":
@@ -74,10 +81,12 @@ class Run:
         set_seed(args.training.seed)
         device = args.training.device
         model, tokenizer = load_model(args.source.model_name_or_path, args.source.dtype, device)
-        run = cls(args, model, tokenizer, model_digest(model))
+        run = cls(args, model, tokenizer, model_digest(model), tied=bool(model.config.tie_word_embeddings))
         if args.evaluation.do_zero_eval:
             check_tokenizer(tokenizer)
         _tell_another_model(run)
+        if (rotation := given_rotation(args, run.shape.hidden_size)) is not None:
+            run = run.turned(rotation)
         longest = run.model.config.max_position_embeddings
         for name in ("block_size", "ctx_length"):
             tokens = getattr(args.data, name)
@@ -89,6 +98,11 @@ class Run:
     def shape(self) -> ModelShape:
         """The unpruned model's sizes."""
         return shape_of(self.model.config)
+
+    @property
+    def dense_parameters(self) -> int:
+        """All parameters of the model as it came: turning it may have untied the head."""
+        return dense_parameters(replace(self.shape, tie_word_embeddings=self.tied))
 
     @property
     def rules(self) -> WidthRules:
@@ -155,6 +169,10 @@ class Run:
         """Returns the training blocks whose statistics the refit fits."""
         return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)
 
+    def turned(self, rotation: Rotation) -> "Run":
+        """Returns the run in another basis: its model is turned in place, and computes what it did."""
+        return replace(self, model=rotate(self.model, rotation.matrix), rotation=rotation)
+
     def at(self, target: float) -> "Run":
         """Returns the run of one of several targets: the same model, folders of its own."""
         return replace(self, args=self.args.at(target))
@@ -176,11 +194,15 @@ class Run:
             "model_name_or_path": content(self.args.source.model_name_or_path, self.digest),
             "dataset_name": content(data.dataset_name, blocks_digest(*texts)),
         }
-        return {"flags": common | dict(flags), "contents": contents, "settings": dict(settings)}
+        basis = {"rotate": "off" if self.rotation is None else self.rotation.digest}
+        return {"flags": common | dict(flags), "contents": contents, "settings": dict(settings) | basis}
 
     def plan(self, units: Masks | KeepPlan) -> KeepPlan:
         """Returns what is kept: masks cut by the run's rules, a plan as it is."""
-        return plan_from_masks(units, self.shape, self.rules) if isinstance(units, Masks) else units
+        if isinstance(units, KeepPlan):
+            return units
+        plan = plan_from_masks(units, self.shape, self.rules)
+        return plan if self.rotation is None else replace(plan, rotation=self.rotation.digest)
 
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""
@@ -188,6 +210,7 @@ class Run:
             "model": self.args.source.model_name_or_path,
             "model_digest": self.digest,
             "prune_method": self.args.prune.prune_method,
+            "rotation": None if self.rotation is None else self.rotation.digest,
             "dataset_name": self.args.data.dataset_name,
             "block_size": self.args.data.block_size,
             "target_sparsity": max(self.args.prune.target_sparsity),
@@ -257,6 +280,7 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
     if path is None and plan is None:
         return None
     shape = shape_of(load_config(args.source.model_name_or_path))
+    given_rotation(args, shape.hidden_size)
     if plan is not None:
         kept = KeepPlan.load(Path(plan))
         kept.check_fits(shape, f"--plan {plan}")
@@ -266,6 +290,19 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
     recorded_flags(path)  # a damaged one ends the command here
     masks.check_fits(shape, f"--mask_loc {path}")
     return masks
+
+
+def given_rotation(args: Arguments, hidden_size: int) -> Rotation | None:
+    """Reads the rotation that ``--mask_loc`` or ``--plan`` was made under; None: under none, or neither is given.
+
+    Raises:
+        InputError: If it is not beside the file that names it, or not of this model.
+    """
+    if args.prune.mask_loc is not None:
+        return read_rotation(Path(args.prune.mask_loc), read_record(args.prune.mask_loc).get("rotation"), hidden_size)
+    if args.prune.plan is not None:
+        return read_rotation(Path(args.prune.plan), KeepPlan.load(Path(args.prune.plan)).rotation, hidden_size)
+    return None
 
 
 def goes_on(args: Arguments) -> bool:

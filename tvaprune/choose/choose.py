@@ -10,19 +10,21 @@ from datasets import Dataset
 
 from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
+from tvaprune.choose.rotation import learn_rotation, wants_rotation
 from tvaprune.choose.scores import score_masks
 from tvaprune.choose.settings import GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.files import discard
 from tvaprune.flags.arguments import Arguments
-from tvaprune.identity import Identity, check_identity
+from tvaprune.identity import Identity, check_identity, read_identity
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
 from tvaprune.plan.record import rules_as_flags
+from tvaprune.plan.rotation import Rotation, drop_rotations, read_rotation
 from tvaprune.run import Run, given_checkpoint
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
@@ -67,6 +69,19 @@ def _is_interrupted(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".tvaprune-")}
     return names <= {"best", *(path.name for path in own_checkpoints(folder))}
+
+
+def in_basis(run: Run, checkpoint: str | None = None) -> Run:
+    """Returns the run in the basis that ``--rotate`` asks for; one that is gone on with, in the one it began in."""
+    if not wants_rotation(run):
+        return run
+    best, found = run.args.output_dir / "best", None
+    if checkpoint is not None:
+        digest = read_identity("checkpoint", Path(checkpoint))["settings"].get("rotate")
+        found = None if digest == "off" else read_rotation(best / "mask_info", digest, run.shape.hidden_size)
+    rotation = found or Rotation(learn_rotation(run))
+    rotation.save(best)
+    return run.turned(rotation)
 
 
 def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
@@ -135,7 +150,10 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:
         value = perplexity(gated, run.choice_blocks(), batch_size)
     gated.detach_gates()
     record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
-    path = keep_best(run.args.output_dir / "best", masks, value, record)
+    best = run.args.output_dir / "best"
+    if run.rotation is not None:
+        run.rotation.save(best)
+    path = keep_best(best, masks, value, record)
     for old in own_checkpoints(run.args.output_dir):
         discard(old)
     _clear_targets(run.args.output_dir)
@@ -174,6 +192,8 @@ def _clear_targets(folder: Path) -> None:
             (target / name).unlink(missing_ok=True)
         for mask in (target / "best").glob("mask_info_*"):
             mask.unlink()
+        for place in (target, target / "best"):
+            drop_rotations(place, None)
         shutil.rmtree(target / "zero_shot", ignore_errors=True)
         for emptied in (target / "best", target):
             with suppress(OSError):  # somebody else's files stay

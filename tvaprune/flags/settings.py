@@ -78,6 +78,11 @@ class PruneSettings:
             "its gates trained to the largest, is cut at each."
         },
     )
+    rotate: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "Turn the residual stream, before units are chosen, to the directions that matter: cutting hidden dims costs "
+        "less. auto: for gates, where the embeddings are untied; on: tied embeddings too, which unties them.",
+    )
     vib_learning_rate: float | None = _flag(
         None,
         f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_TOKENS:,} tokens) or above 50%% "

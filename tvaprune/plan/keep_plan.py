@@ -5,7 +5,7 @@ The dimension adjustment (TVA-Prune, eq. 4-5), and the plan as JSON.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ class KeepPlan:
         scale: The factor of each kept unit, aligned with ``kept`` (float32).
         shape: The dense model's sizes.
         dim_multiple: What hidden and MLP widths were adjusted to; 1 is no adjustment.
+        rotation: The digest of what the model was turned by before; None: it is as it came.
     """
 
     kept: PerUnit
     scale: PerUnit
     shape: ModelShape
     dim_multiple: int
+    rotation: str | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -95,6 +97,7 @@ class KeepPlan:
             "shape": asdict(self.shape),
             "dim_multiple": self.dim_multiple,
             "sparsity": self.sparsity,
+            "rotation": self.rotation,
             "hidden": {"kept": self.kept.hidden.tolist(), "scale": self.scale.hidden.tolist()},
             "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
             "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
@@ -118,6 +121,8 @@ class KeepPlan:
         def told(size: object) -> str:
             return in_words(size) if isinstance(size, tuple) else str(size)
 
+        if self.rotation is not None:  # it was made of the model as turned
+            shape = replace(shape, tie_word_embeddings=False)
         other = [name for name, size in vars(shape).items() if getattr(self.shape, name) != size]
         if other:
             pairs = [(name, told(getattr(self.shape, name)), told(getattr(shape, name))) for name in other]
@@ -141,7 +146,8 @@ class KeepPlan:
             sizes: dict[str, Any] = content["shape"]
             per_layer = {name: tuple(value) for name, value in sizes.items() if isinstance(value, list)}
             shape = ModelShape(**(sizes | per_layer))
-            plan = cls(units("kept", torch.int64), units("scale", torch.float32), shape, content["dim_multiple"])
+            kept, scale = units("kept", torch.int64), units("scale", torch.float32)
+            plan = cls(kept, scale, shape, content["dim_multiple"], content.get("rotation"))
             plan._check()
             return plan
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -21,6 +21,7 @@ from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
 from tvaprune.plan.mask_pickle import read_tensors
+from tvaprune.plan.rotation import drop_rotations
 
 MASK_NAME = "mask_info_{perplexity}.pkl"
 LARGEST_FILE = 256 * 2**20  # bytes: twice the float64 mask of a model of 400 billion parameters
@@ -128,6 +129,7 @@ def keep_best(
     for old in sorted(folder.glob(MASK_NAME.format(perplexity="*")[:-4] + ".*"), reverse=True):  # .pkl before .json
         if old.stem != path.stem and old.suffix in (".pkl", ".json"):
             _remove(old)
+    drop_rotations(folder, record.get("rotation"))
     return path
 
 

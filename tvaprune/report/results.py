@@ -153,6 +153,7 @@ class Results:
         target_sparsity: What a mask was cut at; None: a mask or a plan was given.
         mask: The mask file that was cut; None: a plan was given, or the dense model was scored.
         plan: The plan file that was given in its place.
+        rotation: The digest of what the residual stream was turned by; None: it is as it came.
         sparsity_definition: What ``widths.decoder_sparsity`` is a share of.
     """
 
@@ -169,6 +170,7 @@ class Results:
     mask: str | None
     version: int = VERSION
     plan: str | None = None
+    rotation: str | None = None
     weight_update: str | None = None
     widths: KeptWidths | None = None
     calibration: Calibration | None = None

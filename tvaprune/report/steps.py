@@ -12,18 +12,22 @@ from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.measure.speed import speed_up
 from tvaprune.measure.zeroshot import ZeroShot
-from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
+from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.plan.rotation import drop_rotations
 from tvaprune.report import plots, tables
 from tvaprune.report.results import Parameters, Perplexities, Results, ScoringRun
 from tvaprune.report.zero_shot import DENSE, ZeroShotRecord
 from tvaprune.run import Run
 
 
-def write_plan(plan: KeepPlan, folder: Path) -> None:
-    """Writes the decision down, before anything is cut: the plan as JSON, its widths as a picture."""
+def write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
+    """Writes the decision down, before anything is cut: the plan as JSON, its rotation, its widths as a picture."""
     folder.mkdir(parents=True, exist_ok=True)
+    if run.rotation is not None:
+        run.rotation.save(folder)
     plan.save(folder / "plan.json")
+    drop_rotations(folder, plan.rotation)
     plots.plot_widths(plan, folder / "widths.png")
 
 
@@ -39,7 +43,7 @@ def measure(
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
     results.protocol = run.evaluation_text(windows)
     results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
-    results.parameters = Parameters(dense_parameters(plan.shape), plan.num_parameters)
+    results.parameters = Parameters(run.dense_parameters, plan.num_parameters)
     results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
     if evaluation.speed_batches:
         timed = windows_per_pass(windows, batch_size)

@@ -37,7 +37,7 @@ def run_apply(args: Arguments) -> Results:
         windows = run.windows()
         dense = run.dense_perplexity(windows)
     if measures:
-        write_plan(plan, args.save_loc)
+        write_plan(run, plan, args.save_loc)
     times = windows is not None and evaluation.speed_batches > 0
     pruned, update = narrow(run, plan, keep_dense=times or evaluation.compare_dense)
     results.note_update(update)

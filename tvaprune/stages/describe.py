@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
@@ -13,7 +13,7 @@ from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
-from tvaprune.plan.masks import load_masks
+from tvaprune.plan.masks import load_masks, read_record
 from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
 from tvaprune.plan.widths import WidthRules
 from tvaprune.report.results import KeptWidths
@@ -51,15 +51,18 @@ def describe(
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
     shape = shape_of(load_config(model))
+    dense = dense_parameters(shape)
     given = {"dim_multiple": dim_multiple, "keep_one_kv_head": keep_one_kv_head, "uniform": uniform,
              "tensor_parallel": tensor_parallel}  # fmt: skip
     if mask.suffix == ".json":
         plan = _plan(mask, given)
         plan.check_fits(shape, str(mask))
         kept = KeptWidths.of(plan)
-        return Description(str(mask), model, dense_parameters(shape), kept, kept)
+        return Description(str(mask), model, dense, kept, kept)
     masks = load_masks(mask, shape)
     masks.check_fits(shape, str(mask))
+    if read_record(mask).get("rotation") is not None:  # turned, and untied where it was tied
+        shape = replace(shape, tie_word_embeddings=False)
     flags, note = as_recorded(given, recorded_flags(mask))
     rules = width_rules(flags, shape)
     if note is not None:
@@ -67,7 +70,7 @@ def describe(
     learned, adjusted = (
         KeptWidths.of(plan_from_masks(masks, shape, one)) for one in (WidthRules(1, rules.min_key_value_heads), rules)
     )
-    return Description(str(mask), model, dense_parameters(shape), learned, adjusted)
+    return Description(str(mask), model, dense, learned, adjusted)
 
 
 def _plan(path: Path, rules: dict[str, int | None]) -> KeepPlan:

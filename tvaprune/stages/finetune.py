@@ -42,7 +42,7 @@ def run_finetune(args: Arguments) -> Results:
     checkpoint = found_checkpoint(args)
     prepare_folders(args, checkpoint)
     job = Job.load(args, units, checkpoint)
-    write_plan(job.plan, args.save_loc)
+    write_plan(job.run, job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)
     student = _tuned(job, _pruned(job, results), results)
     _written(job, student, results)

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 from tvaprune.checkpoint.folder import save_pruned
-from tvaprune.choose.choose import choose_masks, gate_checkpoint
+from tvaprune.choose.choose import choose_masks, gate_checkpoint, in_basis
 from tvaprune.cut.narrow import narrow
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.plan.exact_cut import TOLERANCE
-from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
 from tvaprune.report.results import Results
@@ -35,13 +34,14 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     run = Run.load(args)
     windows = run.windows()
     dense = run.dense_perplexity(windows)
+    run = in_basis(run, checkpoint)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:
         plots.write_training(chosen.history, args.save_loc)
     for target, one in targets.items():
         part = replace(run, args=one)
-        plan = plan_from_masks(load_masks(chosen.masks[target]), run.shape, run.rules)
-        write_plan(plan, one.save_loc)
+        plan = part.plan(load_masks(chosen.masks[target]))
+        write_plan(part, plan, one.save_loc)
         found[target] = results = Results.begin(part, plan, str(chosen.masks[target]), target)
         times = args.evaluation.speed_batches > 0 or args.evaluation.compare_dense
         pruned, update = narrow(part, plan, keep_dense=times or target != max(targets))

@@ -5,6 +5,7 @@ a cell that has its file is not measured again. All methods end in the same mask
 is measured beside what it gives. All cells run in one process: loading torch takes longer than measuring one.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, set_seed
 
-from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks
+from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in_basis
+from tvaprune.choose.rotation import wants_rotation
 from tvaprune.choose.scores import score_masks
 from tvaprune.cut.narrow import narrow
 from tvaprune.files import write_json
@@ -22,8 +24,9 @@ from tvaprune.measure.memory import PeakMemory
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import OFFLINE_GROUP, Score, ZeroShot
 from tvaprune.plan.exact_cut import calibrate
-from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
+from tvaprune.plan.keep_plan import describe_widths
 from tvaprune.plan.masks import Masks, load_masks, save_masks
+from tvaprune.plan.rotation import Rotation, read_rotation
 from tvaprune.run import Run
 from tvaprune.study.grid import VIB, Cell, Grid
 from tvaprune.study.report import DENSE, PRUNED
@@ -42,6 +45,7 @@ class Measurement:
     def __init__(self, grid: Grid) -> None:
         self.grid, self.args = grid, grid.args
         self.base = Run.load(grid.arguments(grid.missing[0]))
+        self._last: Run | None = None
         data = self.base.args.data
         self.tasks = None
         if any(map(grid.is_scored, grid.missing)):  # the harness takes seconds to import
@@ -67,8 +71,9 @@ class Measurement:
         """Returns a cell's content: everything that repeats it, and all that is measured."""
         choice = self._choice(cell)
         dense = self._once("dense", None, lambda: self._perplexities(self.base.model))["perplexity"]
-        run = self._run(cell)
-        plan = plan_from_masks(load_masks(self.grid.mask_path(cell)), run.shape, run.rules)
+        mask, run = self.grid.mask_path(cell), self._run(cell)
+        run = self._turned(run, read_rotation(mask, choice.get("rotation"), run.shape.hidden_size))
+        plan = run.plan(load_masks(mask))
         (pruned, details), seconds, memory = self._timed(lambda: narrow(run, plan, keep_dense=True))
         measured, limit = self._perplexities(pruned), self.args.zero_eval_limit
         zero_shot = None
@@ -99,11 +104,14 @@ class Measurement:
         if known is not None and path.is_file():
             return known
         run, targets = self._run(cell, choosing=True), self.grid.targets(cell)
-        masks, seconds, memory = self._timed(lambda: _masks_of(run, cell.method, targets))
+        (masks, rotation), seconds, memory = self._timed(lambda: _masks_of(run, cell.method, targets))
         content = settings | {"targets": targets, "seconds": seconds, "peak_memory": memory}
+        content["rotation"] = None if rotation is None else rotation.digest
         for target, mask in masks.items():
             path = self.grid.mask_path(dataclasses.replace(cell, target_sparsity=target))
             path.parent.mkdir(parents=True, exist_ok=True)
+            if rotation is not None:
+                rotation.save(path.parent)
             save_masks(mask, path)
             write_json(content, path.with_suffix(".json"))
         return content
@@ -144,6 +152,14 @@ class Measurement:
         set_seed(cell.seed)
         return dataclasses.replace(self.base, args=self.grid.arguments(cell, choosing))
 
+    def _turned(self, run: Run, rotation: Rotation | None) -> Run:
+        """Returns a run in the basis of its mask, on a copy of the model; the last one is kept."""
+        if rotation is None:
+            return run
+        if self._last is None or self._last.rotation is None or self._last.rotation.digest != rotation.digest:
+            self._last = dataclasses.replace(run, model=copy.deepcopy(run.model)).turned(rotation)
+        return dataclasses.replace(run, model=self._last.model, rotation=rotation)
+
     def _timed(self, work: Callable[[], Result]) -> tuple[Result, float, int]:
         """Returns the result of some work, its seconds and its peak memory in bytes."""
         started = time.perf_counter()
@@ -152,15 +168,17 @@ class Measurement:
         return result, time.perf_counter() - started, memory.peak
 
 
-def _masks_of(run: Run, method: str, targets: Sequence[float]) -> dict[float, Masks]:
-    """Trains gates or scores units once, and cuts at every target sparsity.
+def _masks_of(run: Run, method: str, targets: Sequence[float]) -> tuple[dict[float, Masks], Rotation | None]:
+    """Trains gates or scores units once, and cuts at every target sparsity; returns the basis of the choice too.
 
     Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
     """
     if method in (VIB, VIB_ONCE):
+        if wants_rotation(run):
+            run = in_basis(dataclasses.replace(run, model=copy.deepcopy(run.model)))
         (path,) = choose_masks(run).masks.values()
         masks = load_masks(path)
     else:
         blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
         masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
-    return {target: calibrate(masks, run.shape, target, run.rules) for target in targets}
+    return {target: calibrate(masks, run.shape, target, run.rules) for target in targets}, run.rotation

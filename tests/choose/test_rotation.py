@@ -1,0 +1,132 @@
+"""The basis that gates train in: found from the streams, written beside the mask, taken along where it is applied."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from support import tiny
+from support.families import logits
+
+from tvaprune.choose.rotation import learn_rotation
+from tvaprune.flags.arguments import Arguments
+from tvaprune.models.rotate import rotate
+from tvaprune.plan.rotation import Rotation, read_rotation
+from tvaprune.run import Run
+
+MEASURED = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches", 0, "--use_cpu")
+APPLIED = (*MEASURED, "--refit_samples", 8, "--do_eval")
+FLAGS = (*MEASURED, "--max_train_samples", 16, "--dim_multiple", 4)
+GATES = (*FLAGS, "--do_train", "--target_sparsity", 0.4, "--per_device_train_batch_size", 4, "--max_steps", 6,
+         "--save_steps", 3, "--eval_steps", 3, "--refit_samples", 8)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(make_model, tmp_path_factory):
+    """The flags of an untied model and a text."""
+    folder = tmp_path_factory.mktemp("source")
+    model = tiny.save_checkpoint(make_model("llama"), folder / "model")
+    return ("--model_name_or_path", model, "--dataset_name", tiny.write_text(folder / "text.txt"))
+
+
+@pytest.fixture
+def pruned(source, tmp_path, command):
+    code, _, error = command(*source, *GATES, "--output_dir", tmp_path / "out")
+    assert code == 0, error
+    return tmp_path / "out"
+
+
+def run_of(*flags):
+    return Run.load(Arguments.parse([*map(str, flags)], "prune"))
+
+
+def lost_by_cutting(model, keep, ids):
+    """How far the logits move when all dims of the stream but the first go, whatever writes to it."""
+    gate = (torch.arange(model.config.hidden_size) < keep).float()
+    names = ["model.embed_tokens", *(n for n, _ in model.named_modules() if n.endswith(("o_proj", "down_proj")))]
+    before = logits(model, ids)
+    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, output: output * gate) for n in names]
+    after = logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return float((after - before).square().mean())
+
+
+def test_the_last_dims_of_the_learned_basis_carry_least(source):
+    """A stream that lives in half of its dims, turned at random: the basis finds them again."""
+    run = run_of(*source, *FLAGS, "--output_dir", "unused")
+    size = run.shape.hidden_size
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+                values = parameter if "embed" in name else parameter.T
+                values[:, size // 2 :] *= 1e-3
+    hidden = Rotation(torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(3))).Q)
+    rotate(run.model, hidden.matrix)
+    ids = run.choice_blocks()[:4]["input_ids"]
+    lost = lost_by_cutting(copy.deepcopy(run.model), size // 2, ids)  # control: in the basis as it came
+    learned = learn_rotation(run)
+    assert all(parameter.requires_grad for parameter in run.model.parameters())
+    assert lost_by_cutting(rotate(run.model, learned), size // 2, ids) < 1e-3 * lost
+
+
+def test_masks_and_plans_take_the_rotation_along(pruned, source, tmp_path, command):
+    (mask,) = (pruned / "best").glob("*.pkl")
+    record, plan = tiny.read_json(mask.with_suffix(".json")), tiny.read_json(pruned / "plan.json")
+    results = tiny.read_json(pruned / "results.json")
+    assert len(record["rotation"]) == 16 and record["rotation"] == plan["rotation"] == results["rotation"]
+    for flag, path in (("--mask_loc", mask), ("--plan", pruned / "plan.json")):
+        out = tmp_path / flag[2:]
+        code, _, error = command(*source, *APPLIED, flag, path, "--output_dir", out)
+        assert code == 0, error
+        found = tiny.read_json(out / "results.json")
+        assert found["perplexity"]["pruned"] == pytest.approx(results["perplexity"]["pruned"], rel=1e-6)
+        assert found["rotation"] == record["rotation"]
+    (file,) = (pruned / "best").glob("rotation_*")
+    file.unlink()
+    code, _, error = command(*source, *APPLIED, "--mask_loc", mask, "--output_dir", tmp_path / "lost")
+    assert f"{file.name} is not beside it" in tiny.refusal(code, error)
+    mask.with_suffix(".json").write_text(json.dumps(record | {"rotation": None}))  # control: another mask
+    code, _, error = command(*source, *APPLIED, "--mask_loc", mask, "--output_dir", tmp_path / "without")
+    assert code == 0, error
+    other = tiny.read_json(tmp_path / "without" / "results.json")["perplexity"]
+    assert abs(other["pruned"] - results["perplexity"]["pruned"]) > 1e-3
+    assert other["dense"] == pytest.approx(results["perplexity"]["dense"], rel=1e-4)
+
+
+def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, source, command):
+    whole = {path.name: path.read_bytes() for path in (pruned / "best").glob("*.pkl")}
+    (file,) = (pruned / "best").glob("rotation_*")
+    shutil.rmtree(pruned / "checkpoint-6")
+    code, _, error = command(*source, *GATES, "--resume_from_checkpoint", True, "--output_dir", pruned)
+    assert code == 0, error
+    assert {path.name: path.read_bytes() for path in (pruned / "best").glob("*.pkl")} == whole
+    shutil.rmtree(pruned / "checkpoint-6")
+    code, _, error = command(
+        *source, *GATES, "--rotate", "off", "--resume_from_checkpoint", True, "--output_dir", pruned
+    )
+    assert "--rotate" in tiny.refusal(code, error) and file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("tied", "words", "turns"),
+    [(False, (), True), (True, (), False), (True, ("--rotate", "on"), True), (False, ("--rotate", "off"), False),
+     (False, ("--prune_method", "magnitude"), False), (False, ("--prune_method", "magnitude", "--rotate", "on"), True)],
+)  # fmt: skip
+def test_auto_turns_for_gates_where_no_tie_is_lost(tied, words, turns, make_model, source, tmp_path, command):
+    model = tiny.save_checkpoint(make_model("llama", tie_word_embeddings=tied), tmp_path / "model")
+    gates = "--prune_method" not in words
+    flags = (*GATES, *words) if gates else (*FLAGS, "--do_train", "--target_sparsity", 0.4, *words)
+    code, _, error = command("--model_name_or_path", model, *source[2:], *flags, "--weight_update", "fold",
+                             "--output_dir", tmp_path / "out", "--save_pruned", tmp_path / "pruned")  # fmt: skip
+    assert code == 0, error
+    results = tiny.read_json(tmp_path / "out" / "results.json")
+    assert ("rotation" in results) is turns
+    config = tiny.read_json(tmp_path / "pruned" / "config.json")
+    assert config["tie_word_embeddings"] is (tied and not turns)
+    assert results["parameters"]["dense"] == make_model("llama", tie_word_embeddings=tied).num_parameters()
+    (mask,) = (tmp_path / "out" / "best").glob("*.pkl")
+    record = tiny.read_json(mask.with_suffix(".json"))
+    found = read_rotation(mask, record["rotation"], 36)
+    assert (found is not None) is turns

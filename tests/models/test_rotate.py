@@ -1,0 +1,94 @@
+"""A turned model is the same function, a stock model of its class, for every family whose norms allow it."""
+
+import copy
+
+import pytest
+import torch
+from support.families import CLOSE, ROWS, logits
+from support.other_families import OTHER_ROWS
+from transformers import AutoModelForCausalLM
+
+from tvaprune.errors import InputError
+from tvaprune.models.families import family_of
+from tvaprune.models.rotate import norms_of, rotate, turns_of, why_not
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.rotation import Rotation, read_rotation
+
+pytestmark = pytest.mark.usefixtures("other_families")
+
+
+def random_rotation(size, seed=0):
+    values = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(values).Q.float()
+
+
+@pytest.fixture(params=(ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+def model(request, make_model):
+    model_type, values = request.param
+    return make_model(model_type, **values)
+
+
+def test_a_turned_model_computes_what_it_did_or_is_refused(model, input_ids, tmp_path):
+    before, rotation = logits(model, input_ids), random_rotation(model.config.hidden_size)
+    if why_not(family_of(model.config), shape_of(model.config)) is not None:
+        weights = copy.deepcopy(model.state_dict())
+        with pytest.raises(InputError, match="--rotate on: .* cannot be rotated, as a norm stands between"):
+            rotate(model, rotation)
+        assert all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
+        return
+    rotate(model, rotation)
+    torch.testing.assert_close(logits(model, input_ids), before, **CLOSE)
+    norms = [
+        model.get_parameter(f"{name}.weight") for name in norms_of(family_of(model.config), shape_of(model.config))
+    ]
+    offset = family_of(model.config).norm_offset
+    assert all(torch.equal(norm + offset, torch.ones_like(norm)) for norm in norms)
+    model.save_pretrained(tmp_path / "turned")  # a model like any other
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "turned").eval()
+    assert type(again) is type(model) and not again.config.tie_word_embeddings
+    assert torch.equal(logits(again, input_ids), logits(model, input_ids))
+
+
+@pytest.mark.parametrize("missed", ["model.embed_tokens", "lm_head", "layers.1.self_attn.v_proj", "layers.2.mlp.down"])
+def test_every_parameter_of_the_stream_must_turn(missed, make_model, input_ids):
+    """Control of the above: one that does not is felt."""
+    model = make_model("llama")
+    before, kept = logits(model, input_ids), None
+    (name,) = (name for name in turns_of(family_of(model.config), shape_of(model.config)) if missed in name)
+    kept = model.get_parameter(name).detach().clone()
+    rotate(model, random_rotation(model.config.hidden_size))
+    with torch.no_grad():
+        model.get_parameter(name).copy_(kept)
+    assert (logits(model, input_ids) - before).abs().max() > 0.1
+
+
+def test_what_is_no_rotation_is_refused_before_anything_turns(make_model, input_ids):
+    model = make_model("llama")
+    before, size = logits(model, input_ids), model.config.hidden_size
+    skewed, lost = random_rotation(size), random_rotation(size)
+    skewed[0] *= 1.1
+    lost[0, 0] = float("nan")
+    for wrong, words in ((skewed, "is not orthogonal"), (lost, "is not orthogonal"), (torch.eye(4), "is 4 x 4")):
+        with pytest.raises(InputError, match=words):
+            rotate(model, wrong)
+    assert torch.equal(logits(model, input_ids), before)
+
+
+def test_a_rotation_is_read_only_where_it_is_the_one_that_is_named(tmp_path):
+    first, second = Rotation(random_rotation(8)), Rotation(random_rotation(8, seed=1))
+    path, mask = first.save(tmp_path), tmp_path / "mask_info_1.0.pkl"
+    found = read_rotation(mask, first.digest, 8)
+    assert torch.equal(found.matrix, first.matrix) and read_rotation(mask, None, 8) is None
+    with pytest.raises(InputError, match="is not beside it: keep both together"):
+        read_rotation(mask, second.digest, 8)
+    with pytest.raises(InputError, match="is 8 x 8, the model is 12 wide"):
+        read_rotation(mask, first.digest, 12)
+    for digest in ("../../etc/passwd", 7, {"a": 1}):
+        with pytest.raises(InputError, match="which is no digest"):
+            read_rotation(mask, digest, 8)
+    path.write_bytes(second.save(tmp_path).read_bytes())
+    with pytest.raises(InputError, match="is not the rotation that mask_info_1.0.pkl names"):
+        read_rotation(mask, first.digest, 8)
+    path.write_bytes(b"\x08\x00")
+    with pytest.raises(InputError, match="is no rotation"):
+        read_rotation(mask, first.digest, 8)

@@ -1,0 +1,109 @@
+"""The basis that gates are trained in: one rotation of the residual stream, found before anything is chosen.
+
+A hidden dim that goes, goes in every layer. In the basis of the checkpoint each dim carries something; turned to the
+directions that matter, sorted by how much, the last of them carry nearly nothing.
+"""
+
+import torch
+from tqdm.auto import tqdm
+
+from tvaprune.errors import InputError
+from tvaprune.models.families import family_of
+from tvaprune.models.rotate import norms_of, why_not
+from tvaprune.run import Run
+
+BLOCKS = 128  # calibration blocks
+
+
+def wants_rotation(run: Run) -> bool:
+    """Tells what ``--rotate`` means for this model: auto turns for gates, where no tie is lost.
+
+    Raises:
+        InputError: If it is asked for, and the family's norms do not allow it.
+    """
+    asked, shape = run.args.prune.rotate, run.shape
+    reason = why_not(family_of(run.model.config), shape)
+    if asked == "on" and reason is not None:
+        raise InputError(f"--rotate on: {reason} in this model; leave it out")
+    if asked == "auto":
+        return run.args.prune.prune_method == "vib" and not shape.tie_word_embeddings and reason is None
+    return asked == "on"
+
+
+@torch.enable_grad()
+def learn_rotation(run: Run) -> torch.Tensor:
+    """Returns the eigenvectors of ``C^(1/2) G C^(1/2)``, largest first, shape ``(hidden_size, hidden_size)``, float32.
+
+    ``C`` is the second moment of what the norms hand on, gains left out, over all norms; ``G`` that of the gradients of
+    the predictions' log-likelihood there, of tokens drawn from the predictions (so it is Fisher's): a direction counts
+    by what it carries and by what the readers make of it.
+
+    Raises:
+        InputError: If a moment is no number.
+    """
+    blocks = run.train_blocks(BLOCKS)
+    rows = blocks[: min(BLOCKS, len(blocks))]["input_ids"]
+    moments = _Moments(run)
+    try:
+        batch = run.args.training.per_device_eval_batch_size
+        for start in tqdm(range(0, len(rows), batch), desc="rotation", leave=False, unit="batch"):
+            moments.add(rows[start : start + batch].to(run.model.device), seed=run.args.training.seed + start)
+    finally:
+        moments.stop()
+    carried = _root(moments.carried)
+    product = carried @ moments.needed @ carried
+    if not bool(product.isfinite().all()):
+        raise InputError("--rotate: the streams' moments are no numbers; use --dtype float32, or --rotate off")
+    vectors: torch.Tensor = torch.linalg.eigh(product).eigenvectors
+    return vectors.flip(1).float()
+
+
+class _Moments:
+    """Second moments of the normalised streams and of the gradients there, summed over norms and tokens, float64."""
+
+    def __init__(self, run: Run) -> None:
+        self.model, family, size = run.model, family_of(run.model.config), run.shape.hidden_size
+        self.offset = family.norm_offset
+        self.carried, self.needed = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        modules = [self.model.get_submodule(name) for name in norms_of(family, run.shape)]
+        self.handles = [self.model.get_input_embeddings().register_forward_hook(_with_gradient)]
+        self.handles += [module.register_forward_hook(self._note) for module in modules]
+
+    def add(self, ids: torch.Tensor, seed: int) -> None:
+        """Adds a batch of tokens, shape ``(batch, length)``."""
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        log_likelihood = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        draws = torch.Generator(ids.device).manual_seed(seed)
+        probabilities = log_likelihood.detach().exp().flatten(0, 1)
+        drawn = torch.multinomial(probabilities, 1, generator=draws).view(*ids.shape, 1)
+        gradients = torch.autograd.grad(log_likelihood.gather(-1, drawn).sum(), [output for output, _ in self.outputs])
+        for (output, gain), gradient in zip(self.outputs, gradients, strict=True):
+            safe = torch.where(gain == 0, 1.0, gain)
+            stream, need = (output.detach() / safe).flatten(0, 1).double(), (gradient * gain).flatten(0, 1).double()
+            self.carried += (stream.T @ stream).cpu()
+            self.needed += (need.T @ need).cpu()
+        self.outputs = []
+
+    def stop(self) -> None:
+        """Leaves the model as it was."""
+        for handle in self.handles:
+            handle.remove()
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+
+    def _note(self, norm: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        weight = norm.weight
+        assert isinstance(weight, torch.Tensor)
+        self.outputs.append((output, weight.detach() + self.offset))
+
+
+def _with_gradient(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_(True)
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """Returns the symmetric square root of a moment."""
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -1,0 +1,75 @@
+"""The rotation that a mask was learned under: a file beside the mask or the plan, which name it by its digest."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tvaprune.errors import InputError, quoted, reason
+from tvaprune.files import replacing
+from tvaprune.models.rotate import check_rotation
+
+_NAME = "rotation_{digest}.safetensors"
+_KEY = "rotation"
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal matrix of the residual stream: ``x Q`` is what ``x`` was; shape ``(hidden_size, hidden_size)``."""
+
+    matrix: torch.Tensor
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of its numbers."""
+        values = self.matrix.detach().float().cpu().contiguous()
+        return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> Path:
+        """Writes it, whole or not at all, unless it is there."""
+        path = folder / _NAME.format(digest=self.digest)
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                save_file({_KEY: self.matrix.detach().float().cpu().contiguous()}, temporary)
+        return path
+
+
+def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | None:
+    """Returns the rotation that a mask's record, or a plan, names; None where it names none.
+
+    Args:
+        beside: The mask or the plan.
+        digest: What it says of its rotation.
+
+    Raises:
+        InputError: If the file is missing, damaged, another one, or of another model.
+    """
+    if digest is None:
+        return None
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise InputError(f"{beside}: names {quoted(str(digest))} as its rotation, which is no digest; mend it")
+    path = beside.parent / _NAME.format(digest=digest)
+    if not path.is_file():
+        raise InputError(f"{beside}: was made under a rotation, and {path.name} is not beside it: keep both together")
+    try:
+        found = Rotation(load_file(path)[_KEY].float())
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: is no rotation ({reason(error)}); give the file that the run wrote") from error
+    check_rotation(found.matrix, hidden_size, str(path))
+    if found.digest != digest:
+        raise InputError(f"{path}: is not the rotation that {beside.name} names; give the file that the run wrote")
+    return found
+
+
+def drop_rotations(folder: Path, keep: object) -> None:
+    """Removes what earlier runs left of rotations beside their masks or plans, but for one digest's."""
+    for path in folder.glob(_NAME.format(digest="*")):
+        if path.name != _NAME.format(digest=keep):
+            path.unlink(missing_ok=True)
