@@ -34,7 +34,8 @@ def learn(source, tmp_path, command):
 
     def run(*flags):
         output = tmp_path / "learned"
-        train = ("--do_train", "--max_train_samples", 8, "--per_device_train_batch_size", 4, "--weight_update", "fold")
+        train = ("--do_train", "--max_train_samples", 8, "--per_device_train_batch_size", 4, "--weight_update", "fold",
+                 "--rotate", "off")  # fmt: skip
         code, _, error = command(*train, *source, *SMALL, "--output_dir", output, *flags)
         assert code == 0, error
         (mask,) = (output / "best").glob("*.pkl")

@@ -19,7 +19,7 @@ from tvaprune.text.protocols import EvaluationText
 def whole(make_model, tmp_path):
     """Results of which every part is filled."""
     results = made(
-        plan="p", calibration=Calibration("t", 8, 4, 1),
+        plan="p", rotation="r", calibration=Calibration("t", 8, 4, 1),
         protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5), speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),

@@ -54,7 +54,9 @@ def test_it_writes_exactly_these_files(compared):
     own = [name for name in files_of(output) if "/gates/" not in name]
     cells = [f"{m}-{u}-{s}-0.json" for m in ("magnitude", "vib") for u in ("fold", "none", "refit") for s in (0.3, 0.5)]
     masks = [f"{name}.{kind}" for name in names() for kind in ("json", "pkl")]
-    assert own == sorted(
+    turned = {tiny.read_json(path)["rotation"] for path in (output / "tiny" / "masks").glob("vib-*.json")}
+    masks += [f"rotation_{digest}.safetensors" for digest in turned]
+    assert len(turned) == 1 and own == sorted(
         ["compare.json", "compare.md", "compare.png", "tiny/dense.json"]
         + [f"tiny/cells/{name}" for name in cells]
         + [f"tiny/masks/{name}" for name in masks]

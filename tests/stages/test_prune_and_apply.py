@@ -61,9 +61,10 @@ def test_pruning_writes_exactly_these_files(pruned):
     files = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
     (mask,) = (output / "best").glob("mask_info_*.pkl")
     own = [name for name in files if not name.startswith("checkpoint-")]
+    rotation = f"rotation_{tiny.read_json(output / 'plan.json')['rotation']}.safetensors"
     assert own == sorted(
-        [f"best/{mask.name}", f"best/{mask.stem}.json", "plan.json", "recipe.yaml", "results.json", "training.png",
-         "training_log.json", "widths.png"]
+        [f"best/{mask.name}", f"best/{mask.stem}.json", f"best/{rotation}", rotation, "plan.json", "recipe.yaml",
+         "results.json", "training.png", "training_log.json", "widths.png"]
     )  # fmt: skip
     assert {name.split("/")[0] for name in files if name.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-8"}
 

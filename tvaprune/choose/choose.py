@@ -24,7 +24,7 @@ from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
 from tvaprune.plan.record import rules_as_flags
-from tvaprune.plan.rotation import Rotation, drop_rotations, read_rotation
+from tvaprune.plan.rotation import Rotation, drop_rotations, read_rotation, rotation_name
 from tvaprune.run import Run, given_checkpoint
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
@@ -78,7 +78,8 @@ def in_basis(run: Run, checkpoint: str | None = None) -> Run:
     best, found = run.args.output_dir / "best", None
     if checkpoint is not None:
         digest = read_identity("checkpoint", Path(checkpoint))["settings"].get("rotate")
-        found = None if digest == "off" else read_rotation(best / "mask_info", digest, run.shape.hidden_size)
+        if (best / rotation_name(str(digest))).is_file():  # else it is found anew: the same, on the same machine
+            found = read_rotation(best / "mask_info", digest, run.shape.hidden_size)
     rotation = found or Rotation(learn_rotation(run))
     rotation.save(best)
     return run.turned(rotation)

@@ -14,7 +14,6 @@ from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import replacing
 from tvaprune.models.rotate import check_rotation
 
-_NAME = "rotation_{digest}.safetensors"
 _KEY = "rotation"
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
@@ -33,12 +32,17 @@ class Rotation:
 
     def save(self, folder: Path) -> Path:
         """Writes it, whole or not at all, unless it is there."""
-        path = folder / _NAME.format(digest=self.digest)
+        path = folder / rotation_name(self.digest)
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file({_KEY: self.matrix.detach().float().cpu().contiguous()}, temporary)
         return path
+
+
+def rotation_name(digest: str) -> str:
+    """Returns the name of a rotation's file."""
+    return f"rotation_{digest}.safetensors"
 
 
 def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | None:
@@ -55,7 +59,7 @@ def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | 
         return None
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise InputError(f"{beside}: names {quoted(str(digest))} as its rotation, which is no digest; mend it")
-    path = beside.parent / _NAME.format(digest=digest)
+    path = beside.parent / rotation_name(digest)
     if not path.is_file():
         raise InputError(f"{beside}: was made under a rotation, and {path.name} is not beside it: keep both together")
     try:
@@ -70,6 +74,6 @@ def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | 
 
 def drop_rotations(folder: Path, keep: object) -> None:
     """Removes what earlier runs left of rotations beside their masks or plans, but for one digest's."""
-    for path in folder.glob(_NAME.format(digest="*")):
-        if path.name != _NAME.format(digest=keep):
+    for path in folder.glob(rotation_name("*")):
+        if path.name != rotation_name(str(keep)):
             path.unlink(missing_ok=True)
