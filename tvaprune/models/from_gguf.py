@@ -7,6 +7,7 @@ calls itself quantised, which neither trains nor saves.
 
 import copy
 import importlib.util
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -15,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tvaprune.errors import InputError, quoted
 from tvaprune.models.pruned import empty_model
@@ -39,6 +47,7 @@ class GgufHeader:
     Attributes:
         types: Names of the types of its numbers -> tensors that have it.
         elements: Numbers in all its tensors.
+        head_dim: Width of a head; None: the file does not say.
         scaled: The entry or the tensor that scales its rotary embedding; None: nothing does.
         tokenizer: llama.cpp's name of the kind of its tokenizer.
         split: llama.cpp's name of how it splits text.
@@ -46,6 +55,7 @@ class GgufHeader:
 
     types: dict[str, int]
     elements: int
+    head_dim: int | None
     scaled: str | None
     tokenizer: str
     split: str
@@ -114,8 +124,25 @@ def gguf_tokenizer(file: Path, named: str) -> Any:
             f"{named}: splits text in a way that is not known here ({quoted(header.split)}; known are {known}): give "
             "the model as a Hugging Face folder"
         )
-    tokenizer.model_max_length = gguf_config(file, named).max_position_embeddings
+    config = gguf_config(file, named)
+    tokenizer = _without_others(tokenizer, config.vocab_size)
+    tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
+
+
+def _without_others(tokenizer: Any, vocab_size: int) -> Any:
+    """Returns a tokenizer without GPT-2's own special tokens, which transformers adds behind the file's vocabulary."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = content["added_tokens"]
+    content["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    if len(content["added_tokens"]) == len(added):
+        return tokenizer
+    others = {token["content"] for token in added} - {token["content"] for token in content["added_tokens"]}
+    special = {role: token for role, token in tokenizer.special_tokens_map.items() if token not in others}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side, **special,
+    )  # fmt: skip
 
 
 def gguf_model(
@@ -162,6 +189,8 @@ def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
     raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
     check_config(raw, named)
     raw.pop("_model_name_or_path", None)  # a title, which a saved config would name as a path
+    if gguf_header(file).head_dim is not None:  # transformers reads it for some architectures only
+        raw["head_dim"] = gguf_header(file).head_dim
     config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     config.dtype = gguf_header(file).dtype
     config.name_or_path = str(file)
@@ -186,6 +215,7 @@ def _header(file: Path, stamp: tuple[int, int]) -> GgufHeader:
     return GgufHeader(
         types=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
         elements=sum(math.prod(map(int, tensor.shape)) for tensor in weights),
+        head_dim=entry(f"{entry('general.architecture', '')}.attention.key_length", None),
         scaled=next(iter(scaled), None),
         tokenizer=str(entry("tokenizer.ggml.model", "")),
         split=str(entry("tokenizer.ggml.pre", "default")),
