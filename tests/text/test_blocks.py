@@ -378,7 +378,10 @@ def test_the_cache_stands_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path))
     assert data.cache_folder() == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("TVAPRUNE_CACHE", "")
+    assert data.cache_folder() == tmp_path / "xdg" / "tvaprune"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert data.cache_folder() == tmp_path / ".cache" / "tvaprune"
     monkeypatch.delenv("TVAPRUNE_CACHE")
     assert data.cache_folder() == tmp_path / ".cache" / "tvaprune"

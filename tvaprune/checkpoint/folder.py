@@ -124,8 +124,9 @@ def _complete_config(path: Path, config: PretrainedConfig) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     rope = dict(config.rope_parameters)
     content["rope_parameters"] = dict(rope)
-    content["rope_theta"] = rope.pop("rope_theta")
-    content["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if "rope_theta" in rope:  # else by kind of layer, which readers of the two keys do not know
+        content["rope_theta"] = rope.pop("rope_theta")
+        content["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     for key in ("head_dim", "tie_word_embeddings", "sliding_window"):
         if hasattr(config, key):
             content[key] = getattr(config, key)

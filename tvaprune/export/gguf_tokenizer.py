@@ -49,18 +49,21 @@ def _byte_level(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split_name(pre_tokenizer: dict[str, Any]) -> str:
-    """Returns llama.cpp's name of a pre-tokenizer: GPT-2's own split, or the pattern of Llama-3 or Qwen2."""
+    """Returns llama.cpp's name of a pre-tokenizer: GPT-2's own split, SmolLM's, or the pattern of Llama-3 or Qwen2."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     bytes_last = bool(steps) and steps[-1].get("type") == "ByteLevel"
-    if bytes_last and len(steps) == 1 and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        return "gpt-2"
+    if bytes_last and steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space"):
+        if len(steps) == 1:
+            return "gpt-2"
+        if len(steps) == 2 and steps[0].get("type") == "Digits" and steps[0].get("individual_digits"):
+            return "smollm"
     if bytes_last and len(steps) == 2 and steps[0].get("type") == "Split" and steps[0].get("behavior") == "Isolated":
         name = SPLITS.get(steps[0]["pattern"].get("Regex", ""))
         if name:
             return name
     raise InputError(
         "--format gguf: llama.cpp has no name for this tokenizer's way to split text; supported are those of GPT-2, "
-        "Llama-3, Qwen2 and SentencePiece"
+        "SmolLM, Llama-3, Qwen2 and SentencePiece"
     )
 
 

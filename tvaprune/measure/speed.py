@@ -121,16 +121,11 @@ def _compare(reference: _Side, model: _Side, blocks: Dataset, batch_size: int, m
     batch_size = min(batch_size, len(blocks))
     starts = range(0, len(blocks) - batch_size + 1, batch_size)
     batches = [blocks[start : start + batch_size]["input_ids"].to(device) for start in starts[:max_batches]]
-    for index in range(WARM_UP_BATCHES):
-        _seconds(*reference, batches[index % len(batches)])
-        _seconds(*model, batches[index % len(batches)])
-    slow: list[float] = []
-    fast: list[float] = []
-    for index in range(max_batches):
-        ids = batches[index % len(batches)]
-        pairs = [(reference, slow), (model, fast)]
-        for timed, seconds in pairs if index % 2 == 0 else reversed(pairs):
-            seconds.append(_seconds(*timed, ids))
+
+    def step(side: _Side) -> Callable[[int], None]:
+        return lambda index: side[1](side[0], batches[index % len(batches)])
+
+    slow, fast = turn_about(step(reference), step(model), max_batches, device)
     return SpeedUp(
         per_batch=median(a / b for a, b in zip(slow, fast, strict=True)),
         whole_set=sum(slow) / sum(fast),
@@ -142,11 +137,32 @@ def _compare(reference: _Side, model: _Side, blocks: Dataset, batch_size: int, m
     )
 
 
-def _seconds(model: PreTrainedModel, step: Callable[[object, torch.Tensor], None], ids: torch.Tensor) -> float:
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
+def turn_about(
+    reference: Callable[[int], object], model: Callable[[int], object], repeats: int, device: torch.device | None = None
+) -> tuple[list[float], list[float]]:
+    """Returns the seconds of two steps, each done ``repeats`` times, alternating which goes first.
+
+    Args:
+        reference: A step; it takes the number of the repeat.
+        device: Where they run, if it is a GPU, which is waited for.
+    """
+    for index in range(WARM_UP_BATCHES):
+        reference(index), model(index)
+    slow: list[float] = []
+    fast: list[float] = []
+    for index in range(repeats):
+        pairs = [(reference, slow), (model, fast)]
+        for step, seconds in pairs if index % 2 == 0 else reversed(pairs):
+            seconds.append(_seconds(step, index, device))
+    return slow, fast
+
+
+def _seconds(step: Callable[[int], object], index: int, device: torch.device | None) -> float:
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
-    step(model, ids)
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
+    step(index)
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - begin

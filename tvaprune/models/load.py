@@ -19,6 +19,8 @@ from transformers import (
 from tvaprune.errors import InputError, out_of_memory, quoted, reason
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import PREFIX, family_of
+from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
+from tvaprune.models.published import located
 from tvaprune.models.vetting import CODE_KEYS, check_config, check_folder, check_stored
 
 ATTENTION = "sdpa"  # ours to choose: a config may name a kernel that would be fetched from the hub
@@ -32,12 +34,14 @@ def load_config(path: str | None) -> Any:
     """
     if path is None:
         raise InputError("--model_name_or_path is missing: give a checkpoint's folder or hub id")
-    named = f"--model_name_or_path {path}"
-    check_folder(path, named)
-    with _in_one_line(named, path):
-        raw, _ = PretrainedConfig.get_config_dict(path)
-        check_config(raw, named)
-        config = read_config(path)
+    named, path = f"--model_name_or_path {path}", located(path)
+    file = gguf_file(path, named)
+    check_folder(path if file is None else file.parent, named)
+    with _in_one_line(named, file or path):
+        if file is None:
+            raw, _ = PretrainedConfig.get_config_dict(path)
+            check_config(raw, named)
+        config = read_config(path) if file is None else gguf_config(file, named)
         family_of(config)
     return config
 
@@ -62,8 +66,12 @@ def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:
     Raises:
         InputError: If it cannot be read, knows no text, or gives tokens that the model has no embedding for.
     """
-    with _in_one_line(named, path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    file = gguf_file(str(path), named)
+    with _in_one_line(named, file or path):
+        if file is None:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        else:
+            tokenizer = gguf_tokenizer(file, named)
         tokenizer("a", add_special_tokens=False, verbose=False)  # some settings are wrong only in use
         token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if not 0 <= largest < vocab_size:
@@ -101,11 +109,10 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
             its family is not supported.
     """
     config = load_config(path)
-    assert path is not None
     torch_dtype = ("auto" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     named = f"--model_name_or_path {path}"
     tokenizer = load_tokenizer(config.name_or_path, config.vocab_size, named)
-    return load_whole(path, config, named, dtype=torch_dtype).to(device), tokenizer
+    return load_whole(config.name_or_path, config, named, dtype=torch_dtype).to(device), tokenizer
 
 
 def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options: Any) -> Any:
@@ -114,12 +121,18 @@ def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options
     Raises:
         InputError: Naming the first tensor that is not.
     """
-    with _in_one_line(named, path):
-        check_stored(path, _sizes_of(config), named)
-        model, loaded = read_model(path, config, **options)
+    file = gguf_file(str(path), named)
+    with _in_one_line(named, file or path):
+        if file is None:
+            check_stored(path, _sizes_of(config), named)
+            model, loaded = read_model(path, config, **options)
+        else:
+            model, loaded = gguf_model(file, config, named, attn_implementation=ATTENTION, **options)
+            stored, precision = gguf_header(file).precision, str(model.dtype).removeprefix("torch.")
+            print(f"note: {file}: {stored} weights, dequantised to {precision}")
     _check_whole(named, loaded)
     check_finite(model, named)
-    return model
+    return model.eval()
 
 
 def check_finite(model: nn.Module, named: str) -> None:
@@ -187,6 +200,8 @@ def _in_one_line(named: str, path: str | Path) -> Iterator[None]:
 
 
 def _needed(folder: Path) -> str:
+    if folder.suffix == SUFFIX:
+        return "a whole GGUF file of an architecture and of number types that transformers reads, or a folder"
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         if importlib.util.find_spec("sentencepiece") is None:
             return "its tokenizer.json too, or install what reads tokenizer.model: pip install sentencepiece protobuf"

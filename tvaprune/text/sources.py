@@ -4,7 +4,6 @@ import glob
 import gzip
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,18 +16,13 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import clear_leftovers, first_folder
+from tvaprune.files import cache_folder, clear_leftovers, first_folder
 from tvaprune.text import package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
 ROWS = 100
 
 PATH_SHARES = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a file without splits
-
-
-def cache_folder() -> Path:
-    """Returns where extracted texts and token blocks are kept: ``$TVAPRUNE_CACHE``, else ``~/.cache/tvaprune``."""
-    return Path(os.environ.get("TVAPRUNE_CACHE") or "~/.cache/tvaprune").expanduser()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""What models say: the same eight prompts, greedy, side by side and unretouched.
+
+python -m benchmarks.generations smollm2 out/smollm2/pruned out/smollm2/tuned/merged > generations.md
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from tvaprune.cli import run_command
+from tvaprune.errors import one_line
+from tvaprune.models.load import load_model
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils when",
+    "Once upon a time, a small robot",
+    "The three most important rules of cooking are",
+    "Return the number of",
+    "To read a file in Python, open it with",
+    "A list differs from a tuple in that",
+    "The following example shows how to",
+)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int, chat: bool) -> str:
+    """Returns what a model adds to a prompt, greedily; as an answer, by the tokenizer's chat template, if asked."""
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer(prompt).input_ids
+    inputs = torch.tensor([ids])
+    with torch.inference_mode():
+        found = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens, do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+    return str(tokenizer.decode(found[0, inputs.shape[1] :], skip_special_tokens=True))
+
+
+def cell(text: str) -> str:
+    """Returns a text as a cell of a Markdown table: line ends shown as `⏎`."""
+    return one_line(text.strip("\n").replace("\n", " ⏎ ")).replace("|", "\\|").replace("<", "&lt;")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generations", description=str(__doc__).split("\n")[0])
+    parser.add_argument("models", nargs="+", help="checkpoints, the dense one first")
+    parser.add_argument("--tokens", type=int, default=40, help="tokens added at most")
+    parser.add_argument("--chat", action="store_true", help="ask by the chat template, in place of continuing the text")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    columns = []
+    for path in args.models:
+        model, tokenizer = load_model(path, "auto", torch.device("cpu"))
+        columns.append([cell(continuation(model, tokenizer, one, args.tokens, args.chat)) for one in PROMPTS])
+    print(f"| | {' | '.join(args.models)} |\n{'|---' * (1 + len(columns))}|")
+    for prompt, *answers in zip(PROMPTS, *columns, strict=True):
+        print(f"| **{cell(prompt)}** | {' | '.join(answers)} |")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

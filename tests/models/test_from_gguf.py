@@ -1,0 +1,209 @@
+"""A GGUF file as a model: its own writer's file comes back as it was; what its reader would leave out is refused."""
+
+import importlib.util
+import shutil
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import tiny
+from support.families import CLOSE, logits
+from support.folders import LLAMA3_ROPE
+from support.in_process import half_written, run
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.errors import InputError
+from tvaprune.identity import weights_digest
+from tvaprune.models.load import load_config, load_model
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.masks import save_masks
+from tvaprune.stages.export import export
+
+gguf = pytest.importorskip("gguf")
+ARCHITECTURE = b"general.architecture" + struct.pack("<IQ", 8, 5)  # a string of five letters follows
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "vocab_size": 300}
+DIGITS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+
+
+def byte_level(*steps):
+    """Byte-level BPE with merges, that of GPT-2 unless other steps split the text first."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Sequence(list(steps)) if steps else pre_tokenizers.ByteLevel(False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    words.train_from_iterator([" ".join(tiny.WORDS), "a  b   c    d"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def make_gguf(make_model, tmp_path):
+    """Returns a function: a family and a tokenizer -> the model, its GGUF file alone in a folder."""
+
+    def make(family="llama", outtype="f32", words=None, **values):
+        model, source = make_model(family, **(SIZES | values)), tmp_path / "source"
+        model.save_pretrained(source)
+        (words or byte_level()).save_pretrained(source)
+        (tmp_path / "files").mkdir()
+        export("gguf", source, tmp_path / "files" / "model.gguf", outtype, verify=False)
+        return model, tmp_path / "files" / "model.gguf"
+
+    return make
+
+
+def ids(model):
+    return torch.arange(0, model.config.vocab_size, 17).unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "num_attention_heads": 8}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"num_attention_heads": 2}),
+        ("qwen3", {"tie_word_embeddings": True}),
+    ],
+)
+def test_a_file_is_read_back_as_the_model_that_was_written(family, values, make_gguf, capsys):
+    model, file = make_gguf(family, **values)
+    read, words = load_model(str(file), "auto", CPU)
+    assert f"note: {file}: F32 weights, dequantised to float32" in capsys.readouterr().out
+    assert type(read).__name__.lower().startswith("llama" if family == "mistral" else family)  # llama.cpp has one name
+    assert weights_digest(read) == weights_digest(model)
+    torch.testing.assert_close(logits(read, ids(model)), logits(model, ids(model)), **CLOSE)
+    assert bool(read.config.tie_word_embeddings) == model.config.tie_word_embeddings
+    for text in ("the gate  keeps 12 units", "</s>a\n  b"):
+        assert words(text).input_ids == byte_level()(text).input_ids
+    again, _ = load_model(str(file.parent), "float32", CPU)  # its folder is the same model
+    assert weights_digest(again) == weights_digest(read)
+
+
+def test_what_is_read_is_plain_it_trains_and_saves(make_gguf, tmp_path):
+    model, file = make_gguf()
+    read, _ = load_model(str(file), "float32", CPU)
+    naive = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    assert hasattr(naive.config, "quantization_config") and not hasattr(read.config, "quantization_config")  # control
+    assert not getattr(read, "is_quantized", False) and all(p.requires_grad for p in read.parameters())
+    read.save_pretrained(tmp_path / "saved")
+    assert weights_digest(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == weights_digest(model)
+
+
+def test_quantised_weights_come_near_and_are_stored_in_bfloat16(make_gguf, capsys):
+    model, file = make_gguf(outtype="q8_0")
+    read, _ = load_model(str(file), "auto", CPU)
+    assert "Q8_0 weights, dequantised to float32" in capsys.readouterr().out
+    assert load_config(str(file)).dtype == torch.bfloat16 and read.dtype == torch.float32
+    for (name, found), expected in zip(read.state_dict().items(), model.state_dict().values(), strict=True):
+        assert (found - expected).abs().max() <= expected.abs().max() / 127, name
+    assert weights_digest(read) != weights_digest(model)
+    half, _ = load_model(str(file), "bfloat16", CPU)
+    assert half.dtype == torch.bfloat16
+
+
+def test_digits_are_split_as_the_file_says(make_gguf):
+    words = byte_level(*DIGITS)
+    _, file = make_gguf(words=words)
+    _, found = load_model(str(file), "auto", CPU)
+    text = "a  5 gates\n    12"
+    assert found.tokenize(text) == words.tokenize(text) and "ĠĠ" in found.tokenize(text)
+    found.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert found.tokenize(text) != words.tokenize(text)  # control: as transformers alone splits
+
+
+def flags(file, tmp_path):
+    text = tiny.write_text(tmp_path / "text.txt", 3000)
+    return ("--model_name_or_path", file, "--dataset_name", text, "--block_size", 16, "--ctx_length", 16,
+            "--max_eval_samples", 4, "--speed_batches", 0, "--use_cpu")  # fmt: skip
+
+
+def test_every_verb_takes_a_file(make_gguf, make_masks, tmp_path):
+    model, file = make_gguf(outtype="bf16")
+    save_masks(make_masks(shape_of(model.config)), tmp_path / "mask_info_1.0.pkl")
+    shown = run("describe", tmp_path / "mask_info_1.0.pkl", "--model_name_or_path", file)
+    assert shown.code == 0 and "KV heads" in shown.out, shown
+    given = (*flags(file, tmp_path), "--mask_loc", tmp_path / "mask_info_1.0.pkl", "--save_pruned", tmp_path / "saved")
+    ended = run("apply", *given, "--output_dir", tmp_path / "out", "--weight_update", "fold")
+    assert ended.code == 0, ended
+    results = tiny.read_json(tmp_path / "out" / "results.json")
+    assert results["model"] == str(file)
+    assert load_pruned(tmp_path / "saved").dtype == torch.bfloat16  # as the file has them
+    within = run("apply", *given[:-1], file.parent, "--output_dir", tmp_path / "o", "--overwrite_output_dir")
+    assert within.code == 2 and f"--save_pruned {file.parent}: holds --model_name_or_path" in within.err
+
+
+def swap(file, old, new):
+    content = file.read_bytes()
+    assert len(old) == len(new) and content.count(old) == 1
+    file.write_bytes(content.replace(old, new))
+
+
+def set_type(file, name):
+    """Says that the first tensor's numbers are of another type."""
+    reader = gguf.GGUFReader(file, "r+")
+    reader.tensors[0].field.parts[4][0] = gguf.GGMLQuantizationType[name]
+    reader.data.flush()
+
+
+def lie(kind):
+    """Returns a function that changes a file, and the words that it is refused with."""
+    return {
+        "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-2000]), "cannot be loaded"),
+        "no GGUF": (lambda file: file.write_bytes(b"x" * 999), "is not a GGUF file"),
+        "another family": (lambda file: swap(file, ARCHITECTURE + b"llama", ARCHITECTURE + b"bloom"),
+                           "the model's type is 'bloom', supported are llama"),
+        "another architecture": (lambda file: swap(file, ARCHITECTURE + b"llama", ARCHITECTURE + b"other"),
+                                 "GGUF model with architecture other is not supported"),
+        "an unknown split": (lambda file: swap(file, b"gpt-2", b"gpt-9"),
+                             "splits text in a way that is not known here ('gpt-9'"),
+        "numbers that nothing unpacks": (lambda file: set_type(file, "Q8_1"), "(Dequantization for Q8_1"),
+        "two files": (lambda file: shutil.copy(file, file.with_name("other.gguf")), "holds 2 GGUF files"),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cut short",
+        "no GGUF",
+        "another family",
+        "another architecture",
+        "an unknown split",
+        "numbers that nothing unpacks",
+        "two files",
+    ],
+)
+def test_a_file_that_cannot_be_a_model_is_one_line(kind, make_gguf, tmp_path):
+    _, file = make_gguf(outtype="q8_0")
+    given = (*flags(file.parent, tmp_path), "--prune_method", "magnitude", "--output_dir", tmp_path / "out")
+    change, words = lie(kind)
+    change(file)
+    ended = run("prune", *given)
+    assert ended.code == 2 and words in ended.err, ended
+    assert ended.fault == "" and half_written(tmp_path) == []
+
+
+def test_a_rotary_embedding_that_transformers_would_forget_is_refused(make_gguf):
+    _, file = make_gguf(rope_parameters=LLAMA3_ROPE)
+    naive = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    assert naive.config.rope_parameters["rope_type"] == "default"  # control: forgotten in silence
+    with pytest.raises(InputError, match=r"scales its rotary embedding \(rope_freqs.weight\)"):
+        load_model(str(file), "auto", CPU)
+
+
+def test_tensors_that_transformers_would_leave_out_are_refused(make_gguf):
+    _, file = make_gguf(attention_bias=True)
+    AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)  # control: leaves the biases out in silence
+    with pytest.raises(InputError, match="numbers, and a llama of its sizes has .* leaves out"):
+        load_model(str(file), "auto", CPU)
+
+
+def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else SimpleNamespace())
+    with pytest.raises(InputError, match=r"needs gguf: pip install 'tvaprune\[gguf\]'"):
+        load_config(str(tmp_path / "model.gguf"))

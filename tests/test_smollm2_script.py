@@ -1,0 +1,81 @@
+"""script/smollm2.sh and what it calls, with a tiny model in SmolLM2's place."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from models.test_from_gguf import DIGITS, SIZES, byte_level
+from support import tiny
+from transformers import AutoModelForCausalLM
+
+from benchmarks.generations import PROMPTS, cell
+from benchmarks.speed import quartiles, touched
+
+pytest.importorskip("gguf")
+SMALL = ["--block_size", "16", "--ctx_length", "16", "--max_train_samples", "8", "--max_eval_samples", "4",
+         "--refit_samples", "4", "--speed_batches", "0", "--use_cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(make_model, tmp_path_factory):
+    """A folder with a model, a text, and an interpreter that the script takes whatever is installed."""
+    place = tmp_path_factory.mktemp("place")
+    make_model("llama", **SIZES, tie_word_embeddings=True).save_pretrained(place / "model")
+    byte_level(*DIGITS).save_pretrained(place / "model")
+    tiny.write_text(place / "text.txt", 3000)
+    (place / "bin").mkdir()
+    program = place / "bin" / "python"
+    program.write_text(f'#!/bin/sh\n[ "$1" = - ] || exec "{sys.executable}" "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    return place
+
+
+def call(place):
+    speed = "--dtypes bfloat16 --prefill 1x8 --decode 3 --repeats 2 --outtypes f16"
+    environment = {
+        "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "MODEL": "model", "SPEED": speed, "TUNE": "--lora_r 2",
+        "PRUNE": "--dim_multiple 4",
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", tiny.ROOT / "script" / "smollm2.sh", "out", "--dataset_name", "text.txt", *SMALL],
+        cwd=place, env=os.environ | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow  # six commands, each of which imports torch
+def test_the_script_goes_from_a_model_to_its_table_and_does_nothing_twice(place):
+    ended = call(place)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    out = place / "out"
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
+        "prune", "pruned", "tuned", "tuned-f16.gguf", "tuned-q8_0.gguf", "speed", "generations.md",
+    }  # fmt: skip
+    page = (out / "speed" / "speed.md").read_text()
+    assert "transformers bfloat16, prefill 1 x 8 | out/pruned" in page and "decoding 1 x 3 | out/tuned/merged" in page
+    told = tiny.read_json(out / "speed" / "speed.json")["timings"]
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("model", "out/pruned"))
+    assert touched(dense) == sum(p.numel() for p in dense.parameters())  # tied: the head is the embedding
+    assert told[0]["ideal"] == pytest.approx(touched(dense) / touched(pruned)) and told[0]["ideal"] > 1.05
+    assert told[0]["ratio"][0] <= told[0]["ratio"][1] <= told[0]["ratio"][2]
+    generations = (out / "generations.md").read_text()
+    assert all(f"**{prompt}**" in generations for prompt in PROMPTS)
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = call(place)
+    assert again.returncode == 0 and again.stdout.count("done, see") == 5 and generations in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_an_untied_embedding_is_looked_up_and_not_passed_through(make_model):
+    model = make_model("llama")
+    embedding = model.get_input_embeddings().weight.numel()
+    assert touched(model) == sum(p.numel() for p in model.parameters()) - embedding
+
+
+def test_quartiles_are_those_of_the_values():
+    assert quartiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (2.0, 3.0, 4.0)  # of 1 2 3 4 5
+    assert quartiles([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_a_cell_of_a_table_stays_one():
+    assert cell("\na | b\n<s>c") == "a \\| b ⏎ &lt;s>c"

@@ -1,0 +1,233 @@
+"""A GGUF file in: transformers' own reader dequantises it; what it would leave out or misread in silence is refused.
+
+transformers reads the sizes, the weights and the vocabulary. It leaves out tensors that it has no name for, scaled
+rotary embeddings, and ways to split text that it does not know: a model that is not the file's. And what it returns
+calls itself quantised, which neither trains nor saves.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from tvaprune.errors import InputError, quoted
+from tvaprune.models.pruned import empty_model
+from tvaprune.models.vetting import check_config
+
+SUFFIX = ".gguf"
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS = ("*.safetensors", "*.bin")
+# How llama.cpp splits text before byte-level BPE, by its names: those that transformers knows for our families, those
+# that are GPT-2's own split, which is its default, and those that we add.
+_SPLITS = ("llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx", "falcon3", "tekken", "qwen2", "deepseek-r1-qwen")
+_GPT2 = ("gpt-2",)
+_DIGITS_FIRST = ("smollm",)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a file says of itself.
+
+    Attributes:
+        types: Names of the types of its numbers -> tensors that have it.
+        elements: Numbers in all its tensors.
+        head_dim: Width of a head; None: the file does not say.
+        scaled: The entry or the tensor that scales its rotary embedding; None: nothing does.
+        tokenizer: llama.cpp's name of the kind of its tokenizer.
+        split: llama.cpp's name of how it splits text.
+    """
+
+    types: dict[str, int]
+    elements: int
+    head_dim: int | None
+    scaled: str | None
+    tokenizer: str
+    split: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision to store its weights in: of plain numbers their own, of quantised ones bfloat16."""
+        plain = [_PLAIN[name] for name in self.types if name in _PLAIN]
+        if len(plain) < len(self.types):
+            return torch.bfloat16
+        return min(plain, key=lambda dtype: dtype.itemsize)  # norms are F32 beside half matrices
+
+    @property
+    def precision(self) -> str:
+        """The type of most of its matrices, for reports."""
+        matrices = {name: count for name, count in self.types.items() if name != "F32"} or self.types
+        return max(matrices, key=lambda name: matrices[name])
+
+
+def gguf_file(path: str, named: str) -> Path | None:
+    """Returns the GGUF file that a path means: itself, or the one of a folder that holds no other weights.
+
+    Args:
+        named: How a message begins, here and below: the flag and the path.
+
+    Raises:
+        InputError: If the folder holds several, or the package that reads them is missing.
+    """
+    place = Path(path)
+    found = [place] if place.suffix == SUFFIX and place.is_file() else []
+    if place.is_dir() and not any(next(place.glob(pattern), None) for pattern in _SAFETENSORS):
+        found = sorted(place.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        names = ", ".join(quoted(file.name) for file in found[:3])
+        raise InputError(f"{named}: holds {len(found)} GGUF files ({names}); name a whole one, as FOLDER/FILE.gguf")
+    if found:
+        require_gguf(named)
+    return found[0] if found else None
+
+
+def require_gguf(named: str) -> None:
+    """Raises `InputError` if the package that reads the files is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{named}: reading a GGUF file needs gguf: pip install 'tvaprune[gguf]'")
+
+
+def gguf_config(file: Path, named: str) -> PretrainedConfig:
+    """Returns the config that a file's fields make; its precision is the one to store the weights in."""
+    return copy.deepcopy(_config(file, named, _stamp(file)))
+
+
+def gguf_header(file: Path) -> GgufHeader:
+    """Returns what a file says of itself."""
+    return _header(file, _stamp(file))
+
+
+def gguf_tokenizer(file: Path, named: str) -> Any:
+    """Returns the tokenizer of a file, which splits text as llama.cpp does.
+
+    Raises:
+        InputError: If its way to split text is not known here.
+    """
+    header = gguf_header(file)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    if header.tokenizer == "gpt2" and header.split in _DIGITS_FIRST:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif header.tokenizer == "gpt2" and header.split not in (*_SPLITS, *_GPT2):
+        known = ", ".join((*_SPLITS, *_GPT2, *_DIGITS_FIRST))
+        raise InputError(
+            f"{named}: splits text in a way that is not known here ({quoted(header.split)}; known are {known}): give "
+            "the model as a Hugging Face folder"
+        )
+    config = gguf_config(file, named)
+    tokenizer = _without_others(tokenizer, config.vocab_size)
+    tokenizer.model_max_length = config.max_position_embeddings
+    return tokenizer
+
+
+def _without_others(tokenizer: Any, vocab_size: int) -> Any:
+    """Returns a tokenizer without GPT-2's own special tokens, which transformers adds behind the file's vocabulary."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = content["added_tokens"]
+    content["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    if len(content["added_tokens"]) == len(added):
+        return tokenizer
+    others = {token["content"] for token in added} - {token["content"] for token in content["added_tokens"]}
+    special = {role: token for role, token in tokenizer.special_tokens_map.items() if token not in others}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side, **special,
+    )  # fmt: skip
+
+
+def gguf_model(
+    file: Path, config: PretrainedConfig, named: str, dtype: torch.dtype | str = "auto", **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Returns a plain model of a file's weights, dequantised, and transformers' account of what it found.
+
+    Raises:
+        InputError: If the file holds what transformers leaves out.
+    """
+    header = gguf_header(file)
+    if isinstance(dtype, str):
+        dtype = header.dtype if dtype == "auto" else getattr(torch, dtype)
+    if header.scaled is not None:
+        raise InputError(
+            f"{named}: scales its rotary embedding ({header.scaled}), which transformers does not read from GGUF: give "
+            "the model as a Hugging Face folder"
+        )
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=copy.deepcopy(config), dtype=dtype, output_loading_info=True,
+        trust_remote_code=False, **options,
+    )  # fmt: skip
+    read, loaded = found
+    model = empty_model(config, read)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    number = sum(parameter.numel() for parameter in model.parameters())
+    if number != header.elements:
+        raise InputError(
+            f"{named}: holds {header.elements:,} numbers, and a {config.model_type} of its sizes has {number:,}: "
+            "transformers leaves out what it has no name for; give the model as a Hugging Face folder"
+        )
+    return model, loaded
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Returns what tells whether a file is still the one that was read: a vocabulary takes seconds each time."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=4)
+def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
+    raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
+    check_config(raw, named)
+    raw.pop("_model_name_or_path", None)  # a title, which a saved config would name as a path
+    if gguf_header(file).head_dim is not None:  # transformers reads it for some architectures only
+        raw["head_dim"] = gguf_header(file).head_dim
+    config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    config.dtype = gguf_header(file).dtype
+    config.name_or_path = str(file)
+    return config
+
+
+@lru_cache(maxsize=4)
+def _header(file: Path, stamp: tuple[int, int]) -> GgufHeader:
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+
+    def entry(name: str, otherwise: Any) -> Any:
+        field = reader.fields.get(name)
+        return otherwise if field is None else field.contents()
+
+    scalings = {name: field.contents() for name, field in reader.fields.items() if ".rope.scal" in name}
+    unscaled = ("none", 1.0, 0.0, 0)
+    scaled = [name for name, value in scalings.items() if value not in unscaled and not name.endswith(".finetuned")]
+    scaled += [factors.name for factors in reader.tensors if _is_rope(factors) and (factors.data != 1.0).any()]
+    weights = [tensor for tensor in reader.tensors if not _is_rope(tensor)]
+    return GgufHeader(
+        types=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
+        elements=sum(math.prod(map(int, tensor.shape)) for tensor in weights),
+        head_dim=entry(f"{entry('general.architecture', '')}.attention.key_length", None),
+        scaled=next(iter(scaled), None),
+        tokenizer=str(entry("tokenizer.ggml.model", "")),
+        split=str(entry("tokenizer.ggml.pre", "default")),
+    )
+
+
+def _is_rope(tensor: Any) -> bool:
+    """Tells whether a tensor holds what the frequencies of the rotary embedding are divided by."""
+    return bool(tensor.name.startswith(("rope_freqs", "rope_factors")))
