@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tvaprune.choose import gates
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
-from tvaprune.choose.settings import describe, gate_settings
+from tvaprune.choose.settings import Cadence, describe, gate_settings
 from tvaprune.choose.trainer import BAND, GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import RunArguments
@@ -321,3 +321,43 @@ def test_which_defaults_were_taken_is_said_and_what_they_cannot_reach():
     assert "defaults of a short run (1,000 tokens" in said(300, 1000) and "note:" not in said(300, 1000)
     few = said(70, 600_000)  # 70 * 0.05 / 2 = 1.75 of the 9 that the start is away from the cut
     assert "defaults of a long run" in few and "by 1.8 at most, and the cut is 9 away" in few
+
+
+def test_scoring_takes_a_quarter_of_the_work_at_most():
+    # The main job: 300 steps of 4 x 256 tokens passed 3 times, 128 blocks scored. Of 921,600 passes a quarter is
+    # 230,400, 7 scorings of 32,768: every 43 steps would do, 50 is the least. 6 of them are 196,608 of 921,600, 21%.
+    main_job = Cadence(300, 4 * 256, 128 * 256, distill=True)
+    assert main_job.interval(50) == 50 and main_job.share(50) == pytest.approx(196_608 / 921_600)
+    # 4,500 steps of 512 tokens: 6,912,000 passes, a quarter 1,728,000 is 26 scorings of 65,536: every 174 steps.
+    released = Cadence(4500, 512, 128 * 512, distill=True)
+    assert released.interval(50) == 174 and released.share(174) <= 0.25 < released.share(173)
+    assert Cadence(4500, 512, 128 * 512, distill=False).interval(50) == 265  # two passes a step: 17 scorings
+    assert Cadence(8, 48, 128 * 512, distill=True).interval(1) == 8  # the last step's always, whatever it costs
+
+
+def test_which_cadence_was_taken_is_said_and_why():
+    main_job, released = Cadence(300, 1024, 128 * 256, True), Cadence(4500, 512, 128 * 512, True)
+    tail = "% of the training's work at most"
+    assert main_job.describe(None, 50) == f"scoring: --eval_steps 50, the default; it costs 21{tail}"
+    assert released.describe(None, 50) == (
+        f"scoring: --eval_steps 174, every 50 would cost 85%, the limit is 25%; it costs 25{tail}"
+    )
+    assert released.describe(50, 50) == f"scoring: --eval_steps 50, as given; it costs 85{tail}"
+    assert released.describe(0.1, 50) == f"scoring: --eval_steps 450, as given; it costs 9{tail}"
+
+
+def test_the_last_mask_is_scored_once(make_model, tmp_path, monkeypatch):
+    scored = []
+    whole = GateTrainer.score_mask
+    monkeypatch.setattr(GateTrainer, "score_mask", lambda self: scored.append(self.state.global_step) or whole(self))
+    for eval_steps, expected in ((4, [8]), (6, [6, 8])):  # settled after step 5
+        args = RunArguments(
+            output_dir=str(tmp_path / str(eval_steps)), max_steps=8, eval_steps=eval_steps, use_cpu=True,
+            disable_tqdm=True, per_device_train_batch_size=4,
+        )  # fmt: skip
+        trainer = GateTrainer(GatedModel(make_model("llama"), -2.0), settings(), args, blocks(), blocks(8), {})
+        trainer.train()
+        trainer.score_last_mask()
+        trainer.gated.detach_gates()
+        assert scored[-len(expected) :] == expected and scored.count(8) == 1
+        scored.clear()

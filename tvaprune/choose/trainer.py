@@ -58,6 +58,7 @@ class GateTrainer(CheckpointedTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.gated, self.settings, self.record = gated, settings, record
         self.best_folder = Path(str(args.output_dir)) / "best"
+        self._scored_step: int | None = None
         self.best: Path | None = None  # what lies in the folder may be another run's
         with torch.no_grad():
             self.start = float(expected_sparsity(gated.log_alpha(), settings.beta_start, gated.shape))
@@ -143,6 +144,11 @@ class GateTrainer(CheckpointedTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def score_last_mask(self) -> None:
+        """Scores the mask that training ended with, unless its last step was one at which masks are scored."""
+        if self._scored_step != self.state.global_step:
+            self.score_mask()
+
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
         settings = self.settings
@@ -158,6 +164,7 @@ class GateTrainer(CheckpointedTrainer):
             record = self.record | describe_widths(plan) | context
             self.best = keep_best(self.best_folder, masks, value, record, self.best)
         self.log(dict(metrics))
+        self._scored_step = self.state.global_step
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
