@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
             ctx.state = _default_generator(x.device).get_state()
         noise = torch.randn(ctx.size, device=x.device, dtype=x.dtype)
         ctx.save_for_backward(x, mu, deviation, None if ctx.state is not None else noise)
-        return _sample(mu, noise, deviation) * x
+        return _sampled_times(x, mu, noise, deviation, torch.empty_like(noise))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -67,12 +67,19 @@ class _Product(torch.autograd.Function):
         of_z = of_z.sum(-1) if x.shape[-1] > 1 else of_z.squeeze(-1)
         of_mu = of_z.sum((0, 1), dtype=mu.dtype)
         of_deviation = of_z.mul_(noise).sum((0, 1), dtype=mu.dtype)  # noise of a window serves all its tokens
-        return gradient * _sample(mu, noise, deviation), of_mu, of_deviation, None
+        spare = of_z if of_z.shape == noise.shape else torch.empty_like(noise)
+        return _sampled_times(gradient, mu, noise, deviation, spare), of_mu, of_deviation, None
 
 
-def _sample(mu: torch.Tensor, noise: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Returns gates in the noise's precision, with a last dim of 1 for the features."""
-    return torch.addcmul(mu, noise, deviation, out=torch.empty_like(noise)).unsqueeze(-1)
+def _sampled_times(
+    x: torch.Tensor, mu: torch.Tensor, noise: torch.Tensor, deviation: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """Returns the product with the gates of a noise, in place of ``spare`` where the sizes allow.
+
+    On a CPU new memory takes longer than what is computed in it.
+    """
+    z = torch.addcmul(mu, noise, deviation, out=spare).unsqueeze(-1)
+    return z.mul_(x) if z.shape == x.shape else z * x
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

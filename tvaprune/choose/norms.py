@@ -48,25 +48,32 @@ def kept_rms_norm(
 
 
 class _KeptNorm(torch.autograd.Function):
+    # Results are written over what is no longer needed: on a CPU new memory takes longer than what is computed in it.
+
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float
     ) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        root = torch.rsqrt((wide.square() * kept.mask).sum(-1, keepdim=True) / kept.count + epsilon)
+        spare = wide.square()
+        root = torch.rsqrt(spare.mul_(kept.mask).sum(-1, keepdim=True) / kept.count + epsilon)
         ctx.save_for_backward(x, root, weight)
         ctx.share, ctx.offset = kept.share, offset
+        result = spare if spare.dtype == x.dtype else torch.empty_like(x)
         if offset:
-            return torch.mul(wide * root, weight.to(root.dtype) + offset, out=torch.empty_like(x))
-        return weight * torch.mul(wide, root, out=torch.empty_like(x))
+            return torch.mul(wide * root, weight.to(root.dtype) + offset, out=result)
+        torch.mul(wide, root, out=result)
+        return result.mul_(weight) if weight.dtype == x.dtype else weight * result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, root, weight = ctx.saved_tensors
         gain = weight.to(root.dtype) + ctx.offset if ctx.offset else weight
         of_normed, wide = (gradient * gain).to(root.dtype), x.to(root.dtype)
-        of_root = (of_normed * wide).sum(-1, keepdim=True)
+        spare = of_normed * wide
+        of_root = spare.sum(-1, keepdim=True)
         # d root / d x_j = -root^3 x_j share_j
-        straight, bent = of_normed * root, wide * ctx.share
-        of_x = torch.addcmul(straight, bent, of_root * root.pow(3), value=-1, out=torch.empty_like(x))
+        straight, bent = of_normed.mul_(root), torch.mul(wide, ctx.share, out=spare)
+        result = straight if straight.dtype == x.dtype else torch.empty_like(x)
+        of_x = torch.addcmul(straight, bent, of_root * root.pow(3), value=-1, out=result)
         return of_x, None, None, None, None
