@@ -37,31 +37,55 @@ def test_keep_probability_is_a_sigmoid_that_falls_with_log_alpha(log_alpha, beta
 
 def test_information_loss_adds_up_over_units():
     # 1/2 [log(1 + 1/1) + log(1 + 4/1) + log(1 + 0)] = 1/2 [0.693147 + 1.609438 + 0] = 1.151293
-    loss = gates.information_loss(torch.tensor([1.0, 2.0, 0.0]), torch.zeros(3))
-    assert loss.item() == pytest.approx(1.151293, abs=1e-5)
+    terms = gates.information(torch.tensor([1.0, 2.0, 0.0]), torch.zeros(3))
+    assert terms.sum().item() == pytest.approx(1.151293, abs=1e-5)
 
 
 def test_information_loss_is_finite_without_noise():
     # 1/2 log(1 + 1 / 1e-8) = 9.210340
-    assert gates.information_loss(torch.ones(1), torch.tensor([-1000.0])).item() == pytest.approx(9.210340, abs=1e-4)
+    assert gates.information(torch.ones(1), torch.tensor([-1000.0])).item() == pytest.approx(9.210340, abs=1e-4)
 
 
 def test_samples_have_the_gates_mean_and_deviation_and_differ_between_tokens():
     torch.manual_seed(0)
-    mu, log_variance = torch.tensor([1.0, -2.0]), torch.tensor([0.0, math.log(9.0)])
-    drawn = gates.sample(mu, log_variance, torch.Size([100, 200]))
+    mu, deviation = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 3.0])
+    drawn = gates.multiply(torch.ones(100, 200, 2), gates.Gates(mu, deviation))
     assert drawn.shape == (100, 200, 2)
     flat = drawn.flatten(0, 1)
     torch.testing.assert_close(flat.mean(0), mu, atol=0.1, rtol=0)
-    torch.testing.assert_close(flat.std(0), torch.tensor([1.0, 3.0]), atol=0.1, rtol=0)
+    torch.testing.assert_close(flat.std(0), deviation, atol=0.1, rtol=0)
     assert torch.corrcoef(flat.T)[0, 1].abs() < 0.05  # units are drawn apart
     assert len(flat[:, 0].unique()) > 19_000  # so are tokens
 
 
-def test_a_sample_passes_gradients_to_mean_and_log_variance():
-    mu, log_variance = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    z = gates.sample(mu, log_variance, torch.Size([1]))
-    z.sum().backward()
-    # z = mu + eps exp(logD / 2): dz/dmu = 1, dz/dlogD = eps exp(logD / 2) / 2 = (z - mu) / 2
-    assert mu.grad.item() == 1.0
-    assert log_variance.grad.item() == pytest.approx((z.item() - 1) / 2)
+@pytest.mark.parametrize("redrawing", [frozenset(), frozenset({"cpu"})], ids=["kept", "drawn again"])
+@pytest.mark.parametrize("per_token", [True, False], ids=["token", "window"])
+@pytest.mark.parametrize("features", [1, 3])
+def test_the_product_has_the_gradients_of_a_plain_one(features, per_token, redrawing, monkeypatch):
+    monkeypatch.setattr(gates, "REDRAWING", redrawing)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+              for size in ((2, 5, 4 * features), (4,), (4,))]  # fmt: skip
+    weights = torch.randn(2, 5, 4 * features, generator=generator, dtype=torch.float64)
+
+    def plain(x, mu, deviation):
+        noise = torch.randn((2, 5 if per_token else 1, 4), dtype=torch.float64)
+        return x * (mu + noise * deviation).repeat_interleave(features, -1)
+
+    def gradients(product):
+        torch.manual_seed(7)
+        found = product(*values)
+        torch.rand(3)  # what others draw in between
+        return found, *torch.autograd.grad((found * weights).sum(), values)
+
+    expected = gradients(plain)
+    for found, wanted in zip(
+        gradients(lambda x, mu, d: gates.multiply(x, gates.Gates(mu, d), per_token)), expected, strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    before = torch.get_rng_state()
+    gates.multiply(values[0], gates.Gates(*values[1:])).sum().backward()
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.randn(2, 5, 4, dtype=torch.float64)
+    assert torch.equal(torch.get_rng_state(), after)  # drawing again moves nobody's generator on

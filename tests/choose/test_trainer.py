@@ -3,12 +3,12 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tvaprune.choose import gates
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
-from tvaprune.choose.settings import describe, gate_settings
+from tvaprune.choose.settings import Cadence, describe, gate_settings
 from tvaprune.choose.trainer import BAND, GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import RunArguments
@@ -53,7 +53,7 @@ def test_the_objective_is_the_sum_of_its_three_terms(make_model, input_ids, dist
     parts = objective(input_ids, beta=5.0, target=0.25)
     masks = objective.gated.masks()
     # att_mul 256, inter_mul 1, emb_mult 30, and the hidden gate twice in each of 3 layers (method: section 3)
-    kl = masks.mu.map(gates.information_loss, masks.log_variance)
+    kl = masks.mu.map(lambda *gate: gates.information(*gate).sum(), masks.log_variance)
     information = sum(256 * a + 1 * i + 2 * kl.hidden for a, i in zip(kl.attn, kl.inter, strict=True)) + 30 * kl.hidden
     gap = parts["expected_sparsity"] - 0.25
     expected = parts["task_loss"] + 1e-6 * information + 2.0 * gap + 3.0 * gap**2
@@ -64,11 +64,10 @@ def test_the_objective_is_the_sum_of_its_three_terms(make_model, input_ids, dist
 def test_the_teacher_is_the_ungated_model_and_gates_of_one_lose_nothing(make_model, input_ids):
     objective = PruningObjective(GatedModel(make_model("llama"), -60.0), settings(distill=True))
     with torch.no_grad():
-        for mu in objective.gated.mu:
-            mu.fill_(1.0)
+        objective.gated.mu.fill_(1.0)
     assert float(objective(input_ids, beta=5.0, target=0.0)["task_loss"].detach()) < 1e-6
     with torch.no_grad():
-        objective.gated.mu[0][:9] = 0.5  # all of them would cancel in the norms
+        objective.gated.mu[:9] = 0.5  # all of them would cancel in the norms
     assert float(objective(input_ids, beta=5.0, target=0.0)["task_loss"].detach()) > 1e-3
     objective.gated.detach_gates()
 
@@ -155,18 +154,17 @@ def test_a_resumed_run_continues_bit_for_bit(make_model, tmp_path):
     last = [[row for row in trainer.state.log_history if "task_loss" in row][-1] for trainer in (whole, parted)]
     assert last[0]["task_loss"] == last[1]["task_loss"]
     fresh = train(make_model("mistral"), tmp_path / "fresh", seed=7).model.state_dict()  # negative control
-    assert not torch.equal(states[0]["gated.mu.0"], fresh["gated.mu.0"])
+    assert not torch.equal(states[0]["gated.mu"], fresh["gated.mu"])
 
 
 def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(make_model, input_ids):
     objective = PruningObjective(GatedModel(make_model("llama"), -3.0), settings())
     with torch.no_grad():
-        for log_variance in objective.gated.log_variance:
-            log_variance.add_(3 * torch.randn_like(log_variance))
-    before = objective.masks()
+        objective.gated.log_variance.add_(3 * torch.randn_like(objective.gated.log_variance))
+    before = objective.masks().log_alpha
     noisy = [float(objective(input_ids, 5.0, 0.3)["loss"].detach()) for _ in range(2)]
     assert noisy[0] != noisy[1]  # control
-    settled_mu = [mu.detach().clone() for mu in objective.gated.mu]
+    settled_mu = objective.gated.mu.detach().clone()
     objective.settle()
     parts = [objective(input_ids, 5.0, 0.3) for _ in range(2)]
     assert parts[0]["loss"].detach() == parts[1]["loss"].detach()
@@ -175,18 +173,16 @@ def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(
     sizes = objective.settings.rules
     kept = plan_from_masks(objective.masks(), objective.gated.shape, sizes).full_scale()
     assert 0 < sum(int((scale == 0).sum()) for scale in kept)
-    for mu, scale in zip(objective.gated.mu, kept, strict=True):
-        assert torch.equal(mu.grad != 0, scale != 0)
-    assert all(values.grad is None for values in objective.gated.log_variance)
+    scale = kept.flat()
+    assert torch.equal(objective.gated.mu.grad != 0, scale != 0)
+    assert objective.gated.log_variance.grad is None
     with torch.no_grad():
-        for mu in objective.gated.mu:
-            mu.mul_(0.01)  # would have moved log_alpha by 9; as momentum does, it moves the means of cut units too
+        objective.gated.mu.mul_(
+            0.01
+        )  # would have moved log_alpha by 9; as momentum does, it moves the means of cut units too
     assert all(torch.equal(a, b < 0) for a, b in zip(chosen, objective.masks().log_alpha, strict=True))
-    for values, first, scale in zip(objective.masks().mu, settled_mu, kept, strict=True):
-        torch.testing.assert_close(values, torch.where(scale != 0, 0.01 * first, first))
-    assert not all(
-        torch.equal(a, b < 0) for a, b in zip(chosen, before.log_alpha, strict=True)
-    )  # the exact cut is not 0
+    torch.testing.assert_close(objective.masks().mu.flat(), torch.where(scale != 0, 0.01 * settled_mu, settled_mu))
+    assert not all(torch.equal(a, b < 0) for a, b in zip(chosen, before, strict=True))  # the exact cut is not 0
     objective.gated.detach_gates()
 
 
@@ -214,7 +210,7 @@ def test_a_run_interrupted_after_it_settled_goes_on_bit_for_bit(make_model, tmp_
     state, again = whole.model.state_dict(), resumed.model.state_dict()
     assert state["settled"] and all(torch.equal(state[name], again[name]) for name in state)
     before = load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors")
-    assert any(not torch.equal(state[name], value) for name, value in before.items() if ".mu." in name)  # control
+    assert any(not torch.equal(state[name], value) for name, value in before.items() if name.endswith(".mu"))  # control
 
 
 def test_a_target_that_rises_beyond_the_choice_is_refused():
@@ -233,8 +229,7 @@ def test_cross_entropy_joins_the_distillation_by_its_weight(make_model, input_id
     for weight in (0.0, 0.5):
         objective = PruningObjective(GatedModel(model, -60.0), settings(gate_ce_weight=weight))
         with torch.no_grad():
-            for mu in objective.gated.mu:
-                mu.fill_(1.0)
+            objective.gated.mu.fill_(1.0)
         losses[weight] = float(objective(input_ids, 5.0, 0.0)["task_loss"].detach())
         objective.gated.detach_gates()
     with torch.no_grad():
@@ -253,6 +248,23 @@ def test_a_checkpoint_of_another_model_is_refused(make_model, tmp_path):
     other = make_model("llama", hidden_size=40)
     with pytest.raises(InputError, match="gates of another model"):
         train(other, tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-4"))
+
+
+def test_a_checkpoint_with_a_tensor_for_each_layer_is_refused(make_model, tmp_path):
+    """As versions before this one wrote them."""
+    train(make_model("llama"), tmp_path / "a")
+    path = tmp_path / "a" / "checkpoint-4" / "model.safetensors"
+    state = load_file(path)
+    pieces = state.pop("gated.mu").split(36)
+    save_file(state | {f"gated.mu.{place}": piece.clone() for place, piece in enumerate(pieces)}, path)
+    with pytest.raises(InputError, match="checkpoint-4: an older version of this tool wrote it"):
+        train(make_model("llama"), tmp_path / "b", resume=str(path.parent))
+
+
+def test_reentrant_checkpointing_is_refused(make_model, tmp_path):
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(InputError, match="use_reentrant is true, gates need false"):
+        train(make_model("llama"), tmp_path, **options)
 
 
 def test_the_best_mask_is_kept_alone_and_cuts_exactly_at_zero(make_model, tmp_path):
@@ -309,3 +321,43 @@ def test_which_defaults_were_taken_is_said_and_what_they_cannot_reach():
     assert "defaults of a short run (1,000 tokens" in said(300, 1000) and "note:" not in said(300, 1000)
     few = said(70, 600_000)  # 70 * 0.05 / 2 = 1.75 of the 9 that the start is away from the cut
     assert "defaults of a long run" in few and "by 1.8 at most, and the cut is 9 away" in few
+
+
+def test_scoring_takes_a_quarter_of_the_work_at_most():
+    # The main job: 300 steps of 4 x 256 tokens passed 3 times, 128 blocks scored. Of 921,600 passes a quarter is
+    # 230,400, 7 scorings of 32,768: every 43 steps would do, 50 is the least. 6 of them are 196,608 of 921,600, 21%.
+    main_job = Cadence(300, 4 * 256, 128 * 256, distill=True)
+    assert main_job.interval(50) == 50 and main_job.share(50) == pytest.approx(196_608 / 921_600)
+    # 4,500 steps of 512 tokens: 6,912,000 passes, a quarter 1,728,000 is 26 scorings of 65,536: every 174 steps.
+    released = Cadence(4500, 512, 128 * 512, distill=True)
+    assert released.interval(50) == 174 and released.share(174) <= 0.25 < released.share(173)
+    assert Cadence(4500, 512, 128 * 512, distill=False).interval(50) == 265  # two passes a step: 17 scorings
+    assert Cadence(8, 48, 128 * 512, distill=True).interval(1) == 8  # the last step's always, whatever it costs
+
+
+def test_which_cadence_was_taken_is_said_and_why():
+    main_job, released = Cadence(300, 1024, 128 * 256, True), Cadence(4500, 512, 128 * 512, True)
+    tail = "% of the training's work at most"
+    assert main_job.describe(None, 50) == f"scoring: --eval_steps 50, the default; it costs 21{tail}"
+    assert released.describe(None, 50) == (
+        f"scoring: --eval_steps 174, every 50 would cost 85%, the limit is 25%; it costs 25{tail}"
+    )
+    assert released.describe(50, 50) == f"scoring: --eval_steps 50, as given; it costs 85{tail}"
+    assert released.describe(0.1, 50) == f"scoring: --eval_steps 450, as given; it costs 9{tail}"
+
+
+def test_the_last_mask_is_scored_once(make_model, tmp_path, monkeypatch):
+    scored = []
+    whole = GateTrainer.score_mask
+    monkeypatch.setattr(GateTrainer, "score_mask", lambda self: scored.append(self.state.global_step) or whole(self))
+    for eval_steps, expected in ((4, [8]), (6, [6, 8])):  # settled after step 5
+        args = RunArguments(
+            output_dir=str(tmp_path / str(eval_steps)), max_steps=8, eval_steps=eval_steps, use_cpu=True,
+            disable_tqdm=True, per_device_train_batch_size=4,
+        )  # fmt: skip
+        trainer = GateTrainer(GatedModel(make_model("llama"), -2.0), settings(), args, blocks(), blocks(8), {})
+        trainer.train()
+        trainer.score_last_mask()
+        trainer.gated.detach_gates()
+        assert scored[-len(expected) :] == expected and scored.count(8) == 1
+        scored.clear()

@@ -123,6 +123,7 @@ def test_gate_training_keeps_its_own_defaults():
     training = Arguments.parse([], "prune").training
     assert (training.num_train_epochs, training.train_batch_size, training.gradient_accumulation_steps) == (1, 1, 1)
     assert (training.eval_steps, training.save_steps, training.load_best_model_at_end) == (50, 100, False)
+    assert not training.eval_steps_given and Arguments.parse(["--eval_steps", "50"], "prune").training.eval_steps_given
 
 
 def test_no_flag_of_fine_tuning_is_overwritten(mask):

@@ -12,11 +12,11 @@ from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.rotation import learn_rotation, wants_rotation
 from tvaprune.choose.scores import score_masks
-from tvaprune.choose.settings import GateSettings, describe, gate_settings
+from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.files import discard
-from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.identity import Identity, check_identity, read_identity
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
@@ -114,6 +114,12 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, num_tokens, beta, run.rules)
     print(describe(settings, num_steps, num_tokens))
     choice_blocks = run.choice_blocks()
+    if training.eval_strategy == "steps":
+        scored_tokens = len(choice_blocks) * args.data.block_size
+        cadence = Cadence(num_steps, batch * args.data.block_size, scored_tokens, args.distill.distill)
+        print(cadence.describe(training.eval_steps if training.eval_steps_given else None, EVAL_STEPS))
+        if not training.eval_steps_given:
+            training.eval_steps = cadence.interval(EVAL_STEPS)
     identity = _gate_identity(run, settings, train_blocks, choice_blocks)
     if checkpoint is not None:
         check_identity("checkpoint", Path(checkpoint), identity)
@@ -121,7 +127,7 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
     trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.score_mask()
+    trainer.score_last_mask()
     if checkpoint is None:
         _clear_targets(args.output_dir)
     gated.detach_gates()

@@ -3,13 +3,11 @@
 Source: Xia et al., CoFi (ACL 2022): ``lambda_1 (s - t) + lambda_2 (s - t)^2``, the multipliers by gradient ascent.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from tvaprune.choose import gates
-from tvaprune.models.parameters import decoder_sparsity, dense_layers, layer_parameters
+from tvaprune.models.parameters import all_layers, dense_layers, layer_parameters
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
@@ -52,11 +50,11 @@ def beta_at(step: int, num_steps: int, start: float, end: float) -> float:
 def expected_sparsity(log_alpha: PerUnit, beta: float, shape: ModelShape) -> torch.Tensor:
     """Returns the decoder's sparsity at the expected numbers of kept units, a scalar with gradient."""
 
-    def expected(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [gates.keep_probability(value, beta).sum() for value in values]
+    def expected(*values: torch.Tensor) -> torch.Tensor:
+        return gates.keep_probability(torch.cat(values), beta).sum()
 
-    (hidden,) = expected([log_alpha.hidden])
-    sparsity: torch.Tensor = decoder_sparsity(hidden, expected(log_alpha.attn), expected(log_alpha.inter), shape)
+    kept = expected(log_alpha.hidden), expected(*log_alpha.attn), expected(*log_alpha.inter)
+    sparsity: torch.Tensor = 1 - all_layers(*kept, shape) / dense_layers(shape)
     return sparsity
 
 

@@ -1,20 +1,23 @@
 """Puts gates on a transformers model by hooks, and takes them off.
 
-One object owns all hooks. Where each gate multiplies (method: section 1): the hidden gate the embedding's output,
-once, and the output of every attention block and MLP before the residual add; the attention gate the input of the
-output projection, a KV head with the query heads that share it; the MLP gate the input of the down projection. Under
-a hidden gate an RMSNorm averages over the kept dims only, as the sliced model will.
+One object owns all hooks, and the forward methods of the norms meanwhile. Where each gate multiplies (method: section
+1): the hidden gate the embedding's output, once, and the output of every attention block and MLP before the residual
+add; the attention gate the input of the output projection, a KV head with the query heads that share it; the MLP gate
+the input of the down projection. Under a hidden gate an RMSNorm averages over the kept dims only, as the sliced model
+will.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tvaprune.choose import gates
+from tvaprune.choose.gates import Gates, multiply
+from tvaprune.choose.norms import KeptDims, kept_rms_norm
 from tvaprune.models.families import family_of
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.shape import shape_of
@@ -25,6 +28,23 @@ from tvaprune.plan.masks import Masks
 
 INITIAL_MU = 1.0
 INITIAL_STD = 0.01  # of both means and log-variances (method: section 2)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass under gates multiplies by and averages over, for all places at once.
+
+    A place is the embedding, or a block in the order of `PerUnit`: the layers' attentions, then their MLPs.
+
+    Attributes:
+        inputs: What the input of each place's writer is multiplied by; that of the embedding is not used.
+        outputs: What the output of each place is multiplied by: the hidden gates.
+        kept: The hidden dims that norms average over.
+    """
+
+    inputs: tuple[Gates | torch.Tensor, ...]
+    outputs: tuple[Gates | torch.Tensor, ...]
+    kept: KeptDims
 
 
 class GatedModel(nn.Module):
@@ -46,17 +66,18 @@ class GatedModel(nn.Module):
         self.model = model.requires_grad_(False)
         self.family = family_of(model.config)
         self.shape = shape_of(model.config)
-        device = model.device
 
-        def start(centre: float) -> nn.ParameterList:
-            units = PerUnit.full(self.shape, centre)
-            return nn.ParameterList((v + INITIAL_STD * torch.randn_like(v)).to(device) for v in units)
+        def start(centre: float) -> nn.Parameter:
+            units = PerUnit.full(self.shape, centre).map(lambda v: v + INITIAL_STD * torch.randn_like(v))
+            return nn.Parameter(units.flat().to(model.device))
 
         self.mu, self.log_variance = start(INITIAL_MU), start(initial_log_variance)
         self.register_state_dict_post_hook(_drop_frozen)
         self._fixed: PerUnit | None = None
         self._fixed_hidden: torch.Tensor | None = None
         self._off = False
+        self._pass: _Pass | None = None
+        self._stock_forwards: dict[nn.Module, Callable[..., torch.Tensor] | None] = {}
         self._handles = list(self._hook())
 
     def forward(self, **inputs: Any) -> Any:
@@ -65,13 +86,11 @@ class GatedModel(nn.Module):
 
     def masks(self) -> Masks:
         """Returns the gates as they stand: the parameters themselves, with gradients."""
-        return Masks(mu=self.per_unit(self.mu), log_variance=self.per_unit(self.log_variance))
+        return Masks(mu=PerUnit.of(self.mu, self.shape), log_variance=PerUnit.of(self.log_variance, self.shape))
 
-    def per_unit(self, values: nn.ParameterList) -> PerUnit:
-        """Sorts one tensor for each of the gates' tensors, in their order, by kind of unit."""
-        layers = self.shape.num_hidden_layers
-        tensors = tuple(values)
-        return PerUnit(hidden=tensors[0], attn=tensors[1 : 1 + layers], inter=tensors[1 + layers :])
+    def log_alpha(self) -> PerUnit:
+        """Returns the scores of the gates as they stand, with gradients, in fewer steps than `masks` would."""
+        return PerUnit.of(log_alpha_of(self.mu, self.log_variance), self.shape)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -88,7 +107,7 @@ class GatedModel(nn.Module):
         Args:
             hidden: Whether a hidden dim is kept, shape ``(hidden_size,)``, bool; None: where its value is not 0.
         """
-        device = self.mu[0].device
+        device = self.mu.device
         self._fixed = values.map(lambda value: value.to(device))
         self._fixed_hidden = (values.hidden != 0 if hidden is None else hidden).to(device)
 
@@ -107,10 +126,16 @@ class GatedModel(nn.Module):
         return self.using(plan.full_scale(), plan.full_kept().hidden)
 
     def detach_gates(self) -> PreTrainedModel:
-        """Removes every hook and returns the stock model, as trainable as it came."""
+        """Takes off every hook and returns the stock model, as trainable as it came."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for norm, forward in self._stock_forwards.items():
+            del norm.forward
+            if forward is not None:  # another tool's, which stood over the class's
+                norm.forward = forward
+        self._stock_forwards.clear()
+        self._pass = None
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         return self.model
@@ -120,11 +145,13 @@ class GatedModel(nn.Module):
         self.model.activation_checkpointing_enable(**options)
 
     def _hook(self) -> Iterator[Any]:
-        """Registers all hooks and yields their handles."""
-        yield self.model.get_submodule(self.family.embedding).register_forward_hook(self._scale_output)
-        yield self.model.get_submodule(self.family.final_norm).register_forward_hook(self._renormalise)
+        """Registers all hooks, yields their handles, and replaces the forward methods of the norms."""
+        embedding = self.model.get_submodule(self.family.embedding)
+        yield embedding.register_forward_hook(self._begin)
+        yield embedding.register_forward_hook(self._scale_output(0))
+        self._replace_norm(self.family.final_norm)
         layout = layout_of(self.family, self.shape)
-        for place, block in enumerate((*layout.attention, *layout.mlp), start=1):  # the order of PerUnit
+        for place, block in enumerate((*layout.attention, *layout.mlp), start=1):
             if block is not None:
                 yield from self._hook_block(place, block)
 
@@ -132,49 +159,78 @@ class GatedModel(nn.Module):
         writer = self.model.get_submodule(block.writer)
         yield writer.register_forward_pre_hook(self._scale_input(place))
         for norm in block.norms:
-            yield self.model.get_submodule(norm).register_forward_hook(self._renormalise)
+            self._replace_norm(norm)
         last = writer if block.post_norm is None else self.model.get_submodule(block.post_norm)
-        yield last.register_forward_hook(self._scale_output)
+        yield last.register_forward_hook(self._scale_output(place))
 
-    def _multiplier(self, place: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns the values of one tensor of units, to multiply ``like`` by: fixed, or sampled."""
+    def _begin(self, *unused: Any) -> None:
+        """Computes what the whole pass needs; gradient checkpointing finds it again in the backward pass."""
+        if self._off:
+            return
+        uses = 1 + 2 * self.shape.num_hidden_layers
+        kept = KeptDims.of(self._kept_hidden())
         if self._fixed is not None:
-            return list(self._fixed)[place].to(like.dtype)
-        leading = like.shape[:-1] if self.noise == "token" else torch.Size((like.shape[0], 1))
-        return gates.sample(self.mu[place], self.log_variance[place], leading).to(like.dtype)
+            factors = tuple(self._fixed)
+            self._pass = _Pass(factors, _repeated(factors[0], uses), kept)
+            return
+        deviation = torch.exp(self.log_variance / 2)
+        each = tuple(map(Gates, PerUnit.of(self.mu, self.shape), PerUnit.of(deviation, self.shape)))
+        hidden = map(Gates, _repeated(each[0].mu, uses), _repeated(each[0].deviation, uses))
+        self._pass = _Pass(each, tuple(hidden), kept)
 
-    def _scale_output(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output if self._off else output * self._multiplier(0, output)
-
-    def _scale_input(self, place: int) -> Any:
-        units = len(self.mu[place])
-
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def _scale_output(self, place: int) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             if self._off:
-                return None
-            (x,) = args  # a unit's features stand side by side: (batch, length, units * features)
-            scale = self._multiplier(place, x)
-            return ((x.unflatten(-1, (units, -1)) * scale.unsqueeze(-1)).flatten(-2),)
+                return output
+            assert self._pass is not None
+            return self._multiply(output, self._pass.outputs[place])
 
         return hook
 
-    def _renormalise(self, norm: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """Replaces an RMSNorm's output by one whose mean square is over the kept hidden dims."""
-        if self._off:
-            return output
-        x = args[0].float()
-        kept = self._kept_hidden().float()
-        mean_square = (x.square() * kept).sum(-1, keepdim=True) / kept.sum()
-        normed = x * torch.rsqrt(mean_square + getattr(norm, self.family.norm_epsilon))
-        if self.family.norm_offset:  # such families round once, after the gain
-            return (normed * (norm.weight.float() + self.family.norm_offset)).to(args[0].dtype)
-        return norm.weight * normed.to(args[0].dtype)
+    def _scale_input(self, place: int) -> Callable[..., tuple[torch.Tensor] | None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+            if self._off:
+                return None
+            assert self._pass is not None
+            return (self._multiply(args[0], self._pass.inputs[place]),)
+
+        return hook
+
+    def _multiply(self, x: torch.Tensor, by: Gates | torch.Tensor) -> torch.Tensor:
+        """Multiplies by gates that are sampled, or by fixed values.
+
+        Args:
+            x: Shape ``(batch, length, units * features)``, the features of a unit side by side.
+        """
+        if isinstance(by, Gates):
+            return multiply(x, by, self.noise == "token")
+        return (x.unflatten(-1, (len(by), -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
+
+    def _replace_norm(self, path: str) -> None:
+        """Lets an RMSNorm average over the kept hidden dims only."""
+        norm: Any = self.model.get_submodule(path)
+        stock, epsilon, offset = norm.forward, getattr(norm, self.family.norm_epsilon), self.family.norm_offset
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if self._off:
+                return stock(x)
+            assert self._pass is not None
+            return kept_rms_norm(x, norm.weight, self._pass.kept, epsilon, offset)
+
+        self._stock_forwards[norm] = vars(norm).get("forward")
+        norm.forward = forward
 
     def _kept_hidden(self) -> torch.Tensor:
         if self._fixed_hidden is not None:
             return self._fixed_hidden
-        log_alpha = log_alpha_of(self.mu[0], self.log_variance[0]).detach()
+        hidden = (self.mu[: self.shape.hidden_size], self.log_variance[: self.shape.hidden_size])
+        log_alpha = log_alpha_of(*hidden).detach()
         return (log_alpha < 0) | (log_alpha == log_alpha.min())  # a plan keeps the surest dim at least
+
+
+def _repeated(values: torch.Tensor, times: int) -> tuple[torch.Tensor, ...]:
+    """Returns values for several places, whose gradients add up in one step."""
+    return values.expand(times, -1).unbind()
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

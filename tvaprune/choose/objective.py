@@ -9,6 +9,7 @@ from tvaprune.choose import gates
 from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_spread
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.settings import GateSettings
+from tvaprune.errors import InputError
 from tvaprune.losses import distillation_loss
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import calibrate
@@ -24,6 +25,7 @@ class PruningObjective(nn.Module):
     """
 
     settled: torch.Tensor
+    _weights: torch.Tensor
 
     def __init__(self, gated: GatedModel, settings: GateSettings) -> None:
         super().__init__()
@@ -31,17 +33,15 @@ class PruningObjective(nn.Module):
         self.lagrangian = Lagrangian()
         self.settings = settings
         self.register_buffer("settled", torch.tensor(False))
-        self.settled_log_alpha, self.settled_mu = (
-            nn.ParameterList(nn.Parameter(torch.zeros_like(mu), False) for mu in gated.mu) for _ in range(2)
-        )
+        self.settled_log_alpha, self.settled_mu = (nn.Parameter(torch.zeros_like(gated.mu), False) for _ in range(2))
+        self.register_buffer("_weights", self._information_weights().to(gated.mu.device), persistent=False)
         self._kept: PerUnit | None = None
 
     def settle(self) -> None:
         """Makes the present choice of units final: from now on only the kept gates' means train, without noise."""
         masks = calibrate(self.gated.masks(), self.gated.shape, self.settings.target_sparsity, self.settings.rules)
-        for fixed, values in ((self.settled_log_alpha, masks.log_alpha), (self.settled_mu, masks.mu)):
-            for parameter, value in zip(fixed, values, strict=True):
-                parameter.data.copy_(value)
+        self.settled_log_alpha.data.copy_(masks.log_alpha.flat())
+        self.settled_mu.data.copy_(masks.mu.flat())
         self.settled.fill_(True)
 
     def masks(self) -> Masks:
@@ -50,14 +50,14 @@ class PruningObjective(nn.Module):
         if not self.settled:
             return masks
         # A cut unit's mean gets no gradient, but momentum moves it on; a smaller target may keep the unit after all.
-        kept, settled_mu = self._kept_units(), self.gated.per_unit(self.settled_mu)
-        mu = kept.map(torch.where, masks.mu, settled_mu)
-        return Masks(mu, mu.map(log_variance_at, self.gated.per_unit(self.settled_log_alpha)))
+        kept, shape = self._kept_units(), self.gated.shape
+        mu = kept.map(torch.where, masks.mu, PerUnit.of(self.settled_mu, shape))
+        return Masks(mu, mu.map(log_variance_at, PerUnit.of(self.settled_log_alpha, shape)))
 
     def _kept_units(self) -> PerUnit:
         """Returns, for every unit, whether the settled choice keeps it."""
         if self._kept is None:  # also after a resume
-            log_alpha = self.gated.per_unit(self.settled_log_alpha)
+            log_alpha = PerUnit.of(self.settled_log_alpha, self.gated.shape)
             ones = PerUnit.full(self.gated.shape, 1.0)  # of mean 1 a gate's log-variance is its log_alpha
             plan = plan_from_masks(Masks(ones, log_alpha), self.gated.shape, self.settings.rules)
             self._kept = plan.full_kept().map(lambda kept: kept.to(self.settled.device))
@@ -75,17 +75,18 @@ class PruningObjective(nn.Module):
         if self.settled:
             return self._settled_loss(input_ids)
         task = self._task_loss(input_ids)
-        masks = self.gated.masks()
-        sparsity = expected_sparsity(masks.log_alpha, beta, self.gated.shape)
-        spread = expected_spread(masks.log_alpha, beta, self.gated.shape) if self.settings.rules.uniform else 0.0
+        log_alpha = self.gated.log_alpha()
+        sparsity = expected_sparsity(log_alpha, beta, self.gated.shape)
+        spread = expected_spread(log_alpha, beta, self.gated.shape) if self.settings.rules.uniform else 0.0
         penalty = self.lagrangian(sparsity, target, spread)
-        information = self.settings.kl_factor * self._information(masks)
+        terms = gates.information(self.gated.mu, self.gated.log_variance)
+        information = self.settings.kl_factor * (terms @ self._weights)
         return {"loss": task + information + penalty, "task_loss": task, "expected_sparsity": sparsity}
 
     def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         # Held beyond this call: gradient checkpointing runs the forward again in the backward pass.
         kept = self._kept_units()
-        self.gated.hold(self.gated.masks().mu.map(torch.mul, kept), kept.hidden)
+        self.gated.hold(PerUnit.of(self.gated.mu * kept.flat(), self.gated.shape), kept.hidden)
         task = self._task_loss(input_ids)
         return {"loss": task, "task_loss": task, "expected_sparsity": self._sparsity}
 
@@ -100,13 +101,24 @@ class PruningObjective(nn.Module):
         distance = distillation_loss(student.logits, teacher, self.settings.distill_temp)
         return distance + weight * student.loss if weight else distance
 
-    def _information(self, masks: Masks) -> torch.Tensor:
-        """Returns the weighted sum of the gates' KL terms; the hidden gate acts twice a layer and at the embedding."""
-        terms = masks.mu.map(gates.information_loss, masks.log_variance)
-        attn, inter = torch.stack(terms.attn).sum(), torch.stack(terms.inter).sum()
-        hidden = (2 * len(terms.attn) + self.settings.emb_mult) * terms.hidden
-        return self.settings.att_mul * attn + self.settings.inter_mul * inter + hidden
+    def _information_weights(self) -> torch.Tensor:
+        """Returns what each unit's KL term counts; the hidden gate acts twice a layer and at the embedding."""
+        settings, ones = self.settings, PerUnit.full(self.gated.shape, 1.0)
+        layers = self.gated.shape.num_hidden_layers
+        return PerUnit(
+            hidden=ones.hidden * (2 * layers + settings.emb_mult),
+            attn=tuple(v * settings.att_mul for v in ones.attn),
+            inter=tuple(v * settings.inter_mul for v in ones.inter),
+        ).flat()
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Passes `Trainer`'s ``--gradient_checkpointing`` on to the stock model."""
+        """Passes `Trainer`'s ``--gradient_checkpointing`` on to the stock model.
+
+        Raises:
+            InputError: If it is asked to be reentrant: that goes backward once a layer, through gates all layers share.
+        """
+        if any(isinstance(given, dict) and given.get("use_reentrant") for given in options.values()):
+            raise InputError(
+                "--gradient_checkpointing_kwargs: use_reentrant is true, gates need false, the default: leave it out"
+            )
         self.gated.activation_checkpointing_enable(**options)

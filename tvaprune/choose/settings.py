@@ -1,10 +1,13 @@
 """The settings of one gate training, resolved: what depends on the target, the family or the run's length."""
 
+import math
 from dataclasses import dataclass
 
 from tvaprune.errors import InputError
 from tvaprune.flags.settings import SHORT_RUN_TOKENS, DistillSettings, PruneSettings
 from tvaprune.plan.widths import WidthRules
+
+SCORING_SHARE = 0.25  # of the training's work, that scoring masks may take
 
 _AS_GIVEN = ("reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "gate_noise", "gate_ce_weight")
 
@@ -98,3 +101,50 @@ def describe(settings: GateSettings, num_steps: int, num_tokens: int) -> str:
             "smaller batches"
         )
     return line
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often masks are scored, and what it costs; work is counted in tokens that pass the layers once.
+
+    A step passes a token forward and, to the gates alone, backward, which costs as much again where the weights are
+    frozen; with a teacher it passes it forward once more.
+
+    Attributes:
+        num_steps: Of the training.
+        step_tokens: Tokens of a step.
+        scored_tokens: Tokens of a scoring.
+        distill: Whether there is a teacher.
+    """
+
+    num_steps: int
+    step_tokens: int
+    scored_tokens: int
+    distill: bool
+
+    def share(self, interval: float) -> float:
+        """Returns the most that scoring every so many steps, and at the last, takes of the training's work."""
+        scorings = math.ceil(self.num_steps / interval)
+        return scorings * self.scored_tokens / (self.num_steps * self.step_tokens * (2 + self.distill))
+
+    def interval(self, least: int) -> int:
+        """Returns the smallest interval of at least ``least`` steps that keeps to `SCORING_SHARE`, or all steps."""
+        affordable = int(SCORING_SHARE / self.share(self.num_steps))
+        return max(least, math.ceil(self.num_steps / affordable)) if affordable else max(least, self.num_steps)
+
+    def describe(self, given: float | None, least: int) -> str:
+        """Returns the line that says which interval is taken, and why.
+
+        Args:
+            given: The user's own, in steps or below 1 as a share of them; None: there is none.
+        """
+        if given is not None:
+            steps = math.ceil(given * self.num_steps) if given < 1 else given
+            why = "as given"
+        else:
+            steps = self.interval(least)
+            every = f"every {least} would cost {self.share(least):.0%}"
+            why = f"{every}, the limit is {SCORING_SHARE:.0%}" if steps > least else "the default"
+        return (
+            f"scoring: --eval_steps {steps:g}, {why}; it costs {self.share(steps):.0%} of the training's work at most"
+        )

@@ -58,9 +58,10 @@ class GateTrainer(CheckpointedTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.gated, self.settings, self.record = gated, settings, record
         self.best_folder = Path(str(args.output_dir)) / "best"
+        self._scored_step: int | None = None
         self.best: Path | None = None  # what lies in the folder may be another run's
         with torch.no_grad():
-            self.start = float(expected_sparsity(gated.masks().log_alpha, settings.beta_start, gated.shape))
+            self.start = float(expected_sparsity(gated.log_alpha(), settings.beta_start, gated.shape))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_GateProgress)
@@ -70,7 +71,7 @@ class GateTrainer(CheckpointedTrainer):
         objective = self._objective
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [*objective.gated.mu, *objective.gated.log_variance], "lr": self.settings.vib_learning_rate},
+                {"params": [objective.gated.mu, objective.gated.log_variance], "lr": self.settings.vib_learning_rate},
                 {
                     "params": list(objective.lagrangian.parameters()),
                     "lr": self.settings.reg_learning_rate,
@@ -136,12 +137,17 @@ class GateTrainer(CheckpointedTrainer):
         """Scores the mask of this step if it is near the target, and keeps it if it is the best."""
         schedule = self._schedule()
         with torch.no_grad():
-            sparsity = expected_sparsity(self.gated.masks().log_alpha, schedule["beta"], self.gated.shape)
+            sparsity = expected_sparsity(self.gated.log_alpha(), schedule["beta"], self.gated.shape)
         rising = self.state.global_step < self.settings.num_warmup_steps
         is_near = abs(float(sparsity) - self.settings.target_sparsity) <= BAND  # NaN is not near
         metrics = self.score_mask() if self._objective.settled or (is_near and not rising) else {}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def score_last_mask(self) -> None:
+        """Scores the mask that training ended with, unless its last step was one at which masks are scored."""
+        if self._scored_step != self.state.global_step:
+            self.score_mask()
 
     def score_mask(self) -> dict[str, float]:
         """Measures the mask of the gates as they stand, exactly at the target, and keeps it if it is the best."""
@@ -158,6 +164,7 @@ class GateTrainer(CheckpointedTrainer):
             record = self.record | describe_widths(plan) | context
             self.best = keep_best(self.best_folder, masks, value, record, self.best)
         self.log(dict(metrics))
+        self._scored_step = self.state.global_step
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -169,6 +176,9 @@ class GateTrainer(CheckpointedTrainer):
         objective = self._objective
         state = load_file(path)
         own = objective.state_dict()
+        if "gated.mu.0" in state:
+            raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: an older version of this tool "
+                             "wrote it, with gates by layer; begin anew, or go on with that version")  # fmt: skip
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds the gates of another model; "
                              "give the model that the run began with")  # fmt: skip

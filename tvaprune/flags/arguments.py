@@ -26,10 +26,16 @@ from tvaprune.flags.settings import (
 )
 from tvaprune.flags.verbs import ALWAYS, VERBS, check_flags
 
+EVAL_STEPS = 50
+
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' TrainingArguments with this project's defaults."""
+    """transformers' TrainingArguments with this project's defaults.
+
+    Attributes:
+        eval_steps_given: Whether `eval_steps` is the user's own.
+    """
 
     output_dir: str = field(default="out", metadata={"help": "Folder of checkpoints, masks and the log."})
     overwrite_output_dir: bool = field(
@@ -38,7 +44,13 @@ class RunArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training blocks."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Blocks a device takes at a step."})
     eval_strategy: str = field(default="steps", metadata={"help": "When masks are scored."})
-    eval_steps: float = field(default=50, metadata={"help": "Steps between two scorings of the mask."})
+    eval_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Steps between two scorings of the mask; default: {EVAL_STEPS}, or as many more as keep "
+            "scoring to a quarter of the training's work."
+        },
+    )
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
@@ -54,6 +66,9 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no."""
         check_ranges(self)
+        self.eval_steps_given = self.eval_steps is not None
+        if self.eval_steps is None:
+            self.eval_steps = EVAL_STEPS
         given = self.do_eval
         super().__post_init__()
         self.do_eval = given
@@ -73,7 +88,9 @@ class FinetuneRunArguments(RunArguments):
     gradient_accumulation_steps: int = field(
         default=0, metadata={"help": f"Batches a step; 0: as many as make {RELEASED_BATCH} blocks."}
     )
-    eval_steps: float = field(default=0.1, metadata={"help": "Steps between two validation perplexities, or share."})
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Steps between two validation perplexities, or share."}
+    )
     save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or share of the run."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best adapter, not the last."})

@@ -35,6 +35,11 @@ def _layers(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[Any], shape
     return sum(layer_parameters(hidden, heads, width, shape, norms) for heads, width, norms in widths)
 
 
+def all_layers(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape) -> Any:
+    """Returns the counted parameters of all layers, whose KV heads and MLP channels are given added up."""
+    return layer_parameters(hidden, kv_heads, channels, shape, norms=sum(shape.layer_norms))
+
+
 def dense_layers(shape: ModelShape) -> int:
     """Returns the counted parameters of all layers before the cut."""
     parameters: int = _layers(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)

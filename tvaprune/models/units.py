@@ -31,6 +31,17 @@ class PerUnit:
             inter=tuple(torch.full((channels,), value) for channels in shape.intermediate_size),
         )
 
+    @classmethod
+    def of(cls, flat: torch.Tensor, shape: ModelShape) -> "PerUnit":
+        """Returns the views of one tensor that holds the values of all units in the order of `__iter__`."""
+        tensors = flat.split([shape.hidden_size, *shape.num_key_value_heads, *shape.intermediate_size])
+        layers = shape.num_hidden_layers
+        return cls(hidden=tensors[0], attn=tensors[1 : 1 + layers], inter=tensors[1 + layers :])
+
+    def flat(self) -> torch.Tensor:
+        """Returns the values of all units in one tensor, which `of` parts again."""
+        return torch.cat(tuple(self))
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields the tensors: hidden, then the layers' attn, then the layers' inter."""
         yield self.hidden

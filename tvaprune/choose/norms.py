@@ -1,0 +1,79 @@
+"""An RMSNorm that averages over the kept dims only, and keeps no more than its input for the backward pass.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization (NeurIPS 2019), eq. 4, with the mean over the dims that
+stay, as the sliced model will have it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class KeptDims:
+    """Which hidden dims a norm averages over.
+
+    Attributes:
+        mask: 1 where a dim is kept, else 0; shape ``(hidden,)``.
+        count: Their number, a scalar.
+        share: ``mask / count``.
+    """
+
+    mask: torch.Tensor
+    count: torch.Tensor
+    share: torch.Tensor
+
+    @classmethod
+    def of(cls, kept: torch.Tensor) -> "KeptDims":
+        """Returns the dims where ``kept``, shape ``(hidden,)``, is true; float32, as norms compute."""
+        mask = kept.float()
+        count = mask.sum()
+        return cls(mask, count, mask / count)
+
+
+def kept_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float = 0.0
+) -> torch.Tensor:
+    """Normalises all dims by the root of the kept ones' mean square; ``weight`` is frozen.
+
+    Args:
+        x: Shape ``(..., hidden)``.
+        weight: Shape ``(hidden,)``; the gain is ``offset + weight``.
+        epsilon: What the mean square is raised by.
+        offset: Where it is not 0 the result is rounded once, after the gain, as such families do.
+    """
+    normed: torch.Tensor = _KeptNorm.apply(x, weight, kept, epsilon, offset)
+    return normed
+
+
+class _KeptNorm(torch.autograd.Function):
+    # Results are written over what is no longer needed: on a CPU new memory takes longer than what is computed in it.
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float
+    ) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        spare = wide.square()
+        root = torch.rsqrt(spare.mul_(kept.mask).sum(-1, keepdim=True) / kept.count + epsilon)
+        ctx.save_for_backward(x, root, weight)
+        ctx.share, ctx.offset = kept.share, offset
+        result = spare if spare.dtype == x.dtype else torch.empty_like(x)
+        if offset:
+            return torch.mul(wide * root, weight.to(root.dtype) + offset, out=result)
+        torch.mul(wide, root, out=result)
+        return result.mul_(weight) if weight.dtype == x.dtype else weight * result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, root, weight = ctx.saved_tensors
+        gain = weight.to(root.dtype) + ctx.offset if ctx.offset else weight
+        of_normed, wide = (gradient * gain).to(root.dtype), x.to(root.dtype)
+        spare = of_normed * wide
+        of_root = spare.sum(-1, keepdim=True)
+        # d root / d x_j = -root^3 x_j share_j
+        straight, bent = of_normed.mul_(root), torch.mul(wide, ctx.share, out=spare)
+        result = straight if straight.dtype == x.dtype else torch.empty_like(x)
+        of_x = torch.addcmul(straight, bent, of_root * root.pow(3), value=-1, out=result)
+        return of_x, None, None, None, None
