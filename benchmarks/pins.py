@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from tvaprune.plan.masks import load_masks
@@ -60,7 +61,9 @@ def observe(folder: Path) -> dict[str, Any]:
     plan = json.loads((folder / "out" / "plan.json").read_text(encoding="utf-8"))
     units = {kind: plan[kind] for kind in ("hidden", "attn", "inter")}
     weights = load_file(folder / "pruned" / "model.safetensors")
-    flat = b"".join(name.encode() + weights[name].numpy().tobytes() for name in sorted(weights))
+    flat = b"".join(
+        name.encode() + weights[name].contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(weights)
+    )
     seen = {
         "perplexity": results["perplexity"],
         "plan": digest(json.dumps(units, sort_keys=True).encode()),
