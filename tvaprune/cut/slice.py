@@ -26,7 +26,7 @@ def apply_plan(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     for names in shared_names(model):
         weight = _cut(model, names, edits.get(names[0], Edit()))
         for name in names:
-            check_size(narrow, name, weight)
+            check_size(name, weight, narrow.get_parameter(name).shape)
             put(narrow, name, weight)
     return narrow
 
@@ -43,9 +43,9 @@ def narrow_shell(model: PreTrainedModel, plan: KeepPlan, device: torch.device | 
     return empty_model(config, model, device)
 
 
-def check_size(narrow: nn.Module, name: str, weight: torch.Tensor) -> None:
+def check_size(name: str, weight: torch.Tensor, wanted: torch.Size) -> None:
     """Raises `ValueError` if a cut weight is not of the size that the narrower model has."""
-    if weight.shape != (wanted := narrow.get_parameter(name).shape):
+    if weight.shape != wanted:
         raise ValueError(f"no edit makes {name} of shape {tuple(wanted)}: the family's row lacks it")
 
 

@@ -68,7 +68,7 @@ class Layers:
 
     @contextmanager
     def changing(self, *paths: str) -> Iterator[None]:
-        """Holds modules whose weights are changed meanwhile; `at` knows the way from what they were to what they are."""
+        """Holds modules whose weights are changed meanwhile; `at` knows the way to what they became."""
         with self.holding(*paths):
             self._before |= _copied(self.weights(*paths))
             yield
@@ -108,6 +108,7 @@ class Streamed(Layers):
     ) -> None:
         super().__init__(model, device)
         self.fetch, self.scratch = fetch, scratch
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._changed: dict[str, Path] = {}
         self._share = 0.0
 
@@ -171,8 +172,8 @@ class Streamed(Layers):
         put(self.model, name, nn.Parameter(weight.to(self.device), requires_grad=False))
 
     def _let_go(self, *paths: str) -> None:
-        for name, weight in self.weights(*paths).items():
-            put(self.model, name, nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
+        for name in self.weights(*paths):
+            put(self.model, name, self._empty[name])  # what is tied is so again
 
 
 def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
