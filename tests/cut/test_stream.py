@@ -1,23 +1,38 @@
 """Out of core is in memory: the same folder, byte for byte, whatever the family, and in half the memory."""
 
+import errno
+import itertools
 import json
 import os
+import shutil
+import signal
 from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.families import ROWS, make_plan
 from support.folders import edit_config
 from support.in_process import half_written, run
+from support.meter import MemoryMeter
 from support.other_families import OTHER_ROWS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tvaprune.checkpoint import weights
+from tvaprune.cut import stream
+from tvaprune.cut.refit import refit_layers
+from tvaprune.cut.room import disk_needed, memory_needed
+from tvaprune.cut.slice import narrow_shell
 from tvaprune.models import layers, shards
-from tvaprune.models.shape import shape_of
-from tvaprune.plan.edits import Edit
+from tvaprune.models.pruned import bare_model
+from tvaprune.models.shape import ModelShape, shape_of
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import save_masks
 
@@ -234,3 +249,136 @@ def test_what_needs_a_model_in_memory_is_refused(flags, told, dense, text, tmp_p
     assert (ended.code, ended.fault) == (2, "") and told in ended.err
     ended = run("prune", "--model_name_or_path", dense, *STREAM)
     assert "--stream acts in apply, not in prune" in ended.err
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(dense, text, tmp_path, monkeypatch):
+    """Two shards and their index, as the hub's client keeps them: links of a snapshot to blobs."""
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    wanted, _ = applied(dense, text, tmp_path / "folder", *STREAM, "--weight_update", "fold")
+    (dense / "model.safetensors").unlink()
+    model.save_pretrained(dense, max_shard_size="30KB")
+    home = Path(HF_HUB_CACHE) / "models--somebody--tiny"
+    snapshot, blobs = home / "snapshots" / ("0" * 40), home / "blobs"
+    for folder in (snapshot, blobs, home / "refs"):
+        folder.mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(sorted(dense.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(blobs / str(number))
+    dense.rmdir()
+    flags = ("--model_name_or_path", "somebody/tiny", *flags_of(dense, text, tmp_path)[2:])
+    ended = run("apply", *flags, *STREAM, "--weight_update", "fold")
+    assert ended.code == 0, ended.err + ended.trace
+    weights = "model.safetensors"
+    assert (tmp_path / "pruned" / weights).read_bytes() == wanted[weights]
+    (snapshot / "model-00001-of-00002.safetensors").unlink()
+    ended = run("apply", *flags, *STREAM, "--weight_update", "fold", "--overwrite_output_dir")
+    assert (ended.code, ended.fault) == (2, "") and "somebody/tiny: cannot be loaded" in ended.err
+    shutil.rmtree(home)
+
+
+def killed_at(number, *flags):
+    """Runs apply in a fork that is killed when it reads that weight."""
+    pid = os.fork()
+    if pid == 0:
+        left = itertools.count(number, -1)
+        read = shards.Shards.weight
+        shards.Shards.weight = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else read(*args)
+        os._exit(run("apply", *flags).code)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_kill_leaves_what_was_there_and_the_next_run_clears_up(dense, text, tmp_path, monkeypatch):
+    flags = (*flags_of(dense, text, tmp_path), *STREAM, "--overwrite_output_dir", "--do_eval", "False")
+    older = applied(dense, text, tmp_path, *STREAM, "--do_eval", "False", "--weight_update", "fold")[0]
+    reads = []
+    monkeypatch.setattr(shards.Shards, "weight", _counting(shards.Shards.weight, reads))
+    newer = applied(dense, text, tmp_path / "other", *STREAM, "--do_eval", "False")[0]
+    monkeypatch.undo()
+    assert newer["model.safetensors"] != older["model.safetensors"]
+    seen = set()
+    for number in (0, len(reads) // 3, len(reads) * 2 // 3, len(reads) - 1):
+        assert killed_at(number, *flags)
+        assert files_in(tmp_path / "pruned") == older
+        left = [path for path in tmp_path.iterdir() if path.name.startswith(".tvaprune-part-")]
+        seen |= {path.name.rpartition("-")[2] for path in left}
+    assert seen == {"pruned.scratch", "pruned"}  # in the walk, and in the writing
+    assert run("apply", *flags).code == 0
+    assert files_in(tmp_path / "pruned") == newer
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".tvaprune-")] == []
+    assert not killed_at(10**6, *flags)  # control
+
+
+def _counting(function, calls):
+    def counted(*args):
+        calls.append(args[1:])
+        return function(*args)
+
+    return counted
+
+
+def test_an_interrupted_run_leaves_nothing(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers.Streamed, "settle", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    assert ended.code == 130
+    assert not (tmp_path / "pruned").exists()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".tvaprune-")] == []
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_walk(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    assert (ended.code, ended.fault) == (2, "") and "put --save_pruned on a larger disk" in ended.err
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_full_disk_is_one_line(dense, text, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    assert ended.code == 2 and ended.trace == "" and "No space left on device" in ended.err.splitlines()[-1]
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_layers(make_model, make_masks, tmp_path):
+    def peak(num_layers):
+        model = make_model("llama", num_hidden_layers=num_layers, hidden_size=96, intermediate_size=256)
+        plan = make_plan(model, make_masks)
+        stored = model.state_dict()
+        generator = torch.Generator().manual_seed(3)
+        blocks = Dataset.from_dict({"input_ids": torch.randint(0, 47, (4, 16), generator=generator).tolist()})
+        blocks = blocks.with_format("torch")
+        shell = bare_model(model.config, torch.float32, "sdpa", torch.device("cpu"))
+        dense = layers.Streamed(shell, lambda name: stored[name].clone(), torch.device("cpu"), tmp_path)
+        narrow = narrow_shell(shell, plan, torch.device("cpu"))
+        cut = stream._Cut(dense, narrow, edits_of(plan, dense.family), folds=True)
+        pruned = layers.Streamed(narrow, cut, torch.device("cpu"), tmp_path)
+        with MemoryMeter(shell) as meter:
+            refit_layers(dense, pruned, plan, blocks, blocks.select(range(2)), 2, shares=(0.0, 1.0))
+        return meter.peak, memory_needed(plan, 4, 32)
+
+    (few, wanted), (many, same) = peak(1), peak(3)
+    assert 0.3 * wanted < few <= wanted
+    assert many < 1.3 * few and same < 1.3 * wanted
+
+
+def test_a_70b_is_refitted_on_a_card_of_24_gb():
+    """Llama-3-70B at half its KV heads and channels, in bfloat16, 8 windows of 512 tokens at a time."""
+    shape = ModelShape.uniform(8192, 80, 64, 8, 128, 28672, 128256)
+
+    def plan(channels):
+        kept = PerUnit(torch.arange(8192), (torch.arange(4),) * 80, (torch.arange(channels),) * 80)
+        return KeepPlan(kept, kept.map(torch.Tensor.float), shape, 128)
+
+    half = plan(14336)
+    assert half.sparsity == pytest.approx(0.5, abs=0.01)
+    weights = 2 * half.shape.num_hidden_layers * 855_638_016
+    assert memory_needed(half, 2, 8 * 512) < 24 * 2**30 < weights / 5
+    assert memory_needed(plan(28672), 2, 8 * 512) > 24 * 2**30  # control: a writer as wide as the dense one does not
+    tokens = 128 * 512
+    streams = 2 * 2 * tokens * 2 * 8192
+    assert streams == pytest.approx(4.3e9, rel=0.01)
+    assert disk_needed(half, 2, tokens, tokens) - 2 * half.num_parameters == streams + 5 * 2 * tokens * 8192

@@ -4,15 +4,18 @@ The same edits, the same walk and the same rounding as in memory, so the same mo
 the refit holds half a layer of both models, the moments of one linear, and a batch of hidden states.
 """
 
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tvaprune.cut.narrow import refit_texts, rounded, told
 from tvaprune.cut.refit import refit_layers
+from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import check_size, narrow_shell
 from tvaprune.errors import InputError
 from tvaprune.models.layers import Streamed
@@ -40,11 +43,27 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     if prune.weight_update == "refit":
         calibration, held_out = refit_texts(run)
         batch_size = run.args.training.per_device_eval_batch_size
+        _check_room(plan, dense, batch_size, calibration, held_out)
         done = refit_layers(dense, pruned, plan, calibration, held_out, batch_size)
         update = told(done, calibration, held_out, begin)
     stored = model.config.dtype = run.stored_dtype
     as_stored = Streamed(model, lambda name: rounded(name, pruned.weight(name), stored), device, dense.scratch)
     return as_stored, update
+
+
+def _check_room(plan: KeepPlan, dense: Streamed, batch_size: int, calibration: Dataset, held_out: Dataset) -> None:
+    """Says what the refit needs, and refuses to begin where the disk cannot hold it."""
+    size, window = dense.model.dtype.itemsize, len(calibration[0]["input_ids"])
+    memory = memory_needed(plan, size, batch_size * window) / 2**30
+    disk = disk_needed(plan, size, len(calibration) * window, len(held_out) * window)
+    free = shutil.disk_usage(dense.scratch).free
+    if disk > free:
+        raise InputError(
+            f"--stream True: hidden states and weights of the refit need {disk / 2**30:.1f} GiB beside "
+            f"{dense.scratch.parent}, which has {free / 2**30:.1f}; put --save_pruned on a larger disk, or give fewer "
+            "--refit_samples"
+        )
+    print(f"out of core: the refit needs some {memory:.1f} GiB of memory and {disk / 2**30:.1f} GiB of disk")
 
 
 class _Cut:
