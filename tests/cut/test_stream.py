@@ -252,7 +252,7 @@ def test_what_needs_a_model_in_memory_is_refused(flags, told, dense, text, tmp_p
 
 
 def test_a_hub_id_is_read_from_the_hubs_cache(dense, text, tmp_path, monkeypatch):
-    """Two shards and their index, as the hub's client keeps them: links of a snapshot to blobs."""
+    """Shards and their index, as the hub's client keeps them: links of a snapshot to blobs."""
     model = AutoModelForCausalLM.from_pretrained(dense)
     wanted, _ = applied(dense, text, tmp_path / "folder", *STREAM, "--weight_update", "fold")
     (dense / "model.safetensors").unlink()
@@ -271,7 +271,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache(dense, text, tmp_path, monkeypatch
     assert ended.code == 0, ended.err + ended.trace
     weights = "model.safetensors"
     assert (tmp_path / "pruned" / weights).read_bytes() == wanted[weights]
-    (snapshot / "model-00001-of-00002.safetensors").unlink()
+    min(snapshot.glob("model-*.safetensors")).unlink()
     ended = run("apply", *flags, *STREAM, "--weight_update", "fold", "--overwrite_output_dir")
     assert (ended.code, ended.fault) == (2, "") and "somebody/tiny: cannot be loaded" in ended.err
     shutil.rmtree(home)
@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_line(dense, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
-    assert ended.code == 2 and ended.trace == "" and "No space left on device" in ended.err.splitlines()[-1]
+    assert (ended.code, ended.fault) == (2, "") and "there is no room on the" in ended.err
     assert not (tmp_path / "pruned").exists()
 
 
@@ -381,4 +381,7 @@ def test_a_70b_is_refitted_on_a_card_of_24_gb():
     tokens = 128 * 512
     streams = 2 * 2 * tokens * 2 * 8192
     assert streams == pytest.approx(4.3e9, rel=0.01)
+    told = f"{memory_needed(half, 2, 8 * 512) / 2**30:.0f} GiB of memory and "
+    told += f"{disk_needed(half, 2, tokens, tokens) / 2**30:.0f} GiB of disk"
+    assert told in " ".join((tiny.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert disk_needed(half, 2, tokens, tokens) - 2 * half.num_parameters == streams + 5 * 2 * tokens * 8192

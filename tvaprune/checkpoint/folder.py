@@ -109,7 +109,7 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
     _complete(folder, config, tokenizer)
 
 
-def _write_streamed(layers: Streamed, tokenizer: Any, folder: Path) -> None:
+def _write_streamed(layers: Streamed, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the same of a model whose weights are fetched one at a time."""
     config = layers.model.config
     stored = _stored_dtype(config, layers.model)
@@ -127,7 +127,7 @@ def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dty
     return min(model.dtype, named, key=lambda dtype: dtype.itemsize)
 
 
-def _complete(folder: Path, config: PretrainedConfig, tokenizer: Any) -> None:
+def _complete(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Writes what stands beside the weights, and takes out what would run as code."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -81,20 +81,19 @@ def _by_layers(layers: Layers, blocks: Dataset, batch_size: int, description: st
     size = max(1, STREAM_TOKENS // (step * tokens))
     groups = [batches[first : first + size] for first in range(0, len(batches), size)]
     total, halves = 0.0, list(layers.blocks())
-    shown = tqdm(total=len(groups) * len(halves), desc=description, disable=description is None, leave=False)
-    for group in groups:
-        states = [layers.room((*ids.shape, layers.model.config.hidden_size)) for ids in group]
-        embed(layers, group, states)
-        for index, block, is_attention in halves:
-            half = Half.of(layers, block, options[index] if is_attention else {})
-            with layers.holding(*paths_of(block)):
-                for hidden in states:
-                    hidden.copy_(half(hidden.to(layers.device)))
-            shown.update()
-        with layers.holding(*layers.ends):
-            ending = Half.ending(layers)
-            for ids, hidden in zip(group, states, strict=True):
-                normed = ending.norm(hidden.to(layers.device))
-                total += _summed(ending.module, normed, ids.to(layers.device))
-    shown.close()
+    with tqdm(total=len(groups) * len(halves), desc=description, disable=description is None, leave=False) as shown:
+        for group in groups:
+            states = [layers.room((*ids.shape, layers.model.config.hidden_size)) for ids in group]
+            embed(layers, group, states)
+            for index, block, is_attention in halves:
+                half = Half.of(layers, block, options[index] if is_attention else {})
+                with layers.holding(*paths_of(block)):
+                    for hidden in states:
+                        hidden.copy_(half(hidden.to(layers.device)))
+                shown.update()
+            with layers.holding(*layers.ends):
+                ending = Half.ending(layers)
+                for ids, hidden in zip(group, states, strict=True):
+                    normed = ending.norm(hidden.to(layers.device))
+                    total += _summed(ending.module, normed, ids.to(layers.device))
     return _exponent(total / sum(ids[:, 1:].numel() for ids in batches))
