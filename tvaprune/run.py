@@ -28,7 +28,7 @@ from tvaprune.models.layers import Streamed
 from tvaprune.models.load import load_config, load_model, open_model
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.published import located
-from tvaprune.models.rotate import rotate
+from tvaprune.models.rotate import rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
@@ -188,8 +188,12 @@ class Run:
         return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)
 
     def turned(self, rotation: Rotation) -> "Run":
-        """Returns the run in another basis: its model is turned in place, and computes what it did."""
-        return replace(self, model=rotate(self.model, rotation.matrix), rotation=rotation)
+        """Returns the run in another basis: its model is turned, at once or when fetched, and computes as it did."""
+        if self.streamed is None:
+            return replace(self, model=rotate(self.model, rotation.matrix), rotation=rotation)
+        fetch = rotated(self.model, self.streamed.fetch, rotation.matrix, self.streamed.device)
+        streamed = Streamed(self.model, fetch, self.streamed.device, self.streamed.scratch)
+        return replace(self, streamed=streamed, rotation=rotation)
 
     def at(self, target: float) -> "Run":
         """Returns the run of one of several targets: the same model, folders of its own."""

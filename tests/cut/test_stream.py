@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from tvaprune.models.units import PerUnit
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import save_masks
+from tvaprune.plan.rotation import Rotation
 
 pytestmark = pytest.mark.usefixtures("other_families")
 
@@ -147,6 +149,24 @@ def test_a_pruned_folder_is_streamed_too(dense, text, make_masks, tmp_path):
     make_plan(model, make_masks).save(pruned.parent / "plan.json")
     memory, streamed = both(pruned, text, tmp_path / "second")
     assert streamed == memory
+
+
+@pytest.mark.parametrize("row", ["llama tied, with biases", "qwen3 untied"])
+def test_a_plan_under_a_rotation_turns_what_is_fetched(row, make_model, make_masks, text, tmp_path):
+    model = make_model(ROWS[row][0], **ROWS[row][1])
+    dense = tiny.save_checkpoint(model, tmp_path / "dense")
+    size = model.config.hidden_size
+    values = torch.randn(size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rotation = Rotation(torch.linalg.qr(values).Q.float())
+    plan = make_plan(model, make_masks)
+    plan.save(tmp_path / "plan.json")
+    straight, _ = applied(dense, text, tmp_path / "straight", *STREAM)
+    rotation.save(tmp_path)
+    shape = replace(plan.shape, tie_word_embeddings=False)
+    replace(plan, shape=shape, rotation=rotation.digest).save(tmp_path / "plan.json")
+    memory, streamed = both(dense, text, tmp_path)
+    assert streamed == memory
+    assert streamed[0]["model.safetensors"] != straight["model.safetensors"]  # control
 
 
 # what differs in the files of a checkpoint -> what is told
