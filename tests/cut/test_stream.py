@@ -1,6 +1,7 @@
 """Out of core is in memory: the same folder, byte for byte, whatever the family, and in half the memory."""
 
 import errno
+import inspect
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from tvaprune.cut import stream
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import narrow_shell
-from tvaprune.models import layers, shards
+from tvaprune.models import layers, load, shards
 from tvaprune.models.pruned import bare_model
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.units import PerUnit
@@ -254,6 +255,13 @@ def test_what_a_model_ties_may_be_there_twice(make_model, make_masks, text, tmp_
     assert plan.shape.tie_word_embeddings
     ended = run("apply", *flags_of(dense, text, untied), *STREAM, "--weight_update", "fold")
     assert (ended.code, ended.fault) == (2, "") and "tie_word_embeddings" in ended.err
+
+
+def test_a_gguf_file_is_refused(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "gguf_file", lambda path, named: None if inspect.stack()[1].function == "load_config"
+                        else dense / "model.gguf")  # fmt: skip
+    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    assert (ended.code, ended.fault) == (2, "") and "--stream True reads safetensors alone" in ended.err
 
 
 @pytest.mark.parametrize(
