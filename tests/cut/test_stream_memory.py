@@ -74,7 +74,8 @@ def limited(large, output, size, *flags):
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("update", ["fold", pytest.param("refit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["fold", "refit"])
 def test_out_of_core_a_model_is_cut_in_half_the_memory_that_it_takes(update, large, tmp_path):
     half = weights_of(large / "dense") // 2
     assert half > 350e6
