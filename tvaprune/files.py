@@ -279,6 +279,14 @@ def new_folder(flag: str, folder: str | Path, overwrite: bool) -> Iterator[Path]
 
 
 @contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path`` for what is gone at the end; a killed run's goes with its leftovers."""
+    with _temporary(path.resolve().with_name(f"{path.resolve().name}.scratch"), "part") as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+
+
+@contextmanager
 def first_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder that takes its name at the end; where another process was quicker, its folder stays.
 

@@ -7,7 +7,7 @@ config and all its weights, a text by its tokens), whatever their name; *setting
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tvaprune.files import write_json
 
 IDENTITY_NAME = "identity.json"  # written last into a checkpoint or an adapter: it says what they belong to
 Identity = dict[str, dict[str, Any]]
+Parts = Callable[[str], Iterable[torch.Tensor]]
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
 
 
@@ -86,27 +87,36 @@ def _told(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def model_digest(model: PreTrainedModel) -> str:
-    """Returns 16 hex digits that tell a model's config and weights from any other's, in whatever precision it came."""
+def model_digest(model: PreTrainedModel, parts: Parts | None = None) -> str:
+    """Returns 16 hex digits that tell a model's config and weights from any other's, in whatever precision it came.
+
+    Args:
+        parts: Yields a weight's rows, in order, where the model does not hold them.
+    """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
-    return digest_of([json.loads(json.dumps(config, default=str)), weights_digest(model)])
+    return digest_of([json.loads(json.dumps(config, default=str)), weights_digest(model, parts)])
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module, parts: Parts | None = None) -> str:
     """Returns 16 hex digits of all of a model's weights.
 
     They are read as float32, so that a checkpoint loaded in its own precision and in a wider one is the same. All are
     read: some seconds for 7B on 16 threads, and no edit slips through.
+
+    Args:
+        parts: As for `model_digest`; one weight is read at a time then.
     """
 
     def one(item: tuple[str, torch.Tensor]) -> str:
         name, tensor = item
-        values = tensor.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-        head = f"{name} {tuple(tensor.shape)} ".encode()
-        return hashlib.sha256(head + values.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} ".encode())
+        for part in [tensor] if parts is None else parts(name):
+            values = part.detach().cpu()
+            values = values.float() if values.is_floating_point() else values
+            digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(None if parts is None else 1) as pool:
         return digest_of(list(pool.map(one, sorted(model.state_dict().items()))))
 
 

@@ -24,10 +24,11 @@ from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
-from tvaprune.models.load import load_config, load_model
+from tvaprune.models.layers import Streamed
+from tvaprune.models.load import load_config, load_model, open_model
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.published import located
-from tvaprune.models.rotate import rotate
+from tvaprune.models.rotate import rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
@@ -65,6 +66,7 @@ class Run:
         digest: The unpruned model's, of its config and weights.
         rotation: What its residual stream was turned by; None: it is as it came.
         tied: Whether its embeddings came tied.
+        streamed: Where its layers are fetched from, if the model is without its weights (``--stream``).
     """
 
     args: Arguments
@@ -73,16 +75,30 @@ class Run:
     digest: str = ""
     rotation: Rotation | None = None
     tied: bool = False
+    streamed: Streamed | None = None
 
     @classmethod
-    def load(cls, args: Arguments) -> "Run":
-        """Loads the model that the flags name; the flags that its mask was learned with are the defaults."""
+    def load(cls, args: Arguments, scratch: Path | None = None) -> "Run":
+        """Loads the model that the flags name; the flags that its mask was learned with are the defaults.
+
+        Args:
+            scratch: Folder for what does not fit in memory: the model's weights stay on disk.
+        """
         check_protocol(args)
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
         device = args.training.device
-        model, tokenizer = load_model(args.source.model_name_or_path, args.source.dtype, device)
-        run = cls(args, model, tokenizer, model_digest(model), tied=bool(model.config.tie_word_embeddings))
+        source = args.source.model_name_or_path, args.source.dtype, device
+        streamed = None
+        if scratch is None:
+            model, tokenizer = load_model(*source)
+            digest = model_digest(model)
+        else:
+            model, tokenizer, shards = open_model(*source)
+            digest = model_digest(model, shards.parts)  # reads, and so checks, all before any work
+            streamed = Streamed(model, shards.weight, device, scratch)
+        tied = bool(model.config.tie_word_embeddings)
+        run = cls(args, model, tokenizer, digest, tied=tied, streamed=streamed)
         if args.evaluation.do_zero_eval:
             check_tokenizer(tokenizer)
         _tell_another_model(run)
@@ -149,7 +165,8 @@ class Run:
         Raises:
             InputError: If the model itself gives no number.
         """
-        value = perplexity(self.model, windows, self.args.training.per_device_eval_batch_size, "dense perplexity")
+        model, batch_size = self.streamed or self.model, self.args.training.per_device_eval_batch_size
+        value = perplexity(model, windows, batch_size, "dense perplexity")
         if not math.isfinite(value):
             raise InputError(
                 f"--model_name_or_path {self.args.source.model_name_or_path}: the unpruned model itself gives a "
@@ -171,8 +188,12 @@ class Run:
         return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)
 
     def turned(self, rotation: Rotation) -> "Run":
-        """Returns the run in another basis: its model is turned in place, and computes what it did."""
-        return replace(self, model=rotate(self.model, rotation.matrix), rotation=rotation)
+        """Returns the run in another basis: its model is turned, at once or when fetched, and computes as it did."""
+        if self.streamed is None:
+            return replace(self, model=rotate(self.model, rotation.matrix), rotation=rotation)
+        fetch = rotated(self.model, self.streamed.fetch, rotation.matrix, self.streamed.device)
+        streamed = Streamed(self.model, fetch, self.streamed.device, self.streamed.scratch)
+        return replace(self, streamed=streamed, rotation=rotation)
 
     def at(self, target: float) -> "Run":
         """Returns the run of one of several targets: the same model, folders of its own."""

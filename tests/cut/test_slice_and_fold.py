@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.meter import MemoryMeter
 from transformers import DynamicCache
 
 from tvaprune.cut.fold import fold
@@ -20,23 +20,6 @@ def halved(plan, layers=None):
     if layers is not None:
         kept = replace(kept, attn=tuple(v[len(v) - n :] for v, n in zip(plan.kept.attn, layers, strict=True)))
     return replace(plan, kept=kept, scale=kept.map(lambda v: torch.linspace(0.5, 1.5, len(v))))
-
-
-class MemoryMeter(TorchDispatchMode):
-    """Peak bytes of a model's parameters and of what operations returned, while alive."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.peak = 0
-        self.tensors = [weakref.ref(p) for p in model.parameters()]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor):
-            self.tensors.append(weakref.ref(output))
-        alive = [t for t in (ref() for ref in self.tensors) if t is not None and t.device.type != "meta"]
-        self.peak = max(self.peak, sum({t.data_ptr(): t.untyped_storage().nbytes() for t in alive}.values()))
-        return output
 
 
 @pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])

@@ -21,11 +21,11 @@ def write_text(path, num_words=6000):
     return path
 
 
-def save_checkpoint(model, folder):
+def save_checkpoint(model, folder, **options):
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"]))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
     return folder
 

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.card import model_card
+from tvaprune.checkpoint.weights import write_weights
 from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
 from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX
+from tvaprune.models.layers import Streamed
 from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import check_folder, drop_code
 from tvaprune.plan.keep_plan import KeepPlan
 
 
 def save_pruned(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Streamed,
     plan: KeepPlan,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
@@ -35,7 +38,7 @@ def save_pruned(
     """Writes a model that was sliced by ``plan`` as a checkpoint; the model stays as it is.
 
     Args:
-        model: What `apply_plan` returned, its weights updated or not.
+        model: What `apply_plan` returned, its weights updated or not; streamed, one weight is in memory at a time.
         tokenizer: The base model's tokenizer; None writes none.
         folder: The checkpoint's folder; it appears whole or not at all.
         overwrite: Whether a checkpoint that stands there may be replaced.
@@ -46,8 +49,13 @@ def save_pruned(
         InputError: If the folder is in use or cannot be written.
     """
     with new_folder("save_pruned", folder, overwrite) as temporary:
-        write_checkpoint(model, model.config, tokenizer, temporary)
-        (temporary / "README.md").write_text(model_card(model.config, plan, record or {}, Path(folder).name), "utf-8")
+        if isinstance(model, Streamed):
+            config = model.model.config
+            _write_streamed(model, tokenizer, temporary)
+        else:
+            config = model.config
+            write_checkpoint(model, config, tokenizer, temporary)
+        (temporary / "README.md").write_text(model_card(config, plan, record or {}, Path(folder).name), "utf-8")
         for name, content in (beside or {}).items():
             write_json(content, temporary / name)
     return Path(folder)
@@ -91,15 +99,36 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
 
     In the precision that the config names, where that is the shorter: a CPU computes in float32 what came in bfloat16.
     """
-    named = config.dtype or model.dtype
-    named = getattr(torch, named) if isinstance(named, str) else named  # a name once the config was saved
-    stored = min(model.dtype, named, key=lambda dtype: dtype.itemsize)
+    stored = _stored_dtype(config, model)
     target = empty_model(config, model)
     wanted = target.state_dict()
     weights = {name: _padded(tensor.to(stored), wanted[name].shape) for name, tensor in model.state_dict().items()}
     target.load_state_dict(weights, assign=True)
     target.tie_weights()
     target.save_pretrained(folder)
+    _complete(folder, config, tokenizer)
+
+
+def _write_streamed(layers: Streamed, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the same of a model whose weights are fetched one at a time."""
+    config = layers.model.config
+    stored = _stored_dtype(config, layers.model)
+    target = empty_model(config, layers.model)
+    module: nn.Module = target
+    module.to(stored)
+    target.save_pretrained(folder, state_dict={})  # all but the weights
+    write_weights(target, layers.weight, folder)
+    _complete(folder, config, tokenizer)
+
+
+def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dtype:
+    named = config.dtype or model.dtype
+    named = getattr(torch, named) if isinstance(named, str) else named  # a name once the config was saved
+    return min(model.dtype, named, key=lambda dtype: dtype.itemsize)
+
+
+def _complete(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes what stands beside the weights, and takes out what would run as code."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         drop_code(folder / "tokenizer_config.json")

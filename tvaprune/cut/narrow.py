@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.cut.fold import fold
-from tvaprune.cut.refit import refit
+from tvaprune.cut.refit import RefitReport, refit
 from tvaprune.cut.slice import apply_plan
 from tvaprune.errors import InputError
 from tvaprune.plan.keep_plan import KeepPlan
@@ -41,12 +42,17 @@ def as_stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     model.config.dtype = dtype
     for name, parameter in model.named_parameters() if dtype != model.dtype else ():
-        rounded = parameter.data.to(dtype)
-        if not bool(rounded.isfinite().all()):
-            kind = str(dtype).removeprefix("torch.")
-            raise InputError(f"{name} has weights that {kind}, the checkpoint's own, cannot hold; give --dtype float32")
-        parameter.data = rounded.to(parameter.dtype)
+        parameter.data = rounded(name, parameter.data, dtype)
     return model
+
+
+def rounded(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a weight rounded to what another precision can hold; with the error of `as_stored`."""
+    found = weight.to(dtype)
+    if not bool(found.isfinite().all()):
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(f"{name} has weights that {kind}, the checkpoint's own, cannot hold; give --dtype float32")
+    return found.to(weight.dtype)
 
 
 def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -62,10 +68,7 @@ def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, d
 def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
     begin, device, batch_size = time.perf_counter(), run.model.device, run.args.training.per_device_eval_batch_size
-    try:
-        calibration, held_out = run.refit_blocks(), run.choice_blocks()
-    except InputError as error:
-        raise InputError(f"{error}; --weight_update fold needs no text") from error
+    calibration, held_out = refit_texts(run)
     stock: nn.Module = run.model
     stock.to("cpu")  # the copy is cut there: a GPU never holds the unpruned model twice
     try:
@@ -78,5 +81,26 @@ def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedMod
     finally:
         if keep_dense:
             stock.to(device)
+    return model, told(done, calibration, held_out, begin)
+
+
+def refit_texts(run: Run) -> tuple[Dataset, Dataset]:
+    """Returns the blocks that a refit fits and those that choose among fits.
+
+    Raises:
+        InputError: If there is no such text.
+    """
+    try:
+        return run.refit_blocks(), run.choice_blocks()
+    except InputError as error:
+        raise InputError(f"{error}; --weight_update fold needs no text") from error
+
+
+def told(done: RefitReport, calibration: Dataset, held_out: Dataset, begin: float) -> dict[str, Any]:
+    """Returns what a refit did, for the results.
+
+    Args:
+        begin: When it began, by `time.perf_counter`.
+    """
     blocks = {"calibration_blocks": len(calibration), "held_out_blocks": len(held_out)}
-    return model, {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}
+    return {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}

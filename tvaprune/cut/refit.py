@@ -15,7 +15,7 @@ Tyr-the-Pruner (arXiv 2503.09657); the centre and the residual target are this p
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.losses import distillation_loss
-from tvaprune.models.families import family_of
-from tvaprune.models.layout import Block, Layout, layout_of
+from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
+from tvaprune.models.layout import Block
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -65,42 +65,52 @@ def refit(
     strengths: Sequence[float] = STRENGTHS,
     shares: Sequence[float] = SHARES,
 ) -> RefitReport:
-    """Refits a model that was sliced by ``plan`` and folded, in place.
+    """Refits a model that was sliced by ``plan`` and folded, in place; as `refit_layers` of two models in memory.
+
+    Args:
+        dense: The unpruned model. On another device than ``pruned`` (the CPU), its layers are fetched one at a time and
+            the residual streams stay with it.
+    """
+    dense.eval(), pruned.eval()
+    layers = Layers(dense, pruned.device), Layers(pruned)
+    return refit_layers(*layers, plan, calibration, held_out, batch_size, strengths, shares)
+
+
+@torch.no_grad()
+def refit_layers(
+    dense: Layers,
+    pruned: Layers,
+    plan: KeepPlan,
+    calibration: Dataset,
+    held_out: Dataset,
+    batch_size: int = 8,
+    strengths: Sequence[float] = STRENGTHS,
+    shares: Sequence[float] = SHARES,
+) -> RefitReport:
+    """Refits a model that was sliced by ``plan`` and folded, half a layer at a time.
 
     Every linear takes the ``lam`` of least held-out error, infinity among them: what reads a norm is refitted only
     where that helps. The model then goes from the fold towards the refit as far as brings its
     held-out predictions nearest to the dense model's. Adds no parameters: biases are refitted where there are some.
 
     Args:
-        dense: The unpruned model. On another device than ``pruned`` (the CPU), its layers are fetched one at a time and
-            the residual streams stay with it.
+        dense: The unpruned model; it has the room for both residual streams.
+        pruned: The narrower one; it is left settled at the best share.
         calibration: Windows whose statistics are fitted, all of one length.
         held_out: Windows of the same length that choose among fits.
         batch_size: Windows of a forward pass.
     """
-    dense.eval(), pruned.eval()
-    folded = _copied(pruned)
     walk = _Walk(dense, pruned, plan, strengths)
     for blocks in (calibration, held_out):
         walk.read(blocks, batch_size, held_out=blocks is held_out)
-    walk.layers(_attention_options(dense, walk.layout, len(held_out[0]["input_ids"]), walk.device))
+    walk.layers()
     if not plan.shape.tie_word_embeddings:  # a tied head is the embedding, whose output is exact
         walk.head()
-    refitted, divergences = _copied(pruned), []
-    for share in shares:
-        _mix(pruned, folded, refitted, share)
-        divergences.append(walk.divergence())
+    divergences = walk.divergences(shares)
     best = shares[nearest(divergences)]
-    _mix(pruned, folded, refitted, best)
+    pruned.settle(best)
     chosen = {name: strength if math.isfinite(strength) else None for name, strength in walk.chosen.items()}
     return RefitReport(tuple(shares), tuple(divergences), best, chosen)
-
-
-def _mix(model: nn.Module, folded: dict[str, torch.Tensor], refitted: dict[str, torch.Tensor], share: float) -> None:
-    """Sets a model's weights to a point between two others."""
-    for name, weight in model.state_dict().items():
-        before, after = folded[name], refitted[name]
-        weight.copy_(torch.lerp(before.float(), after.float(), share) if share else before)
 
 
 @dataclass
@@ -113,103 +123,95 @@ class _Batch:
     held_out: bool
 
 
-@dataclass
-class _Half:
-    """Half of a layer of one model, which adds ``post_norm(module(norm(h)))`` to the residual stream ``h``.
-
-    Attributes:
-        readers: The linears that read the norm's output, by their dotted name.
-        writer: The linear that writes the half's output; None: what reads ends here, as in the lm_head.
-        options: What the module is called with beside the hidden states.
-    """
-
-    norm: Any
-    module: Any
-    readers: dict[str, Any]
-    post_norm: Any = nn.Identity()
-    writer: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, block: Block, options: dict[str, Any]) -> "_Half":
-        """Finds the parts of a block in a model."""
-        norm, post_norm = (
-            nn.Identity() if name is None else model.get_submodule(name) for name in (block.norm, block.post_norm)
-        )
-        readers = {path: model.get_submodule(path) for path in block.reading_linears}
-        module, writer = model.get_submodule(block.module), model.get_submodule(block.writer)
-        return cls(norm, module, readers, post_norm, writer, options)
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        output = self.module(self.norm(hidden), **self.options)
-        return hidden + self.post_norm(output[0] if isinstance(output, tuple) else output)
-
-
 class _Walk:
-    """One walk over the layers, which refits ``pruned`` in place.
+    """One walk over the layers, which refits ``pruned``.
 
     Args:
         dense: The unpruned model.
         pruned: The same model, sliced by ``plan`` and folded.
     """
 
-    def __init__(
-        self, dense: PreTrainedModel, pruned: PreTrainedModel, plan: KeepPlan, strengths: Sequence[float]
-    ) -> None:
+    def __init__(self, dense: Layers, pruned: Layers, plan: KeepPlan, strengths: Sequence[float]) -> None:
         self.dense, self.pruned, self.plan, self.strengths = dense, pruned, plan, strengths
-        self.family = family_of(dense.config)
-        self.layout = layout_of(self.family, plan.shape)
-        self.device, self.store = pruned.device, dense.device
-        self.edits = edits_of(plan, self.family, self.device)
+        self.device = pruned.device
+        self.edits = edits_of(plan, dense.family, self.device)
         self.chosen: dict[str, float] = {}
         self.batches: list[_Batch] = []
+        self.options: list[dict[str, Any]] = []
 
     def read(self, blocks: Dataset, batch_size: int, held_out: bool) -> None:
         """Starts the streams of these windows: the embeddings."""
-        embeddings: list[Any] = [model.get_input_embeddings() for model in (self.dense, self.pruned)]
+        widths = self.plan.shape.hidden_size, self.plan.hidden_size
+        batches = []
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size]["input_ids"]
-            dense, pruned = (embed(ids.to(embed.weight.device)).to(self.store) for embed in embeddings)
-            self.batches.append(_Batch(ids, dense, pruned, held_out))
+            dense, pruned = (self.dense.room((*ids.shape, width)) for width in widths)
+            batches.append(_Batch(ids, dense, pruned, held_out))
+        ids = [batch.input_ids for batch in batches]
+        embed(self.dense, ids, [batch.dense for batch in batches])
+        embed(self.pruned, ids, [batch.pruned for batch in batches])
+        self.batches += batches
 
-    def layers(self, options: list[dict[str, Any]]) -> None:
+    def layers(self) -> None:
         """Walks all layers: attention, then MLP."""
-        layers: Any = self.dense.get_submodule(self.family.layers)
-        for index, layer in enumerate(tqdm(layers, desc="refitting", unit="layer", leave=False)):
-            with _moved(layer, self.device):
-                for block, given in ((self.layout.attention[index], options[index]), (self.layout.mlp[index], {})):
-                    if block is not None:
-                        self._half(index, block, given)
+        self.options = attention_options(self.dense, self.batches[-1].input_ids.shape[1])
+        for index, block, options in self._blocks("refitting"):
+            with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
+                self._half(f"layer {index} ", block, options)
+
+    def _blocks(self, description: str) -> Iterator[tuple[int, Block, dict[str, Any]]]:
+        """Yields the halves of the layers in order, each with what it is called with."""
+        blocks = list(self.dense.blocks())
+        for index, block, is_attention in tqdm(blocks, desc=description, unit="half layer", leave=False):
+            yield index, block, self.options[index] if is_attention else {}
 
     def head(self) -> None:
         """Refits the lm_head."""
-        dense, pruned = (self._ending(model) for model in (self.dense, self.pruned))
-        with _moved(dense.norm, self.device), _moved(dense.module, self.device):
-            self._fit_readers("", dense, pruned)
+        with self.dense.holding(*self.dense.ends), self.pruned.changing(*self.pruned.ends):
+            self._fit_readers("", Half.ending(self.dense), Half.ending(self.pruned))
 
-    def divergence(self) -> float:
-        """Returns the KL from the dense predictions to the pruned model's, the mean over the held-out tokens.
+    def divergences(self, shares: Sequence[float]) -> list[float]:
+        """Returns the KL from the dense predictions to the pruned model's at each share: the mean over held-out tokens.
 
         The dense stream must have passed all layers.
         """
-        ending, held_out = self._ending(self.dense), [batch for batch in self.batches if batch.held_out]
+        passes = [shares[first : first + self.pruned.passes] for first in range(0, len(shares), self.pruned.passes)]
+        return [value for some in passes for value in self._divergences(some)]
+
+    def _divergences(self, shares: Sequence[float]) -> list[float]:
+        """Returns the KL at some shares, whose streams go through a half layer while it is held."""
+        held_out = [batch for batch in self.batches if batch.held_out]
+        ids, own = [batch.input_ids for batch in held_out], [batch.pruned for batch in held_out]
+        streams = [own, *([self.dense.room(hidden.shape) for hidden in own] for _ in shares[1:])]
+        embed(self.pruned, ids, own)
+        for stream in streams[1:]:
+            for room, hidden in zip(stream, own, strict=True):
+                room.copy_(hidden)
+        for _, block, options in self._blocks("choosing a share"):
+            half = Half.of(self.pruned, block, options)
+            for stream, _ in zip(streams, self.pruned.at(shares, *paths_of(block)), strict=True):
+                for hidden in stream:
+                    hidden.copy_(half(hidden.to(self.device)))
+        dense, pruned = Half.ending(self.dense), Half.ending(self.pruned)
+        with self.dense.holding(*self.dense.ends):
+            totals = [
+                self._summed(dense, pruned, held_out, stream)
+                for stream, _ in zip(streams, self.pruned.at(shares, *self.pruned.ends), strict=True)
+            ]
+        return [total / sum(map(len, ids)) for total in totals]
+
+    def _summed(self, dense: Half, pruned: Half, batches: Sequence[_Batch], stream: Sequence[torch.Tensor]) -> float:
+        """Returns the KL of a stream, summed over the windows; one at a time, as logits are large."""
         total = 0.0
-        with _moved(ending.norm, self.device), _moved(ending.module, self.device):
-            for batch in held_out:
-                student = self.pruned(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
-                for window, hidden in zip(student.split(1), batch.dense.split(1), strict=True):  # logits are large
-                    teacher = ending.module(ending.norm(hidden.to(self.device)))
-                    total += float(distillation_loss(window, teacher))
-        return total / sum(len(batch.input_ids) for batch in held_out)
+        for batch, hidden in zip(batches, stream, strict=True):
+            for own, other in zip(hidden.split(1), batch.dense.split(1), strict=True):
+                student, teacher = pruned.outputs(own.to(self.device)), dense.outputs(other.to(self.device))
+                total += float(distillation_loss(student, teacher))
+        return total
 
-    def _ending(self, model: PreTrainedModel) -> _Half:
-        head = model.get_submodule(self.family.head)
-        return _Half(model.get_submodule(self.family.final_norm), head, {self.family.head: head})
-
-    def _half(self, index: int, block: Block, options: dict[str, Any]) -> None:
+    def _half(self, prefix: str, block: Block, options: dict[str, Any]) -> None:
         """Refits half a layer and moves both streams past it."""
-        prefix = f"layer {index} "
-        dense, pruned = (_Half.of(model, block, options) for model in (self.dense, self.pruned))
+        dense, pruned = (Half.of(layers, block, options) for layers in (self.dense, self.pruned))
         name = prefix + _last(block.writer)
         lost = not self.edits[f"{block.writer}.weight"].constant
         if not lost:
@@ -217,24 +219,24 @@ class _Walk:
         if not lost and block.post_norm is not None:
             self._fit_writer(name, pruned, lambda batch: self._written(dense, batch))
         for batch in self.batches:
-            batch.dense = dense(batch.dense.to(self.device)).to(self.store)
+            batch.dense.copy_(dense(batch.dense.to(self.device)))
         if not lost and block.post_norm is None:
             self._fit_writer(name, pruned, self._lacking)
         for batch in self.batches:
-            batch.pruned = pruned(batch.pruned.to(self.device)).to(self.store)
+            batch.pruned.copy_(pruned(batch.pruned.to(self.device)))
 
     def _lacking(self, batch: _Batch) -> torch.Tensor:
         """Returns what the pruned stream, before a half, lacks of the dense one past it."""
         kept, scale = (values.hidden.to(self.device) for values in (self.plan.kept, self.plan.scale))
         return batch.dense.to(self.device).index_select(-1, kept).float() * scale - batch.pruned.to(self.device).float()
 
-    def _written(self, dense: _Half, batch: _Batch) -> torch.Tensor:
+    def _written(self, dense: Half, batch: _Batch) -> torch.Tensor:
         """Returns what the dense half writes on the kept dims: the norm after it divides any factor out."""
         with _captured(dense.writer) as inputs:
             dense(batch.dense.to(self.device))
         return dense.writer(inputs[0]).index_select(-1, self.plan.kept.hidden.to(self.device))
 
-    def _fit_writer(self, name: str, pruned: _Half, target: Callable[[_Batch], torch.Tensor]) -> None:
+    def _fit_writer(self, name: str, pruned: Half, target: Callable[[_Batch], torch.Tensor]) -> None:
         """Refits the linear that writes a half's output."""
 
         def tokens(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,7 +247,7 @@ class _Walk:
         fit, held = self._moments(tokens)
         self.chosen[name] = fit_linear(pruned.writer, self._ridges(fit), fit, held)
 
-    def _fit_readers(self, prefix: str, dense: _Half, pruned: _Half) -> None:
+    def _fit_readers(self, prefix: str, dense: Half, pruned: Half) -> None:
         """Refits the linears that read a norm to the outputs of the dense ones."""
         like = next(iter(pruned.readers.values()))
 
@@ -284,52 +286,5 @@ def _captured(linear: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-@contextmanager
-def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Holds a module on a device for a while."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
-
-
-def _attention_options(
-    dense: PreTrainedModel, layout: Layout, length: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """Returns what each layer's attention is called with, for one window: masks and rotary embeddings."""
-    found: list[dict[str, Any]] = [{} for _ in layout.attention]
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
-            found[index] = {k: _to(v, device) for k, v in options.items() if k != "hidden_states"}
-
-        return hook
-
-    blocks = [(index, block) for index, block in enumerate(layout.attention) if block is not None]
-    handles = [
-        dense.get_submodule(block.module).register_forward_pre_hook(keep(index), with_kwargs=True)
-        for index, block in blocks
-    ]
-    try:
-        dense(input_ids=torch.zeros(1, length, dtype=torch.int64, device=dense.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a model's weights on the CPU, which has room for more than one."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value

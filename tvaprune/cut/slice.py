@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.models.families import family_of
-from tvaprune.models.pruned import config_of_widths, empty_model
+from tvaprune.models.pruned import config_of_widths, empty_model, put, shared_names
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -22,35 +22,36 @@ def apply_plan(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     Args:
         model: The dense model. It is used up: its weights go, one by one, as those of the narrower model come.
     """
-    padded, shape = plan.padded, plan.shape
-    heads, channels = [*map(len, padded.attn)], [*map(len, padded.inter)]
-    config = config_of_widths(model.config, plan.hidden_size, shape.head_dim, heads, channels, shape.group_size)
-    narrow, edits = empty_model(config, model), edits_of(plan, family_of(model.config), model.device)
-    for names in _shared(model):
+    narrow, edits = narrow_shell(model, plan), edits_of(plan, family_of(model.config), model.device)
+    for names in shared_names(model):
         weight = _cut(model, names, edits.get(names[0], Edit()))
         for name in names:
-            if weight.shape != (wanted := narrow.get_parameter(name).shape):
-                raise ValueError(f"no edit makes {name} of shape {tuple(wanted)}: the family's row lacks it")
-            _put(narrow, name, weight)
+            check_size(name, weight, narrow.get_parameter(name).shape)
+            put(narrow, name, weight)
     return narrow
 
 
-def _shared(model: nn.Module) -> list[list[str]]:
-    """Returns the names of every parameter: a tied one has two."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
+def narrow_shell(model: PreTrainedModel, plan: KeepPlan, device: torch.device | None = None) -> PreTrainedModel:
+    """Returns the narrower model without its weights.
+
+    Args:
+        device: Where it will compute, if the dense model has no weights either.
+    """
+    padded, shape = plan.padded, plan.shape
+    heads, channels = [*map(len, padded.attn)], [*map(len, padded.inter)]
+    config = config_of_widths(model.config, plan.hidden_size, shape.head_dim, heads, channels, shape.group_size)
+    return empty_model(config, model, device)
+
+
+def check_size(name: str, weight: torch.Tensor, wanted: torch.Size) -> None:
+    """Raises `ValueError` if a cut weight is not of the size that the narrower model has."""
+    if weight.shape != wanted:
+        raise ValueError(f"no edit makes {name} of shape {tuple(wanted)}: the family's row lacks it")
 
 
 def _cut(model: nn.Module, names: list[str], edit: Edit) -> nn.Parameter:
     """Takes a parameter out of the model and returns what is kept of it; nothing holds the dense one past this call."""
     dense = model.get_parameter(names[0])
     for name in names:
-        _put(model, name, None)
+        put(model, name, None)
     return nn.Parameter(edit.kept(dense), requires_grad=dense.requires_grad)
-
-
-def _put(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    path, _, kind = name.rpartition(".")
-    setattr(model.get_submodule(path), kind, parameter)

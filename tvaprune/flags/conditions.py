@@ -48,6 +48,8 @@ CONDITIONS = (
     Condition(("early_stopping_patience",), "beside --eval_strategy no: it counts evaluations",
               lambda args: args.training.eval_strategy != "no"),
     Condition(("refit_offload",), "without --weight_update refit", lambda args: args.prune.weight_update == "refit"),
+    Condition(("refit_offload", "speed_batches"), "beside --stream True, where no model is in memory",
+              lambda args: not args.prune.stream),
     Condition(("zero_eval_tasks", "num_fewshot", "zero_eval_limit", "compare_dense", "write_out"),
               "without --do_zero_eval True", lambda args: args.evaluation.do_zero_eval),
     Condition(("fp16",), "without a GPU, where --bf16 may serve",

@@ -147,6 +147,12 @@ class PruneSettings:
         "go into the weights; refit: the kept weights' closed-form optimum on training blocks, where that helps.",
     )
     refit_samples: int = _flag(128, "Training blocks whose statistics the refit fits.")
+    stream: bool = _flag(
+        False,
+        "Cut, fold, refit and measure a model that fits neither the GPU nor the memory: half a layer at a time, from "
+        "safetensors files to those of --save_pruned, hidden states on disk. The same folder, in more time; nothing is "
+        "timed.",
+    )
     refit_offload: bool = _flag(
         False, "Keep the unpruned model and its activations on the CPU during the refit, a layer at a time on the GPU."
     )

@@ -75,7 +75,7 @@ def _verb(help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...],
 
 _SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
 _MEASURED = (*_names(ModelSettings, DataSettings, EvalSettings), *_WIDTHS, *_UPDATE, *_FOLDERS)
-_WITHOUT_MASK = tuple(name for name in _names(PruneSettings) if name not in ("mask_loc", "plan"))
+_WITHOUT_MASK = tuple(name for name in _names(PruneSettings) if name not in ("mask_loc", "plan", "stream"))
 _TUNED = tuple(name for name in _names(DistillSettings, FinetuneSettings) if name != "finetune")
 VERBS = {
     "prune": _verb(
@@ -89,7 +89,7 @@ VERBS = {
         "apply a mask or a plan: measure the narrower model, score it zero-shot, save it",
         "tvaprune.stages.apply:run_apply",
         (*_SEEN_FIRST, "mask_loc", "plan", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
-        (*(name for name in _MEASURED if name != "max_train_samples"), "prune_method"),
+        (*(name for name in _MEASURED if name != "max_train_samples"), "prune_method", "stream"),
         (),
     ),
     "finetune": _verb(

@@ -12,8 +12,11 @@ from datasets import Dataset
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
+
 FORWARD_TOKENS = 8192  # of a pass through the layers; more make no GPU quicker
 CHUNK_TOKENS = 2048  # whose logits are in memory at a time
+STREAM_TOKENS = 2**18  # whose hidden states are there at a time where layers are fetched: each time from disk
 
 
 def windows_per_pass(blocks: Dataset, batch_size: int) -> int:
@@ -28,11 +31,13 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: st
     Each window stands alone; its first token is context only, so a window of ``n`` tokens gives ``n - 1`` predictions.
 
     Args:
-        model: A transformers causal LM, or a module around one.
+        model: A transformers causal LM, a module around one, or the layers of one, which are worked through in turn.
         blocks: Windows, as `tvaprune.text.blocks.token_blocks` gives them.
         batch_size: Windows of a pass, where `windows_per_pass` does not make it fewer.
         description: Label of a progress bar; ``None`` shows none.
     """
+    if isinstance(model, Layers):
+        return _by_layers(model, blocks, batch_size, description)
     assert len(blocks) > 0 and len(blocks[0]["input_ids"]) > 1, "a perplexity needs a prediction"
     device = next(model.parameters()).device
     was_training = model.training
@@ -44,13 +49,21 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: st
         total += _negative_log_likelihood(model, ids)
         count += ids[:, 1:].numel()
     model.train(was_training)
-    return math.exp(min(total / count, 700.0))  # exp overflows a float above 709; a collapsed model stays comparable
+    return _exponent(total / count)
+
+
+def _exponent(mean: float) -> float:
+    return math.exp(min(mean, 700.0))  # exp overflows a float above 709; a collapsed model stays comparable
 
 
 def _negative_log_likelihood(model: Any, ids: torch.Tensor) -> float:
     """Returns the sum over the predictions of a batch of windows, shape ``(batch, window)``."""
     causal = next(module for module in model.modules() if hasattr(module, "get_decoder"))
-    head, hidden = causal.get_output_embeddings(), causal.get_decoder()(input_ids=ids, use_cache=False)[0]
+    return _summed(causal.get_output_embeddings(), causal.get_decoder()(input_ids=ids, use_cache=False)[0], ids)
+
+
+def _summed(head: Any, hidden: torch.Tensor, ids: torch.Tensor) -> float:
+    """Returns the same of what the head reads, shape ``(batch, window, hidden)``."""
     (batch, window), total = ids.shape, 0.0
     size = max(1, CHUNK_TOKENS // batch)
     for start in range(0, window - 1, size):
@@ -58,3 +71,29 @@ def _negative_log_likelihood(model: Any, ids: torch.Tensor) -> float:
         logits = head(hidden[:, start : start + size])[:, : wanted.shape[1]].float()
         total += float(functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
     return total
+
+
+def _by_layers(layers: Layers, blocks: Dataset, batch_size: int, description: str | None) -> float:
+    """Returns the same perplexity of a model whose layers are held one half at a time."""
+    step, tokens = windows_per_pass(blocks, batch_size), blocks[0]["input_ids"].numel()
+    options = attention_options(layers, tokens)
+    batches = [blocks[start : start + step]["input_ids"] for start in range(0, len(blocks), step)]
+    size = max(1, STREAM_TOKENS // (step * tokens))
+    groups = [batches[first : first + size] for first in range(0, len(batches), size)]
+    total, halves = 0.0, list(layers.blocks())
+    with tqdm(total=len(groups) * len(halves), desc=description, disable=description is None, leave=False) as shown:
+        for group in groups:
+            states = [layers.room((*ids.shape, layers.model.config.hidden_size)) for ids in group]
+            embed(layers, group, states)
+            for index, block, is_attention in halves:
+                half = Half.of(layers, block, options[index] if is_attention else {})
+                with layers.holding(*paths_of(block)):
+                    for hidden in states:
+                        hidden.copy_(half(hidden.to(layers.device)))
+                shown.update()
+            with layers.holding(*layers.ends):
+                ending = Half.ending(layers)
+                for ids, hidden in zip(group, states, strict=True):
+                    normed = ending.norm(hidden.to(layers.device))
+                    total += _summed(ending.module, normed, ids.to(layers.device))
+    return _exponent(total / sum(ids[:, 1:].numel() for ids in batches))

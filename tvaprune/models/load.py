@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -20,8 +21,18 @@ from tvaprune.errors import InputError, out_of_memory, quoted, reason
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import PREFIX, family_of
 from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
+from tvaprune.models.pruned import bare_model
 from tvaprune.models.published import located
-from tvaprune.models.vetting import CODE_KEYS, check_config, check_folder, check_stored
+from tvaprune.models.shards import TYPES, Shards, files_of
+from tvaprune.models.vetting import (
+    CODE_KEYS,
+    check_config,
+    check_folder,
+    check_sizes,
+    check_stored,
+    finite,
+    stored_in,
+)
 
 ATTENTION = "sdpa"  # ours to choose: a config may name a kernel that would be fetched from the hub
 
@@ -135,6 +146,41 @@ def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options
     return model.eval()
 
 
+def open_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreTrainedModel, Any, Shards]:
+    """Opens a checkpoint as `load_model` loads it, and leaves its weights on disk.
+
+    Returns:
+        The model on the meta device, its tokenizer, and where its weights are read.
+
+    Raises:
+        InputError: As `load_model`; that a weight holds NaN shows when it is read.
+    """
+    config, named = load_config(path), f"--model_name_or_path {path}"
+    path = config.name_or_path
+    if gguf_file(path, named) is not None:
+        raise InputError(f"{named}: a GGUF file is dequantised whole, and --stream True reads safetensors alone; leave "
+                         "--stream out, or give the checkpoint that it was made of")  # fmt: skip
+    tokenizer = load_tokenizer(path, config.vocab_size, named)
+    with _in_one_line(named, path):
+        stored = stored_in(files_of(path, named), named)
+        check_sizes(stored, _sizes_of(config), named)
+        read_as = getattr(torch, dtype) if dtype != "auto" else torch.float32
+        if dtype == "auto" and device.type == "cuda":
+            read_as = config.dtype or next(TYPES[entry.dtype] for entry in stored.values())
+        model = bare_model(config, read_as, ATTENTION, device)
+        found = Shards(model, stored, read_as, named)
+        if not found.tied():
+            _take_tie(path, config, False)
+            model = bare_model(config, read_as, ATTENTION, device)
+            found = Shards(model, stored, read_as, named)
+        with suppress(OSError):  # there is none: that of the config
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    for key in CODE_KEYS:
+        model.generation_config.__dict__.pop(key, None)
+    _check_whole(named, {"missing_keys": found.missing, "unexpected_keys": found.unknown})
+    return model, tokenizer, found
+
+
 def check_finite(model: nn.Module, named: str) -> None:
     """Refuses a model that holds NaN or infinity: whatever is cut of it or measured would hold them too.
 
@@ -142,8 +188,7 @@ def check_finite(model: nn.Module, named: str) -> None:
         InputError: Naming the first tensor that does.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(f"{named}: {name} holds NaN or infinity; give a checkpoint that is whole")
+        finite(name, tensor, named)
 
 
 def _sizes_of(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -158,13 +203,16 @@ def _settle_tie(path: str | Path, model: Any) -> None:
 
     Whatever counts, cuts or saves asks the config.
     """
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if bool(model.config.tie_word_embeddings) != tied:
+    _take_tie(path, model.config, model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def _take_tie(path: str | Path, config: PretrainedConfig, tied: bool) -> None:
+    if bool(config.tie_word_embeddings) != tied:
         print(
             f"note: {path}: config.json says tie_word_embeddings {str(not tied).lower()}, but the file's lm_head "
             f"{'is' if tied else 'is not'} the embedding: taken as {'tied' if tied else 'untied'}"
         )
-        model.config.tie_word_embeddings = tied
+        config.tie_word_embeddings = tied
 
 
 def _check_whole(named: str, loaded: dict[str, Any]) -> None:

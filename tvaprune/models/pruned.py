@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.models.auto_classes import auto_map
@@ -61,24 +62,44 @@ def _stock_type(model_type: str, values: dict[str, Any]) -> str:
     return "mistral"
 
 
-def empty_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, like: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
     """Returns a model without weights: they are on the meta device, what its class computes itself is real.
 
     Args:
         like: The model that its device, precision, attention and generation settings are those of.
+        device: Where it will compute, if ``like`` has no weights either.
     """
+    model = bare_model(config, like.dtype, like.config._attn_implementation, device or like.device)
+    model.generation_config = like.generation_config
+    return model.train(like.training)
+
+
+def bare_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None, device: torch.device
+) -> PreTrainedModel:
+    """Returns a config's model without weights, as `empty_model`, in evaluation mode."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),
-            dtype=like.dtype,
-            attn_implementation=like.config._attn_implementation,
-            trust_remote_code=False,
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     for module in list(model.modules()):
         names = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]
         for name in names:  # NaN: what the class forgets to compute is heard
-            setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=like.device))
+            setattr(module, name, torch.full_like(getattr(module, name), torch.nan, device=device))
         if names:
             model._init_weights(module)  # rotary frequencies and the like; weights on meta stay there
-    model.generation_config = like.generation_config
-    return model.train(like.training)
+    return model.eval()
+
+
+def shared_names(model: nn.Module) -> list[list[str]]:
+    """Returns the names of every parameter: a tied one has two."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def put(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Sets one of a model's parameters by its full name."""
+    path, _, kind = name.rpartition(".")
+    setattr(model.get_submodule(path), kind, parameter)

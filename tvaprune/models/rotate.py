@@ -5,6 +5,7 @@ RMSNorm commutes with an orthogonal ``Q`` once its gain is folded into the linea
 with norm gains of 1. A tied head is no longer the embedding, as it takes the final norm's gain.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from tvaprune.models.families import ModelFamily, base_type, family_of
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.shape import ModelShape, shape_of
 
+ROWS = 8192  # turned at a time
 TOLERANCE = 1e-3  # of ``Q^T Q`` from the identity: float32's rounding at 8,192 dims is 1e-5
 
 
@@ -69,24 +71,65 @@ def rotate(model: PreTrainedModel, rotation: torch.Tensor) -> PreTrainedModel:
     Raises:
         InputError: If the family's stream cannot be rotated, or the rotation is none of this model.
     """
+    family, shape = _may_turn(model, rotation)
+    gains = _gains(model, family, shape)
+    for name, turn in turns_of(family, shape).items():
+        parameter = model.get_parameter(name)
+        _turn(parameter, turn, None if turn.norm is None else gains[turn.norm], rotation)
+    for norm in gains:
+        model.get_parameter(f"{norm}.weight").fill_(1.0 - family.norm_offset)
+    return model
+
+
+def rotated(
+    model: PreTrainedModel, fetch: Callable[[str], torch.Tensor], rotation: torch.Tensor, device: torch.device
+) -> Callable[[str], torch.Tensor]:
+    """Returns what fetches the same weights of a model that has none itself, one at a time; unties it.
+
+    Args:
+        fetch: Returns a weight as it came, on the CPU.
+        rotation: As for `rotate`, with its error.
+        device: Where a weight is turned.
+    """
+    family, shape = _may_turn(model, rotation)
+    turns, norms = turns_of(family, shape), {f"{name}.weight" for name in norms_of(family, shape)}
+    right = rotation.to(device)
+
+    @torch.no_grad()
+    def turned(name: str) -> torch.Tensor:
+        weight, turn = fetch(name), turns.get(name)
+        if name in norms:
+            weight.fill_(1.0 - family.norm_offset)
+        if turn is None:
+            return weight
+        gain = None if turn.norm is None else fetch(f"{turn.norm}.weight").double() + family.norm_offset
+        weight = weight.to(device)
+        _turn(weight, turn, None if gain is None else gain.to(device), right)
+        return weight.cpu()
+
+    return turned
+
+
+def _may_turn(model: PreTrainedModel, rotation: torch.Tensor) -> tuple[ModelFamily, ModelShape]:
+    """Unties a model that a rotation may turn, and refuses another."""
     family, shape = family_of(model.config), shape_of(model.config)
     reason = why_not(family, shape)
     if reason is not None:
         raise InputError(f"--rotate on: a model of type '{base_type(model.config)}' cannot be rotated, as {reason}")
     check_rotation(rotation, shape.hidden_size, "the rotation")
     _untie(model)
-    gains = _gains(model, family, shape)
-    for name, turn in turns_of(family, shape).items():
-        parameter = model.get_parameter(name)
-        right = rotation.to(parameter.device, torch.float64)
-        values = parameter.double()
-        if turn.norm is not None:
-            values = values * gains[turn.norm]
+    return family, shape
+
+
+def _turn(weight: torch.Tensor, turn: Turn, gain: torch.Tensor | None, rotation: torch.Tensor) -> None:
+    """Turns a weight in place, some rows at a time where they do not mix: an embedding has 128,000."""
+    right = rotation.to(weight.device, torch.float64)
+    for part in [weight] if turn.writes else weight.split(ROWS):
+        values = part.double()
+        if gain is not None:
+            values = values * gain
         values = values @ right if turn.reads else values
-        parameter.copy_(right.T @ values if turn.writes else values)
-    for norm in gains:
-        model.get_parameter(f"{norm}.weight").fill_(1.0 - family.norm_offset)
-    return model
+        part.copy_(right.T @ values if turn.writes else values)
 
 
 def check_rotation(rotation: torch.Tensor, hidden_size: int, named: str) -> None:

@@ -6,9 +6,11 @@ no weights. Of a hub id that is not a folder only the config is looked at; the h
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from tvaprune.errors import InputError, quoted, reason
@@ -150,9 +152,22 @@ def check_stored(path: str | Path, wanted: dict[str, tuple[int, ...]], named: st
     Raises:
         InputError: Naming the first that is of another size, or of numbers that are no weights.
     """
-    stored = _stored(shards(path, named), named)
+    check_sizes(stored_in(shards(path, named), named), wanted, named)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file: its shape, the type of its numbers in the file's words, the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+def check_sizes(stored: dict[str, Stored], wanted: dict[str, tuple[int, ...]], named: str) -> None:
+    """Compares what files hold with the tensors that a config builds, as `check_stored`."""
     for name in sorted(wanted.keys() & stored.keys()):
-        shape, dtype = stored[name]
+        shape, dtype = stored[name].shape, stored[name].dtype
         if dtype not in FLOATS:
             raise InputError(
                 f"{named}: '{name}' holds {dtype} numbers, its weights are quantised: give the "
@@ -165,20 +180,34 @@ def check_stored(path: str | Path, wanted: dict[str, tuple[int, ...]], named: st
             )
 
 
-def _stored(files: Iterable[Path], named: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns the tensors of safetensors files, read from their headers: name -> shape, type of the numbers."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+def stored_in(files: Iterable[Path], named: str) -> dict[str, Stored]:
+    """Returns the tensors of safetensors files by their names, read from the headers.
+
+    Raises:
+        InputError: If a file is no whole one.
+    """
+    found: dict[str, Stored] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     part = opened.get_slice(name)
-                    found[name] = tuple(part.get_shape()), str(part.get_dtype())
+                    found[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()), file)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{named}: {file.name} is no whole safetensors file ({reason(error)}); get it again"
             ) from error
     return found
+
+
+def finite(name: str, values: torch.Tensor, named: str) -> None:
+    """Refuses a weight that holds NaN or infinity: whatever is cut of it or measured would hold them too.
+
+    Raises:
+        InputError: If it does.
+    """
+    if values.is_floating_point() and not bool(values.isfinite().all()):
+        raise InputError(f"{named}: {name} holds NaN or infinity; give a checkpoint that is whole")
 
 
 def drop_code(file: Path) -> None:

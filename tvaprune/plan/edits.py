@@ -52,14 +52,16 @@ class Edit:
         """Whether there are means to fold in."""
         return self.row_factors is not None or self.column_factors is not None
 
-    def folded(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns a cut parameter times its factors: rows first."""
-        values = values + self.offset if self.offset else values
+    def folded(self, cut: torch.Tensor) -> torch.Tensor:
+        """Returns a cut parameter times its factors: rows first, and one rounding, to its own precision."""
+        if not self.folds:
+            return cut
+        values = cut.float() + self.offset if self.offset else cut.float()
         if self.row_factors is not None:
             values = values * (self.row_factors.unsqueeze(1) if values.dim() == 2 else self.row_factors)
         if self.column_factors is not None:
             values = values * self.column_factors
-        return values - self.offset if self.offset else values
+        return (values - self.offset if self.offset else values).to(cut.dtype)
 
 
 def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "cpu") -> dict[str, Edit]:

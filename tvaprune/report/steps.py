@@ -12,6 +12,7 @@ from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.measure.speed import speed_up
 from tvaprune.measure.zeroshot import ZeroShot
+from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations
@@ -32,9 +33,9 @@ def write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
 
 
 def measure(
-    run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Dataset, dense: float, results: Results
+    run: Run, plan: KeepPlan, pruned: PreTrainedModel | Streamed, windows: Dataset, dense: float, results: Results
 ) -> None:
-    """Measures the pruned model, and its speed beside the dense one's.
+    """Measures the pruned model, and its speed beside the dense one's where both are in memory.
 
     Args:
         dense: The dense model's perplexity on the same windows.
@@ -45,7 +46,7 @@ def measure(
     results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
     results.parameters = Parameters(run.dense_parameters, plan.num_parameters)
     results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
-    if evaluation.speed_batches:
+    if evaluation.speed_batches and not isinstance(pruned, Streamed):
         timed = windows_per_pass(windows, batch_size)
         results.speed_up = speed_up(run.model, pruned, windows, timed, evaluation.speed_batches)
 

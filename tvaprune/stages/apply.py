@@ -1,10 +1,21 @@
 """Mask, or plan -> keep plan -> narrower model -> results, zero-shot scores and folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
+from tvaprune.cut.stream import narrow_streamed
 from tvaprune.errors import InputError
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.zeroshot import ZeroShot
+from tvaprune.models.layers import Streamed
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.plan.masks import Masks
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
@@ -24,7 +35,38 @@ def run_apply(args: Arguments) -> Results:
     if measures:
         check_results(args, evaluation.do_zero_eval)
         prepare_folder("save_loc", args.save_loc, may_hold_files=True)
-    run = Run.load(args)
+    with _scratch(args) as scratch:
+        return _apply(args, units, tasks, scratch)
+
+
+@contextmanager
+def _scratch(args: Arguments) -> Iterator[Path | None]:
+    """Yields the folder in which ``--stream`` works; None without it.
+
+    Raises:
+        InputError: If there is nothing to stream, or what needs a model in memory is asked for.
+    """
+    prune = args.prune
+    if not prune.stream:
+        yield None
+        return
+    if prune.mask_loc is None and prune.plan is None:
+        raise InputError("--stream True: there is nothing to cut; give --mask_loc or --plan")
+    if args.evaluation.do_zero_eval:
+        raise InputError(
+            "--stream True: zero-shot scores need the model in memory; leave --do_zero_eval out, and score the folder "
+            "of --save_pruned"
+        )
+    if prune.save_pruned is None and not args.training.do_eval:
+        raise InputError("--stream True: nothing is asked for; give --save_pruned FOLDER, --do_eval True, or both")
+    with scratch_folder(args.save_loc / "streams" if prune.save_pruned is None else Path(prune.save_pruned)) as folder:
+        yield folder
+
+
+def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | None, scratch: Path | None) -> Results:
+    evaluation, training = args.evaluation, args.training
+    measures = training.do_eval or evaluation.do_zero_eval
+    run = Run.load(args, scratch)
     plan = None if units is None else run.plan(units)
     results = Results.begin(run, plan, args.prune.mask_loc)
     earlier = _joined(args, results) if measures else None
@@ -39,7 +81,11 @@ def run_apply(args: Arguments) -> Results:
     if measures:
         write_plan(run, plan, args.save_loc)
     times = windows is not None and evaluation.speed_batches > 0
-    pruned, update = narrow(run, plan, keep_dense=times or evaluation.compare_dense)
+    pruned: PreTrainedModel | Streamed
+    if run.streamed is not None:
+        pruned, update = narrow_streamed(run, run.streamed, plan)
+    else:
+        pruned, update = narrow(run, plan, keep_dense=times or evaluation.compare_dense)
     results.note_update(update)
     if windows is not None and dense is not None:
         results.zero_shot = None if earlier is None else earlier.zero_shot
@@ -51,7 +97,8 @@ def run_apply(args: Arguments) -> Results:
         print(f"checkpoint: {folder}")
     if windows is None and earlier is not None:  # what was measured stays, and is scored now
         results = earlier
-    zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
+    if not isinstance(pruned, Streamed):
+        zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
     return results
 
 

@@ -1,0 +1,89 @@
+"""Keep plan -> narrower model, out of core: weights are cut and folded as they come from the dense model's files.
+
+The same edits, the same walk and the same rounding as in memory, so the same model, bit for bit on a CPU. At its peak
+the refit holds half a layer of both models, the moments of one linear, and a batch of hidden states.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from tvaprune.cut.narrow import refit_texts, rounded, told
+from tvaprune.cut.refit import refit_layers
+from tvaprune.cut.room import disk_needed, memory_needed
+from tvaprune.cut.slice import check_size, narrow_shell
+from tvaprune.errors import InputError
+from tvaprune.models.layers import Streamed
+from tvaprune.models.pruned import shared_names
+from tvaprune.plan.edits import Edit, edits_of
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.run import Run
+
+
+def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed, dict[str, Any]]:
+    """Returns the narrower model as `narrow` does, its weights fetched as they are asked for.
+
+    Raises:
+        InputError: If the weight update needs the model in memory, or a text is missing.
+    """
+    prune, device, begin = run.args.prune, dense.device, time.perf_counter()
+    if prune.weight_update == "fold" and prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
+        raise InputError(
+            "--stream True: the bias terms of --prune_method flap need the model in memory; give --weight_update "
+            "refit or none, or leave --stream out"
+        )
+    model = narrow_shell(dense.model, plan, device)
+    cut = _Cut(dense, model, edits_of(plan, dense.family), folds=prune.weight_update != "none")
+    pruned, update = Streamed(model, cut, device, dense.scratch), {}
+    if prune.weight_update == "refit":
+        calibration, held_out = refit_texts(run)
+        batch_size = run.args.training.per_device_eval_batch_size
+        _check_room(plan, dense, batch_size, calibration, held_out)
+        done = refit_layers(dense, pruned, plan, calibration, held_out, batch_size)
+        update = told(done, calibration, held_out, begin)
+    stored = model.config.dtype = run.stored_dtype
+    as_stored = Streamed(model, lambda name: rounded(name, pruned.weight(name), stored), device, dense.scratch)
+    return as_stored, update
+
+
+def _check_room(plan: KeepPlan, dense: Streamed, batch_size: int, calibration: Dataset, held_out: Dataset) -> None:
+    """Says what the refit needs, and refuses to begin where the disk cannot hold it."""
+    size, window = dense.model.dtype.itemsize, len(calibration[0]["input_ids"])
+    memory = memory_needed(plan, size, batch_size * window) / 2**30
+    disk = disk_needed(plan, size, len(calibration) * window, len(held_out) * window)
+    free = shutil.disk_usage(dense.scratch).free
+    if disk > free:
+        raise InputError(
+            f"--stream True: hidden states and weights of the refit need {disk / 2**30:.1f} GiB beside "
+            f"{dense.scratch.parent}, which has {free / 2**30:.1f}; put --save_pruned on a larger disk, or give fewer "
+            "--refit_samples"
+        )
+    print(f"out of core: the refit needs some {memory:.1f} GiB of memory and {disk / 2**30:.1f} GiB of disk")
+
+
+class _Cut:
+    """Fetches the weights of a narrower model from the dense one's.
+
+    Args:
+        dense: The dense model.
+        narrow: The narrower one, without weights.
+        edits: What the plan does to the dense one's weights.
+        folds: Whether the means are folded in.
+    """
+
+    def __init__(self, dense: Streamed, narrow: PreTrainedModel, edits: Mapping[str, Edit], folds: bool) -> None:
+        self.dense, self.edits, self.folds = dense, edits, folds
+        self.names = {name: names[0] for names in shared_names(dense.model) for name in names}
+        self.shapes = {name: weight.shape for name, weight in narrow.named_parameters(remove_duplicate=False)}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Returns a weight, cut and folded."""
+        edit = self.edits.get(self.names[name], Edit())
+        weight = edit.kept(self.dense.weight(name))
+        check_size(name, weight, self.shapes[name])
+        return edit.folded(weight) if self.folds else weight

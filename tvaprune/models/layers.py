@@ -1,0 +1,321 @@
+"""A model worked through half a layer at a time, its weights in memory or only there while they are held.
+
+What walks over layers asks a `Layers` for their weights and for room for hidden states, and is the same for a model in
+memory and for one of which no more than half a layer ever is (`Streamed`).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from tvaprune.models.families import family_of
+from tvaprune.models.layout import Block, layout_of
+from tvaprune.models.pruned import put
+from tvaprune.models.shape import shape_of
+
+
+class Layers:
+    """A model in memory.
+
+    Attributes:
+        model: Its modules; their weights may be used while they are held.
+        device: Where they are then.
+        passes: How many versions of a model should go through a layer while it is held: many, where fetching is dear.
+    """
+
+    passes = 1
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
+        self.model, self.device = model, device or model.device
+        self.family = family_of(model.config)
+        self.layout = layout_of(self.family, shape_of(model.config))
+        self._before: dict[str, torch.Tensor] = {}
+        self._after: dict[str, torch.Tensor] = {}
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The final norm and the head."""
+        return self.family.final_norm, self.family.head
+
+    def blocks(self) -> Iterator[tuple[int, Block, bool]]:
+        """Yields the halves of the layers in order: the layer's index, its half, whether that is the attention."""
+        for index, pair in enumerate(zip(self.layout.attention, self.layout.mlp, strict=True)):
+            for block in pair:
+                if block is not None:
+                    yield index, block, block is pair[0]
+
+    def weights(self, *paths: str) -> dict[str, nn.Parameter]:
+        """Returns the parameters of some modules, by their full names."""
+        named = ((path, self.model.get_submodule(path).named_parameters()) for path in paths)
+        return {f"{path}.{name}": weight for path, weights in named for name, weight in weights}
+
+    @contextmanager
+    def holding(self, *paths: str) -> Iterator[None]:
+        """Holds some modules on the device for a while."""
+        with ExitStack() as stack:
+            for path in paths:
+                stack.enter_context(_moved(self.model.get_submodule(path), self.device))
+            yield
+
+    @contextmanager
+    def changing(self, *paths: str) -> Iterator[None]:
+        """Holds modules whose weights are changed meanwhile; `at` knows the way to what they became."""
+        with self.holding(*paths):
+            self._before |= _copied(self.weights(*paths))
+            yield
+            self._after |= _copied(self.weights(*paths))
+
+    def at(self, shares: Sequence[float], *paths: str) -> Iterator[float]:
+        """Yields each share of that way, the modules' weights being those there: those of the last share stay."""
+        weights = self.weights(*paths)
+        for share in shares:
+            for name in weights.keys() & self._after.keys():
+                weights[name].copy_(between(self._before[name], self._after[name], share))
+            yield share
+
+    def settle(self, share: float) -> None:
+        """Leaves all weights at a share of the way."""
+        for name, after in self._after.items():
+            self.model.get_parameter(name).copy_(between(self._before[name], after, share))
+
+    def room(self, shape: Sequence[int]) -> torch.Tensor:
+        """Returns room for hidden states of some shape, where they wait for the next layer."""
+        return torch.empty(*shape, dtype=self.model.dtype, device=self.model.device)
+
+
+class Streamed(Layers):
+    """A model on the meta device, whose weights are fetched each time they are held.
+
+    Args:
+        fetch: Returns the weight of a name, on the CPU.
+        device: Where the work is done.
+        scratch: Folder for hidden states and changed weights.
+    """
+
+    passes = 8
+
+    def __init__(
+        self, model: PreTrainedModel, fetch: Callable[[str], torch.Tensor], device: torch.device, scratch: Path
+    ) -> None:
+        super().__init__(model, device)
+        self.fetch, self.scratch = fetch, scratch
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        self._changed: dict[str, Path] = {}
+        self._share = 0.0
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Returns a weight as it is at the share that the model is settled at, on the CPU."""
+        before = self.fetch(name)
+        return before if name not in self._changed else between(before, self._later(name), self._share)
+
+    @contextmanager
+    def holding(self, *paths: str) -> Iterator[None]:
+        """Fetches the weights of some modules and lets go of them at the end."""
+        try:
+            for name in self.weights(*paths):
+                self._put(name, self.weight(name))
+            yield
+        finally:
+            self._let_go(*paths)
+
+    @contextmanager
+    def changing(self, *paths: str) -> Iterator[None]:
+        """Holds modules whose weights are changed meanwhile, and keeps these on disk."""
+        with self.holding(*paths):
+            yield
+            changed = {name: weight.detach().cpu() for name, weight in self.weights(*paths).items()}
+            file = self.scratch / f"{paths[0]}.safetensors"
+            save_file(changed, file)
+            self._changed |= dict.fromkeys(changed, file)
+
+    def at(self, shares: Sequence[float], *paths: str) -> Iterator[float]:
+        """Yields each share, its weights there; they are fetched once."""
+        before = {name: self.fetch(name) for name in self.weights(*paths)}
+        after = {name: self._later(name) for name in before if name in self._changed}
+        try:
+            for share in shares:
+                for name, weight in before.items():
+                    self._put(name, between(weight, after[name], share) if name in after else weight)
+                yield share
+        finally:
+            self._let_go(*paths)
+
+    def settle(self, share: float) -> None:
+        """Leaves all weights at a share of the way."""
+        self._share = share
+
+    def room(self, shape: Sequence[int]) -> torch.Tensor:
+        """Returns a memory map of a file without a name: it is gone when the tensor is."""
+        count = torch.Size(shape).numel()
+        path = self.scratch / "states"
+        with path.open("wb") as file:  # a full disk is told now, by an error: a map would end the process
+            os.posix_fallocate(file.fileno(), 0, max(1, count) * self.model.dtype.itemsize)
+        states = torch.from_file(str(path), shared=True, size=count, dtype=self.model.dtype).view(*shape)
+        path.unlink()
+        return states
+
+    def _later(self, name: str) -> torch.Tensor:
+        with safe_open(self._changed[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+    def _put(self, name: str, weight: torch.Tensor) -> None:
+        put(self.model, name, nn.Parameter(weight.to(self.device), requires_grad=False))
+
+    def _let_go(self, *paths: str) -> None:
+        for name in self.weights(*paths):
+            put(self.model, name, self._empty[name])  # what is tied is so again
+
+
+def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
+    """Returns what lies at a share of the way between two weights, in their precision."""
+    return torch.lerp(before.float(), after.float(), share).to(before.dtype) if share else before
+
+
+@dataclass
+class Half:
+    """Half of a layer, which adds ``post_norm(module(norm(h)))`` to the residual stream ``h``.
+
+    Attributes:
+        readers: The linears that read the norm's output, by their dotted name.
+        writer: The linear that writes the half's output; None: what reads ends here, as in the lm_head.
+        options: What the module is called with beside the hidden states.
+    """
+
+    norm: Any
+    module: Any
+    readers: dict[str, Any]
+    post_norm: Any = nn.Identity()
+    writer: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Layers, block: Block, options: dict[str, Any]) -> "Half":
+        """Finds the parts of a block in a model."""
+        find = layers.model.get_submodule
+        norm, post_norm = (nn.Identity() if name is None else find(name) for name in (block.norm, block.post_norm))
+        readers = {path: find(path) for path in block.reading_linears}
+        return cls(norm, find(block.module), readers, post_norm, find(block.writer), options)
+
+    @classmethod
+    def ending(cls, layers: Layers) -> "Half":
+        """Finds the final norm and the head."""
+        norm, head = (layers.model.get_submodule(path) for path in layers.ends)
+        return cls(norm, head, {layers.family.head: head})
+
+    def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns what the module makes of hidden states: of the ending, the logits."""
+        output = self.module(self.norm(hidden), **self.options)
+        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the residual stream past the half."""
+        past: torch.Tensor = hidden + self.post_norm(self.outputs(hidden))
+        return past
+
+
+def paths_of(block: Block) -> list[str]:
+    """Returns the modules of half a layer."""
+    return [*block.norms, block.module]
+
+
+def embed(layers: Layers, batches: Sequence[torch.Tensor], rooms: Sequence[torch.Tensor]) -> None:
+    """Writes the embeddings of batches of tokens into the room for them."""
+    with layers.holding(layers.family.embedding):
+        embedding = layers.model.get_submodule(layers.family.embedding)
+        for ids, room in zip(batches, rooms, strict=True):
+            room.copy_(embedding(ids.to(layers.device)))
+
+
+class _Seen(Exception):
+    """An attention was called: its layer need not go on."""
+
+
+def attention_options(layers: Layers, length: int) -> list[dict[str, Any]]:
+    """Returns what each layer's attention is called with, for one window: masks and rotary embeddings.
+
+    The decoder runs, but every layer only as far as its attention.
+
+    Args:
+        length: Tokens of the window.
+    """
+    found: list[dict[str, Any]] = [{} for _ in layers.layout.attention]
+    model: Any = layers.model
+    norms = [norm for _, block, _ in layers.blocks() for norm in block.norms]
+    with ExitStack() as stack:
+        stack.enter_context(layers.holding(*norms, layers.family.final_norm))
+        for index, layer in enumerate(model.get_submodule(layers.family.layers)):
+            stack.callback(_restore, layer, layer.__dict__.get("forward"))
+            block = layers.layout.attention[index]
+            layer.forward = _until_attention(None if block is None else layer.forward)
+            if block is not None:
+                attention = model.get_submodule(block.module)
+                keep = attention.register_forward_pre_hook(_keeping(found[index], layers.device), with_kwargs=True)
+                stack.callback(keep.remove)
+        width = model.config.hidden_size
+        model.get_decoder()(
+            inputs_embeds=torch.zeros(1, length, width, dtype=model.dtype, device=layers.device), use_cache=False
+        )
+    return found
+
+
+def _restore(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Gives a layer its forward pass back; None: its class's."""
+    if forward is None:
+        del layer.forward
+    else:
+        layer.forward = forward
+
+
+def _until_attention(forward: Callable[..., Any] | None) -> Callable[..., torch.Tensor]:
+    """Returns the forward pass of a layer that ends at its attention and changes nothing; None: it has none."""
+
+    def stopped(hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        try:
+            if forward is not None:
+                forward(hidden_states, *args, **options)
+        except _Seen:
+            pass
+        return hidden_states
+
+    return stopped
+
+
+def _keeping(found: dict[str, Any], device: torch.device) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        found.update((key, _to(value, device)) for key, value in options.items() if key != "hidden_states")
+        raise _Seen
+
+    return hook
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Holds a module on a device for a while."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def _copied(weights: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Returns weights on the CPU, which has room for more than one version."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
