@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 from support import tiny
 
-from tvaprune import endings
+from tvaprune import endings, ranks
 from tvaprune.cli import run_command
 
 
@@ -55,6 +55,39 @@ def test_a_second_signal_does_not_wait():
             raise AssertionError("went on")
 
     assert run_command(command) == 143
+
+
+def test_a_signal_to_one_process_ends_all_at_the_same_step(monkeypatch):
+    monkeypatch.setattr(ranks, "largest", lambda own: max(own, signal.SIGTERM))  # another process was asked to end
+
+    def command():
+        with endings.at_steps():
+            endings.check_together()
+            raise AssertionError("went on")
+
+    assert run_command(command) == 143
+
+
+def test_what_a_launcher_passes_on_after_the_terminal_is_one_signal(monkeypatch):
+    steps = []
+
+    def command():
+        with endings.at_steps():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            steps.append("the rest of the step")
+            endings.check()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        assert run_command(command) == 130
+    finally:
+        ignored = signal.getsignal(signal.SIGTERM)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert steps == ["the rest of the step"]
+    assert ignored == signal.SIG_IGN  # a launcher sends it to those that end already
 
 
 def test_a_signal_in_the_last_step_is_not_lost():

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "tvaprune"
 ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
     ["errors"],
+    ["ranks"],
     ["endings"],
     ["files", "losses", "flags", "wheels"],
     ["models"],

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 
 import tvaprune.cut.narrow as narrowing
@@ -52,7 +53,10 @@ def test_the_split_that_is_asked_for_is_reported_the_same_windows_whatever_the_s
     assert asked([*flags, "--seed", "5"], Run.windows) == (split, 32, 3, 0)
 
 
-@pytest.mark.parametrize(("offload", "moves"), [(True, ["cpu"]), (False, ["cpu", "the device"])])
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("offload", "moves"), [(True, [CPU]), (False, [CPU, "the device"])])
 def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_model, full_plan, monkeypatch):
     model, seen = make_model(), []
     plan = full_plan(model)

@@ -7,16 +7,18 @@ tool's and stays, what lacks the identity, or a file, is half a checkpoint and d
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tvaprune import endings
+from tvaprune import endings, ranks
 from tvaprune.errors import InputError
 from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark
 from tvaprune.identity import IDENTITY_NAME, Identity, write_identity
 
 _NEEDED = (IDENTITY_NAME, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # without one, another result
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-_RANDOM = ("rng_state.pth", "rng_state_0.pth")  # of one process, of several
+_RANDOM = "rng_state.pth"  # of one process; of several each has its own
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -33,8 +35,16 @@ def own_checkpoints(folder: Path) -> list[Path]:
 def missing_in(checkpoint: Path) -> list[str]:
     """Returns what a checkpoint lacks to be gone on from."""
     missing = [name for name in _NEEDED if not (checkpoint / name).is_file()]
-    missing += [group[0] for group in (_WEIGHTS, _RANDOM) if not any((checkpoint / name).is_file() for name in group)]
+    if not any((checkpoint / name).is_file() for name in _WEIGHTS):
+        missing.append(_WEIGHTS[0])
+    if not processes_of(checkpoint):
+        missing.append(_RANDOM)
     return missing
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Returns how many processes a checkpoint's run had; 0: its random states are not there."""
+    return int((checkpoint / _RANDOM).is_file()) or len(list(checkpoint.glob("rng_state_*.pth")))
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -44,6 +54,11 @@ def check_whole(checkpoint: Path) -> None:
         raise InputError(
             f"--resume_from_checkpoint {checkpoint}: holds no {missing[0]}; give a whole checkpoint-* folder of such a "
             "run"
+        )
+    if (had := processes_of(checkpoint)) != ranks.launched():
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: is of a run of {had} processes, this one has {ranks.launched()}: "
+            f"start it with as many (torchrun --nproc_per_node {had})"
         )
 
 
@@ -80,6 +95,10 @@ class CheckpointedTrainer(Trainer):
         self.identity = identity
         self._resumed: str | None = None
         self.add_callback(_AtSteps())
+        model: Any = self.model  # frozen weights and buffers are the same in all processes, or sharded
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Trains; an earlier run's checkpoints, or halves that this one left, go when all else is built."""
@@ -92,19 +111,21 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if not self.args.should_save:
-            super()._save_checkpoint(model, trial)
-            return
-        discard(folder)
-        with first_folder(folder) as marked:
-            mark(marked)
+        if self.args.should_save:
+            discard(folder)
+            with first_folder(folder) as marked:
+                mark(marked)
+        ranks.wait()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        write_identity(folder, self.identity)
-        self._rotate(folder.parent, limit)
+        ranks.wait()  # whole is what holds the random states of all processes
+        if self.args.should_save:
+            write_identity(folder, self.identity)
+            self._rotate(folder.parent, limit)
+        ranks.wait()
 
     def _load_best_model(self) -> None:
         """Loads the best checkpoint where it lies now: its path in the state may be of a folder that was moved."""
@@ -130,18 +151,26 @@ class CheckpointedTrainer(Trainer):
 
 
 class _AtSteps(TrainerCallback):
-    """Clears old checkpoints when training begins; looks at the signals before each step, when the last is saved."""
+    """Clears old checkpoints when training begins; looks at the signals before each step, when the last is saved.
+
+    From the first step on each process draws for itself (gates, dropout): the order of the data, drawn before, is one.
+    """
+
+    _draws_apart = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if not args.should_save:
-            return
-        for path in own_checkpoints(Path(str(args.output_dir))):
-            if state.global_step == 0 or missing_in(path):  # else it goes on
-                discard(path)
+        if args.should_save:
+            for path in own_checkpoints(Path(str(args.output_dir))):
+                if state.global_step == 0 or missing_in(path):  # else it goes on
+                    discard(path)
+        self._draws_apart = ranks.count() > 1 and state.global_step == 0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        endings.check()
+        if self._draws_apart:
+            set_seed(args.seed, device_specific=True)
+            self._draws_apart = False
+        endings.check_together()

@@ -2,22 +2,25 @@
 
 ``--help`` and what is refused by name answer before anything heavy is imported. A user's mistake is one line and exit
 code 2, and so is a full disk; an interruption says how to go on. A reader that closes the output early ends nothing.
+Of several processes the first that ends says why, and all end with its exit code.
 """
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tvaprune import endings
-from tvaprune.errors import InputError, one_line, out_of_memory
+from tvaprune import endings, ranks
+from tvaprune.errors import InputError, one_line, out_of_memory, reason
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
 EXIT_INPUT = 2
 EXIT_SIGNAL = 128  # plus the signal's number
+EXIT_LOST = 1  # an error of the program, or another process of the run that was killed
 
 
 def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
@@ -26,23 +29,34 @@ def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goe
     Args:
         goes_on: What an interrupted user is told.
     """
+    name = Path(sys.argv[0]).name
     try:
-        with endings.unclosed(), endings.watched():
+        with endings.unclosed(), endings.watched(), ranks.quiet():
             command()
+            ranks.finish()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
-        return EXIT_INPUT
+        return _end(EXIT_INPUT, f"{name}: {one_line(str(error))}")
     except KeyboardInterrupt as error:
-        print(f"interrupted; {goes_on}", file=sys.stderr)
-        return EXIT_SIGNAL + getattr(error, "number", signal.SIGINT)
+        return _end(EXIT_SIGNAL + getattr(error, "number", signal.SIGINT), f"interrupted; {goes_on}")
     except Exception as error:
         full, memory = endings.full_disk(error), out_of_memory(error)
-        if full is None and memory is None:
+        if full is not None or memory is not None:
+            return _end(EXIT_INPUT, f"{name}: {memory if full is None else f'{full}; {goes_on}'}")
+        if ranks.lost(error):
+            return _end(EXIT_LOST, f"{name}: another process of the run is gone ({reason(error)}); {goes_on}")
+        if ranks.launched() == 1:
             raise
-        line = memory if full is None else f"{full}; {goes_on}"
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        return EXIT_INPUT
+        return _end(EXIT_LOST, "".join(traceback.format_exception(error)))
     return 0
+
+
+def _end(code: int, line: str) -> int:
+    """Says why a command ends, unless another process of the run did, and returns the exit code of all."""
+    if not ranks.ends_first():
+        return ranks.code_told(otherwise=code)
+    print(line, file=sys.stderr, flush=True)
+    ranks.told(code)
+    return code
 
 
 def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any:
@@ -56,6 +70,8 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
     """
     module, _, function = VERBS[verb].entry.partition(":")
     if not VERBS[verb].first:  # a verb with a parser of its own
+        if ranks.launched() > 1:
+            raise InputError(f"{verb} runs in one process: call it without torchrun or accelerate launch")
         return getattr(import_module(module), function)(arguments)
     arguments = expand(verb, arguments)
     check_flags(verb, arguments, also)
@@ -64,7 +80,9 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
     from tvaprune.flags.conditions import parse
 
     logging.set_verbosity_error()
-    return getattr(import_module(module), function)(parse(verb, arguments))
+    parsed = parse(verb, arguments)
+    ranks.agree(parsed.recipe)
+    return getattr(import_module(module), function)(parsed)
 
 
 def main() -> int:

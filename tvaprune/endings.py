@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO, cast
 
+from tvaprune import ranks
 from tvaprune.errors import reason
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,7 +25,9 @@ _FULL_WORDS = (
     "os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed writing", "unexpected pos",
     "basic_ios::clear: iostream error",
 )  # fmt: skip
+_PASSED_ON = 10.0  # seconds in which a launcher sends its processes what the terminal has sent them already
 _asked: list[int] = []  # the signals that came
+_since: list[float] = []  # when they came
 _waiting: list[bool] = []  # whether they wait for the next step
 
 
@@ -50,8 +54,9 @@ def watched() -> Iterator[None]:
         yield
     finally:
         _asked.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _since.clear()
+        for number, handler in before.items():  # a launcher ends the others when one has: they are at it
+            signal.signal(number, handler if ranks.launched() == 1 else signal.SIG_IGN)
 
 
 @contextmanager
@@ -71,9 +76,18 @@ def check() -> None:
         raise Interrupted(_asked[0])
 
 
+def check_together() -> None:
+    """Raises `Interrupted` in all processes of the run, at the same step, if a signal came to one."""
+    number = ranks.largest(_asked[0] if _asked else 0)
+    if number:
+        raise Interrupted(number)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     _asked.append(number)
-    if not _waiting or len(_asked) > 1:
+    _since.append(time.monotonic())
+    again = len(_asked) > 1 and (ranks.launched() == 1 or _since[-1] - _since[0] > _PASSED_ON)
+    if not _waiting or again:
         raise Interrupted(number)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tvaprune import ranks
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import check_apart, check_output
@@ -25,11 +26,12 @@ from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.layers import Streamed
-from tvaprune.models.load import load_config, load_model, open_model
+from tvaprune.models.load import Where, load_config, load_model, open_model
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.published import located
 from tvaprune.models.rotate import rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
+from tvaprune.models.sharding import shard
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
@@ -47,6 +49,7 @@ from tvaprune.text.protocols import (
 )
 from tvaprune.text.sources import STREAMED
 
+_CPU = torch.device("cpu")
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
 
@@ -87,11 +90,11 @@ class Run:
         check_protocol(args)
         args = _as_the_mask_says(args)
         set_seed(args.training.seed)
-        device = args.training.device
+        device, streamed = args.training.device, None
         source = args.source.model_name_or_path, args.source.dtype, device
-        streamed = None
         if scratch is None:
-            model, tokenizer = load_model(*source)
+            place: Where = _CPU if args.source.shard else "auto" if args.source.device_map == "auto" else None
+            model, tokenizer = load_model(*source, place)
             digest = model_digest(model)
         else:
             model, tokenizer, shards = open_model(*source)
@@ -99,17 +102,30 @@ class Run:
             streamed = Streamed(model, shards.weight, device, scratch)
         tied = bool(model.config.tie_word_embeddings)
         run = cls(args, model, tokenizer, digest, tied=tied, streamed=streamed)
+        ranks.agree({"model_name_or_path": f"{args.source.model_name_or_path} [{run.digest}]"})
+        _tell_idle_devices(args)
         if args.evaluation.do_zero_eval:
             check_tokenizer(tokenizer)
         _tell_another_model(run)
         if (rotation := given_rotation(args, run.shape.hidden_size)) is not None:
             run = run.turned(rotation)
+        if args.source.shard:
+            run.model = shard(run.model, args.training.device)
         longest = run.model.config.max_position_embeddings
         for name in ("block_size", "ctx_length"):
             tokens = getattr(args.data, name)
             if tokens is not None and tokens > longest:
                 print(f"note: --{name} {tokens} is above the model's longest, {longest} (max_position_embeddings)")
         return run
+
+    def whole(self) -> "Run":
+        """Returns the run with the unpruned model in one process again, over all GPUs, where it was sharded."""
+        if not self.args.source.shard:
+            return self
+        source, device = self.args.source, self.args.training.device
+        place: Where = "auto" if device.type == "cuda" else _CPU
+        run = replace(self, model=load_model(source.model_name_or_path, source.dtype, device, place)[0])
+        return run if run.rotation is None else run.turned(run.rotation)
 
     @property
     def shape(self) -> ModelShape:
@@ -144,13 +160,17 @@ class Run:
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
-        return token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+        with ranks.main_first():
+            blocks = token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+        return _agreed(data.dataset_name, blocks)
 
     def windows(self) -> Dataset:
         """Returns the windows that are reported on, as ``--protocol`` says."""
         data = self.args.data
         if data.protocol != OWN:
-            return protocol_windows(self.tokenizer, data.protocol, data.data_dir)
+            with ranks.main_first():
+                windows = protocol_windows(self.tokenizer, data.protocol, data.data_dir)
+            return _agreed(data.protocol, windows)
         default = C4_WINDOWS if data.dataset_name in STREAMED else None
         return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default)
 
@@ -211,6 +231,8 @@ class Run:
         """
         training, data = self.args.training, self.args.data
         common = {name: getattr(training, name) for name in _TRAINING_FLAGS}
+        if training.world_size > 1:  # a step is of so many batches
+            common["num_processes"] = training.world_size
         common |= {"dtype": str(self.model.dtype).removeprefix("torch."), "block_size": data.block_size}
         contents = {
             "model_name_or_path": content(self.args.source.model_name_or_path, self.digest),
@@ -278,6 +300,20 @@ def _as_the_mask_says(args: Arguments) -> Arguments:
     for name, value in flags.items():
         setattr(args.prune, name, value)
     return args
+
+
+def _agreed(name: str, blocks: Dataset) -> Dataset:
+    """Returns the blocks, if they are the same in all processes."""
+    if ranks.count() > 1:
+        ranks.agree({"dataset_name": f"{name} [{blocks_digest(blocks)}]"})
+    return blocks
+
+
+def _tell_idle_devices(args: Arguments) -> None:
+    """Says how all of a machine's GPUs are used, where a plain command uses one."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and ranks.launched() == 1 and args.training.device.type == "cuda":
+        print(f"note: one of {gpus} GPUs is used; torchrun --nproc_per_node {gpus} in place of python uses all")
 
 
 def _tell_another_model(run: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from tvaprune import ranks
 from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.rotation import learn_rotation, wants_rotation
@@ -81,7 +82,7 @@ def in_basis(run: Run, checkpoint: str | None = None) -> Run:
         if (best / rotation_name(str(digest))).is_file():  # else it is found anew: the same, on the same machine
             found = read_rotation(best / "mask_info", digest, run.shape.hidden_size)
     rotation = found or Rotation(learn_rotation(run))
-    rotation.save(best)
+    ranks.on_main(rotation.save, best)
     return run.turned(rotation)
 
 
@@ -129,7 +130,7 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.score_last_mask()
     if checkpoint is None:
-        _clear_targets(args.output_dir)
+        ranks.on_main(_clear_targets, args.output_dir)
     gated.detach_gates()
     assert trainer.best is not None  # a perplexity that is no number ends the training
     return trainer.best, trainer.state.log_history
@@ -157,13 +158,18 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:
         value = perplexity(gated, run.choice_blocks(), batch_size)
     gated.detach_gates()
     record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
-    best = run.args.output_dir / "best"
+    return ranks.on_main(_replace_masks, run, masks, value, record)
+
+
+def _replace_masks(run: Run, masks: Masks, value: float, record: dict[str, object]) -> Path:
+    """Writes a mask by its perplexity, and its rotation, in the place of what an earlier run left."""
+    folder = run.args.output_dir
     if run.rotation is not None:
-        run.rotation.save(best)
-    path = keep_best(best, masks, value, record)
-    for old in own_checkpoints(run.args.output_dir):
+        run.rotation.save(folder / "best")
+    path = keep_best(folder / "best", masks, value, record)
+    for old in own_checkpoints(folder):
         discard(old)
-    _clear_targets(run.args.output_dir)
+    _clear_targets(folder)
     return path
 
 

@@ -7,6 +7,7 @@ directions that matter, sorted by how much, the last of them carry nearly nothin
 import torch
 from tqdm.auto import tqdm
 
+from tvaprune import ranks
 from tvaprune.errors import InputError
 from tvaprune.models.families import family_of
 from tvaprune.models.rotate import norms_of, why_not
@@ -25,6 +26,10 @@ def wants_rotation(run: Run) -> bool:
     reason = why_not(family_of(run.model.config), shape)
     if asked == "on" and reason is not None:
         raise InputError(f"--rotate on: {reason} in this model; leave it out")
+    if run.args.source.shard:  # a layer in shares cannot be turned
+        if asked == "on":
+            raise InputError("--rotate on: cannot turn a model beside --shard True; leave one out")
+        return False
     if asked == "auto":
         return run.args.prune.prune_method == "vib" and not shape.tie_word_embeddings and reason is None
     return asked == "on"
@@ -46,12 +51,17 @@ def learn_rotation(run: Run) -> torch.Tensor:
     moments = _Moments(run)
     try:
         batch = run.args.training.per_device_eval_batch_size
-        for start in tqdm(range(0, len(rows), batch), desc="rotation", leave=False, unit="batch"):
+        for start in tqdm(ranks.share(range(0, len(rows), batch)), desc="rotation", leave=False, unit="batch"):
             moments.add(rows[start : start + batch].to(run.model.device), seed=run.args.training.seed + start)
     finally:
         moments.stop()
-    carried = _root(moments.carried)
-    product = carried @ moments.needed @ carried
+    ranks.add_up(moments.carried, moments.needed)
+    return ranks.on_main(_directions, moments.carried, moments.needed)
+
+
+def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    root = _root(carried)
+    product = root @ needed @ root
     if not bool(product.isfinite().all()):
         raise InputError("--rotate: the streams' moments are no numbers; use --dtype float32, or --rotate off")
     vectors: torch.Tensor = torch.linalg.eigh(product).eigenvectors

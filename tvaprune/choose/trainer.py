@@ -15,6 +15,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from tvaprune import ranks
 from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.choose.controller import beta_at, expected_sparsity, target_at
 from tvaprune.choose.gated_model import GatedModel
@@ -159,10 +160,9 @@ class GateTrainer(CheckpointedTrainer):
         with self.gated.applying(plan):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
         metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
-        if self.args.should_save:
-            context = {"step": self.state.global_step, "settings": asdict(settings), "rules": asdict(settings.rules)}
-            record = self.record | describe_widths(plan) | context
-            self.best = keep_best(self.best_folder, masks, value, record, self.best)
+        context = {"step": self.state.global_step, "settings": asdict(settings), "rules": asdict(settings.rules)}
+        record = self.record | describe_widths(plan) | context
+        self.best = ranks.on_main(keep_best, self.best_folder, masks, value, record, self.best)
         self.log(dict(metrics))
         self._scored_step = self.state.global_step
         return metrics
@@ -183,7 +183,7 @@ class GateTrainer(CheckpointedTrainer):
             raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds the gates of another model; "
                              "give the model that the run began with")  # fmt: skip
         objective.load_state_dict(state, strict=False)
-        self.best = best_mask(self.best_folder, self.identity)
+        self.best = ranks.on_main(best_mask, self.best_folder, self.identity)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

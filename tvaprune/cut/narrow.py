@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.cut.fold import fold
-from tvaprune.cut.refit import RefitReport, refit
+from tvaprune.cut.refit import RefitReport, refit, refit_layers
 from tvaprune.cut.slice import apply_plan
 from tvaprune.errors import InputError
+from tvaprune.models.layers import Layers
+from tvaprune.models.placement import place_of, put
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import Run
 
@@ -61,26 +63,31 @@ def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, d
     model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
     if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
         compensate_bias(model, plan, run.refit_blocks())
+    place = place_of(model)
     model = apply_plan(model, plan)
+    put(model, place)
     return (fold(model, plan) if folds else model), {}
 
 
 def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
-    begin, device, batch_size = time.perf_counter(), run.model.device, run.args.training.per_device_eval_batch_size
+    begin, place, batch_size = time.perf_counter(), place_of(run.model), run.args.training.per_device_eval_batch_size
     calibration, held_out = refit_texts(run)
-    stock: nn.Module = run.model
-    stock.to("cpu")  # the copy is cut there: a GPU never holds the unpruned model twice
+    put(run.model, torch.device("cpu"))  # the copy is cut there: a GPU never holds the unpruned model twice
     try:
         model = fold(apply_plan(copy.deepcopy(run.model), plan), plan)
-        moved: nn.Module = model
-        moved.to(device)
-        if not run.args.prune.refit_offload:
-            stock.to(device)
-        done = refit(run.model, model, plan, calibration, held_out, batch_size)
+        if isinstance(place, dict):  # half a layer of each at a time goes to one device
+            both = Layers(run.model, run.args.training.device), Layers(model, run.args.training.device)
+            done = refit_layers(*both, plan, calibration, held_out, batch_size)
+            put(model, place)
+        else:
+            put(model, place)
+            if not run.args.prune.refit_offload:
+                put(run.model, place)
+            done = refit(run.model, model, plan, calibration, held_out, batch_size)
     finally:
         if keep_dense:
-            stock.to(device)
+            put(run.model, place)
     return model, told(done, calibration, held_out, begin)
 
 
@@ -88,12 +95,18 @@ def refit_texts(run: Run) -> tuple[Dataset, Dataset]:
     """Returns the blocks that a refit fits and those that choose among fits.
 
     Raises:
-        InputError: If there is no such text.
+        InputError: If there is no such text, or too little for every process to have some.
     """
     try:
-        return run.refit_blocks(), run.choice_blocks()
+        calibration, held_out = run.refit_blocks(), run.choice_blocks()
     except InputError as error:
         raise InputError(f"{error}; --weight_update fold needs no text") from error
+    if ranks.count() > max(1, min(len(calibration), len(held_out))):
+        raise InputError(
+            f"--weight_update refit: {ranks.count()} processes share {len(calibration)} calibration and "
+            f"{len(held_out)} held-out blocks: start fewer, or give more text"
+        )
+    return calibration, held_out
 
 
 def told(done: RefitReport, calibration: Dataset, held_out: Dataset, begin: float) -> dict[str, Any]:

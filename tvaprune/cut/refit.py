@@ -24,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.losses import distillation_loss
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
@@ -143,7 +144,8 @@ class _Walk:
         """Starts the streams of these windows: the embeddings."""
         widths = self.plan.shape.hidden_size, self.plan.hidden_size
         batches = []
-        for start in range(0, len(blocks), batch_size):
+        batch_size = min(batch_size, len(blocks) // ranks.count())  # one at least falls to every process
+        for start in ranks.share(range(0, len(blocks), batch_size)):
             ids = blocks[start : start + batch_size]["input_ids"]
             dense, pruned = (self.dense.room((*ids.shape, width)) for width in widths)
             batches.append(_Batch(ids, dense, pruned, held_out))
@@ -198,7 +200,8 @@ class _Walk:
                 self._summed(dense, pruned, held_out, stream)
                 for stream, _ in zip(streams, self.pruned.at(shares, *self.pruned.ends), strict=True)
             ]
-        return [total / sum(map(len, ids)) for total in totals]
+        windows, *totals = ranks.total(sum(map(len, ids)), *totals)
+        return [total / windows for total in totals]
 
     def _summed(self, dense: Half, pruned: Half, batches: Sequence[_Batch], stream: Sequence[torch.Tensor]) -> float:
         """Returns the KL of a stream, summed over the windows; one at a time, as logits are large."""
@@ -272,6 +275,8 @@ class _Walk:
             if batch.held_out not in sums:
                 sums[batch.held_out] = Moments.zeros(inputs.shape[-1], targets.shape[-1], self.device)
             sums[batch.held_out].add(inputs, targets)
+        for held_out in (False, True):
+            ranks.add_up(sums[held_out].inputs, sums[held_out].cross)
         return sums[False], sums[True]
 
 

@@ -54,4 +54,4 @@ def _cut(model: nn.Module, names: list[str], edit: Edit) -> nn.Parameter:
     dense = model.get_parameter(names[0])
     for name in names:
         put(model, name, None)
-    return nn.Parameter(edit.kept(dense), requires_grad=dense.requires_grad)
+    return nn.Parameter(edit.on(dense.device).kept(dense), requires_grad=dense.requires_grad)

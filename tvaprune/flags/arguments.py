@@ -1,6 +1,7 @@
 """One command's flags, by the stage they belong to, on top of transformers' TrainingArguments."""
 
 import copy
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten, wrap
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
+from tvaprune import ranks
 from tvaprune.errors import InputError
 from tvaprune.flags.ranges import CHOICES, check_ranges
 from tvaprune.flags.recipes import recipe_of
@@ -64,18 +66,46 @@ class RunArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
-        """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no."""
+        """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no.
+
+        One process is one device: transformers would spread its batches over all GPUs by copies of the model.
+        """
         check_ranges(self)
         self.eval_steps_given = self.eval_steps is not None
         if self.eval_steps is None:
             self.eval_steps = EVAL_STEPS
         given = self.do_eval
+        _check_devices(self)
         super().__post_init__()
         self.do_eval = given
+        if self.world_size != ranks.launched():
+            raise InputError(
+                f"the launcher started {ranks.launched()} processes and the training sees {self.world_size}: start it "
+                "by torchrun or accelerate launch, on a machine with as many GPUs, or with --use_cpu True"
+            )
+        self._n_gpu = min(self.n_gpu, 1)
         known = get_available_reporting_integrations() if self.report_to else []
         missing = [name for name in self.report_to or [] if name not in known]
         if missing:
             raise InputError(f"--report_to {' '.join(missing)}: is not installed; install it, or give another or none")
+
+
+def _check_devices(args: RunArguments) -> None:
+    """Lets several processes run on the CPU of a machine without a GPU; refuses more of them than there are GPUs."""
+    if ranks.launched() == 1:
+        return
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise InputError(
+            f"WORLD_SIZE is {ranks.launched()} and no launcher numbers this process (RANK, LOCAL_RANK): start the "
+            "command by torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.launched()), torch.cuda.device_count()
+    if args.use_cpu:
+        return
+    if gpus == 0 and not torch.accelerator.is_available():
+        args.use_cpu = True
+    elif 0 < gpus < here:
+        raise InputError(f"--nproc_per_node {here}: the machine has {gpus} GPUs; start a process for each, or fewer")
 
 
 @dataclass
@@ -202,12 +232,17 @@ class Arguments:
         Raises:
             InputError: If a flag does not act in the verb, or a value cannot be used.
         """
+        # accelerate's word for the same: its own way would shard what is trained, too
+        if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" and "shard" in VERBS[verb].flags:
+            arguments = [*arguments, "--shard", "True"]
         classes: tuple[Any, ...] = (*STAGES, FinetuneRunArguments if verb == "finetune" else RunArguments)
         if {"--help", "-h"} & set(arguments):
             print(help_text(verb, _Parser(classes)))
             raise SystemExit(0)
         args = cls(*parse(classes, arguments))
         args.recipe = recipe_of(verb, arguments)
+        if args.source.shard or args.source.device_map == "auto":  # a time would be that of the way between GPUs
+            args.evaluation.speed_batches = 0
         return args
 
     @property

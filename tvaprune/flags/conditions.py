@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from tvaprune import ranks
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import DistillSettings
@@ -39,8 +40,20 @@ class Condition:
 
 
 CONDITIONS = (
-    Condition((*_GATES, *_TRAINED), "without --prune_method vib, as the others score units in one shot",
+    Condition((*_GATES, *_TRAINED, "shard"), "without --prune_method vib, as the others score units in one shot",
               lambda args: args.prune.prune_method == "vib", ("prune",)),
+    Condition(("shard",), "in one process: start several by torchrun or accelerate launch",
+              lambda args: ranks.launched() > 1),
+    Condition(("shard",), "beside --full_ft True, which trains the layers that it would freeze",
+              lambda args: not args.finetune.full_ft, ("finetune",)),
+    Condition(("device_map", "stream"), "in several processes: start one, without torchrun or accelerate launch",
+              lambda args: ranks.launched() == 1),
+    Condition(("speed_batches",), "beside --shard True or --device_map auto, which time the way between the GPUs",
+              lambda args: not (args.source.shard or args.source.device_map == "auto")),
+    Condition(("teacher_cache",), "beside --shard True, which keeps the teacher's layers apart already",
+              lambda args: not args.source.shard),
+    Condition(("do_zero_eval",), "beside --shard True: score the merged model that it leaves, by lm_eval",
+              lambda args: not args.source.shard, ("finetune",)),
     Condition(_DISTILLED, "without --distill True", lambda args: args.distill.distill),
     Condition(("teacher_top_k",), "without --teacher_cache", lambda args: args.finetune.teacher_cache is not None),
     Condition(("lora_r", "lora_alpha_ratio", "lora_dropout", "train_lm_head"), "beside --full_ft True",
@@ -48,7 +61,7 @@ CONDITIONS = (
     Condition(("early_stopping_patience",), "beside --eval_strategy no: it counts evaluations",
               lambda args: args.training.eval_strategy != "no"),
     Condition(("refit_offload",), "without --weight_update refit", lambda args: args.prune.weight_update == "refit"),
-    Condition(("refit_offload", "speed_batches"), "beside --stream True, where no model is in memory",
+    Condition(("refit_offload", "speed_batches", "device_map"), "beside --stream True, where no model is in memory",
               lambda args: not args.prune.stream),
     Condition(("zero_eval_tasks", "num_fewshot", "zero_eval_limit", "compare_dense", "write_out"),
               "without --do_zero_eval True", lambda args: args.evaluation.do_zero_eval),

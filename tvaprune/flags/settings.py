@@ -38,6 +38,14 @@ class ModelSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU."
     )
+    shard: bool = _flag(
+        False,
+        "Spread the frozen layers over the processes of torchrun or accelerate launch (FSDP2), for a model that is "
+        "larger than one GPU; script/fsdp2.yaml says so too.",
+    )
+    device_map: Literal["none", "auto"] = _flag(
+        "none", "auto: one process spreads a model that is larger than one GPU over all of them, layer by layer."
+    )
 
 
 @dataclass

@@ -75,6 +75,8 @@ def _verb(help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...],
 
 _SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
 _MEASURED = (*_names(ModelSettings, DataSettings, EvalSettings), *_WIDTHS, *_UPDATE, *_FOLDERS)
+_NOT_APPLIED = ("max_train_samples", "shard")
+_LEARNED = tuple(name for name in _MEASURED if name != "device_map")
 _WITHOUT_MASK = tuple(name for name in _names(PruneSettings) if name not in ("mask_loc", "plan", "stream"))
 _TUNED = tuple(name for name in _names(DistillSettings, FinetuneSettings) if name != "finetune")
 VERBS = {
@@ -82,21 +84,21 @@ VERBS = {
         "choose units (gates trained, or units scored), cut at the target sparsity, measure, save",
         "tvaprune.stages.prune:run_prune",
         (*_SEEN_FIRST, "target_sparsity", "prune_method", "block_size", "ctx_length", "max_train_samples"),
-        (*_MEASURED, *_WITHOUT_MASK, *_names(DistillSettings)),
+        (*_LEARNED, *_WITHOUT_MASK, *_names(DistillSettings)),
         _TRAINING,
     ),
     "apply": _verb(
         "apply a mask or a plan: measure the narrower model, score it zero-shot, save it",
         "tvaprune.stages.apply:run_apply",
         (*_SEEN_FIRST, "mask_loc", "plan", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
-        (*(name for name in _MEASURED if name != "max_train_samples"), "prune_method", "stream"),
+        (*(name for name in _MEASURED if name not in _NOT_APPLIED), "prune_method", "stream"),
         (),
     ),
     "finetune": _verb(
         "recover what a mask cost: LoRA, or all weights, distilled from the dense model",
         "tvaprune.stages.finetune:run_finetune",
         (*_SEEN_FIRST, "mask_loc", "plan", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples"),
-        (*_MEASURED, *_TUNED, "prune_method"),
+        (*_LEARNED, *_TUNED, "prune_method"),
         tuple(name for name in (*_TRAINING, *_TUNING) if name not in ("learning_rate", "num_train_epochs")),
     ),
     "compare": Verb(

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from tvaprune import ranks
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
 
 FORWARD_TOKENS = 8192  # of a pass through the layers; more make no GPU quicker
@@ -29,6 +30,7 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: st
     """Returns ``exp`` of the mean negative log-likelihood of a text's tokens.
 
     Each window stands alone; its first token is context only, so a window of ``n`` tokens gives ``n - 1`` predictions.
+    The processes of a run share the windows out, and all return the same.
 
     Args:
         model: A transformers causal LM, a module around one, or the layers of one, which are worked through in turn.
@@ -42,13 +44,15 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: st
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count, step = 0.0, 0, windows_per_pass(blocks, batch_size)
-    starts = range(0, len(blocks), step)
-    for start in tqdm(starts, desc=description, disable=description is None, leave=False, unit="batch"):
+    total, count, step = 0.0, 0.0, windows_per_pass(blocks, batch_size)
+    starts = list(ranks.rounds(range(0, len(blocks), step)))
+    for start, counts in tqdm(starts, desc=description, disable=description is None, leave=False, unit="batch"):
         ids = blocks[start : start + step]["input_ids"].to(device)
-        total += _negative_log_likelihood(model, ids)
-        count += ids[:, 1:].numel()
+        value = _negative_log_likelihood(model, ids)
+        if counts:
+            total, count = total + value, count + ids[:, 1:].numel()
     model.train(was_training)
+    total, count = ranks.total(total, count)
     return _exponent(total / count)
 
 
@@ -69,7 +73,8 @@ def _summed(head: Any, hidden: torch.Tensor, ids: torch.Tensor) -> float:
     for start in range(0, window - 1, size):
         wanted = ids[:, start + 1 : start + 1 + size]
         logits = head(hidden[:, start : start + size])[:, : wanted.shape[1]].float()
-        total += float(functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
+        targets = wanted.flatten().to(logits.device)
+        total += float(functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
     return total
 
 

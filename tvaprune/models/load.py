@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from tvaprune.errors import InputError, out_of_memory, quoted, reason
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import PREFIX, family_of
 from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
+from tvaprune.models.placement import check_placed
 from tvaprune.models.pruned import bare_model
 from tvaprune.models.published import located
 from tvaprune.models.shards import TYPES, Shards, files_of
@@ -34,6 +35,7 @@ from tvaprune.models.vetting import (
     stored_in,
 )
 
+Where = torch.device | Literal["auto"] | None
 ATTENTION = "sdpa"  # ours to choose: a config may name a kernel that would be fetched from the hub
 
 
@@ -112,8 +114,12 @@ def read_model(path: str | Path, config: PretrainedConfig, **options: Any) -> tu
     return model.eval(), loaded
 
 
-def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def load_model(path: str | None, dtype: str, device: torch.device, place: Where = None) -> tuple[PreTrainedModel, Any]:
     """Loads a supported checkpoint and its tokenizer.
+
+    Args:
+        device: What computes with it.
+        place: Where the weights are put, if not there; auto: over all GPUs, layer by layer.
 
     Raises:
         InputError: If there is no such checkpoint, its weights are not its config's, its tokenizer is not its own, or
@@ -123,7 +129,13 @@ def load_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
     torch_dtype = ("auto" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     named = f"--model_name_or_path {path}"
     tokenizer = load_tokenizer(config.name_or_path, config.vocab_size, named)
-    return load_whole(config.name_or_path, config, named, dtype=torch_dtype).to(device), tokenizer
+    if place == "auto":
+        if gguf_file(str(config.name_or_path), named) is not None:
+            raise InputError(f"--device_map auto: reads no GGUF file; give {path} as a Hugging Face folder")
+        model = load_whole(config.name_or_path, config, named, dtype=torch_dtype, device_map="auto")
+        check_placed(model, named)
+        return model, tokenizer
+    return load_whole(config.name_or_path, config, named, dtype=torch_dtype).to(place or device), tokenizer
 
 
 def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options: Any) -> Any:

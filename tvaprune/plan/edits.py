@@ -6,7 +6,8 @@ the attention's output projection and the MLP's down projection read them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -46,6 +47,13 @@ class Edit:
         if self.constant == 0:
             return torch.zeros_like(values)
         return values if self.constant == 1 else (values + self.offset) * self.constant - self.offset
+
+    def on(self, device: torch.device) -> "Edit":
+        """Returns the edit with its tensors where the parameter is."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
     @property
     def folds(self) -> bool:

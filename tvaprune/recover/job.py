@@ -96,6 +96,11 @@ class Job:
         return LoraSettings(flags.lora_r, flags.lora_alpha_ratio, flags.lora_dropout, self.train_lm_head)
 
     @property
+    def sharded(self) -> bool:
+        """Whether the models' layers are spread over the processes while they train."""
+        return self.run.args.source.shard
+
+    @property
     def needs_dense(self) -> bool:
         """Whether the unpruned model is wanted once the narrower one is there."""
         args = self.run.args
@@ -103,7 +108,7 @@ class Job:
         return live or args.evaluation.speed_batches > 0 or args.evaluation.compare_dense
 
     def load_pruned(self) -> PreTrainedModel:
-        """Loads the pruned checkpoint in the run's precision and on its device."""
+        """Loads the pruned checkpoint in the run's precision and on its device; one to be sharded, on the CPU."""
         folder = self.pruned_folder.resolve()  # an adapter records it, and is loaded from elsewhere
         return _on_device(self.run, load_pruned(folder, dtype=self.dtype))
 
@@ -148,5 +153,6 @@ def _identity(job: Job) -> Identity:
 
 def _on_device(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     module: torch.nn.Module = model
-    module.to(run.args.training.device)
+    if not run.args.source.shard:
+        module.to(run.args.training.device)
     return model

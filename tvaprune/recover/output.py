@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import write_checkpoint
+from tvaprune.cut.narrow import as_stored
 from tvaprune.files import discard, new_folder
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import Student, load_adapter, merge, save_adapter
@@ -17,24 +17,28 @@ from tvaprune.recover.lora import Student, load_adapter, merge, save_adapter
 COMPARED_WINDOWS = 4  # on which the adapter and the merged model are compared
 
 
-def write_adapter(job: Job, student: Student, record: dict[str, Any]) -> PreTrainedModel:
-    """Writes the adapter and merges it, in place; where all weights were trained there is none to write.
+def write_adapter(job: Job, student: Student, record: dict[str, Any]) -> None:
+    """Writes the adapter; where all weights were trained there is none to write.
 
     Args:
         record: The content of the results so far, for the card.
     """
     if not isinstance(student, PeftModel):
-        return student
+        return
     with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
         save_adapter(student, folder, job.identity)
         card = adapter_card(job.plan, record, "adapter", str(job.pruned_folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
-    merged: PreTrainedModel = merge(student)
-    return merged
 
 
-def write_merged(job: Job, merged: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Writes the merged model as an ordinary checkpoint."""
+def write_merged(job: Job, merged: Any, record: dict[str, Any]) -> None:
+    """Writes the merged model as an ordinary checkpoint.
+
+    Args:
+        merged: The model; None: the adapter on disk is merged into the pruned checkpoint, whole.
+    """
+    if merged is None:
+        merged = as_stored(merge(load_adapter(job.load_pruned(), job.output / "adapter", job.identity)), job.stored)
     config = copy.deepcopy(merged.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
     with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
@@ -46,7 +50,7 @@ def write_merged(job: Job, merged: PreTrainedModel, record: dict[str, Any]) -> N
 
 def read_again(job: Job) -> float | None:
     """Returns the largest difference in logits of adapter and merged model as they stand on disk."""
-    if job.lora is None:
+    if job.lora is None or job.sharded:  # of a sharded model there is no room for two
         return None
     tuned = load_adapter(job.load_pruned(), job.output / "adapter", job.identity)
     return _difference(tuned, job.load_merged(), job.windows)

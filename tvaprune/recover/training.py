@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -45,13 +46,14 @@ class Tuning:
     adapter_merged_difference: float | None = None
 
 
-def write_teacher_cache(job: Job) -> None:
-    """Writes the teacher's predictions if ``--teacher_cache`` asks for them and they are not there."""
+def write_teacher_cache(job: Job) -> Path | None:
+    """Writes the teacher's predictions if they are not there; returns their folder if ``--teacher_cache`` asks so."""
     args = job.run.args
-    if args.finetune.teacher_cache is not None and args.distill.distill:
-        k, temperature = args.finetune.teacher_top_k, args.distill.distill_temp
-        folder, batch_size = args.finetune.teacher_cache, args.training.per_device_eval_batch_size
-        job.teacher_cache = cache_teacher(folder, job.run.model, job.train_blocks, k, temperature, batch_size)
+    if args.finetune.teacher_cache is None or not args.distill.distill:
+        return None
+    k, temperature = args.finetune.teacher_top_k, args.distill.distill_temp
+    folder, batch_size = args.finetune.teacher_cache, args.training.per_device_eval_batch_size
+    return cache_teacher(folder, job.run.model, job.train_blocks, k, temperature, batch_size)
 
 
 def prepare_student(job: Job, pruned: PreTrainedModel) -> Student:

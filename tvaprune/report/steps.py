@@ -6,6 +6,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
@@ -24,6 +25,10 @@ from tvaprune.run import Run
 
 def write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
     """Writes the decision down, before anything is cut: the plan as JSON, its rotation, its widths as a picture."""
+    ranks.on_main(_write_plan, run, plan, folder)
+
+
+def _write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if run.rotation is not None:
         run.rotation.save(folder)
@@ -48,7 +53,7 @@ def measure(
     results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
     if evaluation.speed_batches and not isinstance(pruned, Streamed):
         timed = windows_per_pass(windows, batch_size)
-        results.speed_up = speed_up(run.model, pruned, windows, timed, evaluation.speed_batches)
+        results.speed_up = ranks.on_main(speed_up, run.model, pruned, windows, timed, evaluation.speed_batches)
 
 
 def write_recipe(args: Arguments) -> None:
@@ -58,6 +63,10 @@ def write_recipe(args: Arguments) -> None:
 
 def tell(args: Arguments, results: Results) -> None:
     """Writes the results of one measurement and prints the closing table."""
+    ranks.on_main(_tell, args, results)
+
+
+def _tell(args: Arguments, results: Results) -> None:
     results.write(args.save_loc)
     write_recipe(args)
     written = " ".join(sorted(path.name for path in args.save_loc.glob("[!.]*") if path.is_file()))
@@ -70,6 +79,10 @@ def zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedMode
     if tasks is None:
         return
     wanted = {name: model for name, model in models.items() if name != DENSE or run.args.evaluation.compare_dense}
+    ranks.on_main(_zero_shot, run, tasks, wanted, results)
+
+
+def _zero_shot(run: Run, tasks: ZeroShot, wanted: dict[str, PreTrainedModel], results: Results) -> None:
     made = run.record()
     scored_by = ScoringRun(made["seed"], made["hardware"], made["versions"], made["command"])
     record = ZeroShotRecord(results, run.args.save_loc, run.args.evaluation.write_out, scored_by)

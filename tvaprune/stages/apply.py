@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
@@ -31,10 +32,7 @@ def run_apply(args: Arguments) -> Results:
     units, evaluation, training = given_units(args), args.evaluation, args.training
     measures = training.do_eval or evaluation.do_zero_eval
     tasks = zero_shot_tasks(args)
-    check_save(args)
-    if measures:
-        check_results(args, evaluation.do_zero_eval)
-        prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    ranks.on_main(_prepare, args, measures)
     with _scratch(args) as scratch:
         return _apply(args, units, tasks, scratch)
 
@@ -69,7 +67,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     run = Run.load(args, scratch)
     plan = None if units is None else run.plan(units)
     results = Results.begin(run, plan, args.prune.mask_loc)
-    earlier = _joined(args, results) if measures else None
+    earlier = ranks.on_main(_joined, args, results) if measures else None
     if plan is None:
         results = earlier or results
         zero_shot(run, tasks, {"model": run.model}, results)
@@ -93,13 +91,21 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         tell(args, results)
     if args.prune.save_pruned is not None:
         folder, overwrite = args.prune.save_pruned, training.overwrite_output_dir
-        save_pruned(pruned, plan, run.tokenizer, folder, overwrite, results.content())
+        ranks.on_main(save_pruned, pruned, plan, run.tokenizer, folder, overwrite, results.content())
         print(f"checkpoint: {folder}")
     if windows is None and earlier is not None:  # what was measured stays, and is scored now
         results = earlier
     if not isinstance(pruned, Streamed):
         zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
     return results
+
+
+def _prepare(args: Arguments, measures: bool) -> None:
+    """Refuses folders that are in use, and makes the one of the results."""
+    check_save(args)
+    if measures:
+        check_results(args, args.evaluation.do_zero_eval)
+        prepare_folder("save_loc", args.save_loc, may_hold_files=True)
 
 
 def _joined(args: Arguments, results: Results) -> Results | None:

@@ -8,18 +8,23 @@ and stays zero).
 import gc
 import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError
 from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.perplexity import perplexity
+from tvaprune.models.sharding import shard
 from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job
-from tvaprune.recover.lora import Student
+from tvaprune.recover.lora import Student, merge
 from tvaprune.recover.output import read_again, write_adapter, write_merged
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
@@ -39,8 +44,7 @@ def run_finetune(args: Arguments) -> Results:
         raise InputError("finetune needs --mask_loc or --plan: it begins with the model that they leave")
     if args.finetune.epoch_f is not None:
         args.training.num_train_epochs = args.finetune.epoch_f
-    checkpoint = found_checkpoint(args)
-    prepare_folders(args, checkpoint)
+    checkpoint = ranks.on_main(_prepared, args)
     job = Job.load(args, units, checkpoint)
     write_plan(job.run, job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)
@@ -52,23 +56,30 @@ def run_finetune(args: Arguments) -> Results:
         del job.run.model
     gc.collect()  # what trained them refers to itself
     assert results.finetune is not None
-    results.finetune.adapter_merged_difference = read_again(job)
-    results.write(args.save_loc)
-    write_recipe(args)
-    print("\n" + tables.table(_rows(job, results)))
+    results.finetune.adapter_merged_difference = ranks.on_main(read_again, job)
+    ranks.on_main(_tell, job, results)
     if tasks is not None:
         dense = {DENSE: job.run.model} if compares else {}
         zero_shot(job.run, tasks, {**dense, PRUNED: job.load_pruned(), FINETUNED: job.load_merged()}, results)
     return results
 
 
+def _prepared(args: Arguments) -> Path | None:
+    """Refuses folders that are in use, makes the others, and returns the checkpoint to go on from, if any."""
+    checkpoint = found_checkpoint(args)
+    prepare_folders(args, checkpoint)
+    return checkpoint
+
+
 def _pruned(job: Job, results: Results) -> PreTrainedModel:
     """Measures the dense model, writes the pruned checkpoint, and returns that as loaded, measured too."""
     dense = job.run.dense_perplexity(job.windows)
-    write_teacher_cache(job)
+    job.teacher_cache = ranks.on_main(write_teacher_cache, job)
     results.note_update(_written_pruned(job, results))
     pruned = job.load_pruned()
     job.began_with(pruned)
+    if job.sharded:
+        pruned = shard(pruned, job.run.args.training.device)
     if not job.needs_dense:
         job.run.model = pruned  # the dense one leaves the memory
     measure(job.run, job.plan, pruned, job.windows, dense, results)
@@ -77,34 +88,60 @@ def _pruned(job: Job, results: Results) -> PreTrainedModel:
 
 def _written_pruned(job: Job, results: Results) -> Mapping[str, object]:
     """Writes the pruned checkpoint, unless the run goes on with it; returns what the weight update did."""
-    path = job.pruned_folder / UPDATE_NAME
-    if job.checkpoint is not None and (job.pruned_folder / "config.json").is_file():
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    model, update = narrow(job.run, job.plan, keep_dense=job.needs_dense)
+    update = ranks.on_main(_written_before, job)
+    if update is not None:
+        return update
+    return ranks.on_main(_cut, job, results) if job.sharded else _cut(job, results)
+
+
+def _cut(job: Job, results: Results) -> dict[str, Any]:
+    """Cuts the dense model, writes what is left and returns what the weight update did."""
+    model, update = narrow(job.run.whole(), job.plan, keep_dense=job.needs_dense and not job.sharded)
     overwrite = job.run.args.training.overwrite_output_dir or job.run.args.prune.save_pruned is None
     beside = {UPDATE_NAME: update} if update else {}
-    save_pruned(model, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, results.content() | update, beside)
+    record = results.content() | update
+    ranks.on_main(save_pruned, model, job.plan, job.run.tokenizer, job.pruned_folder, overwrite, record, beside)
     return update
+
+
+def _written_before(job: Job) -> dict[str, Any] | None:
+    """Returns what the weight update of the run that is gone on with did; None: its pruned checkpoint is not there."""
+    path = job.pruned_folder / UPDATE_NAME
+    if job.checkpoint is None or not (job.pruned_folder / "config.json").is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
     """Trains, and returns the trained model, its log drawn and written."""
     student, folder = prepare_student(job, pruned), job.run.args.save_loc
-    results.training_speed_up = training_speed(job, student)
+    results.training_speed_up = ranks.on_main(training_speed, job, student)
     results.finetune, history = train(job, student)
     assert results.perplexity is not None
-    plots.plot_finetuning(history, folder / "finetune.png", results.perplexity.dense, results.perplexity.pruned)
-    write_json({"log": history}, folder / "finetune_log.json")
+    before = results.perplexity.dense, results.perplexity.pruned
+    ranks.on_main(plots.plot_finetuning, history, folder / "finetune.png", *before)
+    ranks.on_main(write_json, {"log": history}, folder / "finetune_log.json")
     return student
 
 
 def _written(job: Job, student: Student, results: Results) -> None:
     """Writes the adapter, merges it (in place), measures the merged model and writes that."""
-    merged = as_stored(write_adapter(job, student, results.content()), job.stored)
+    ranks.on_main(write_adapter, job, student, results.content())
+    merged: Student = student
+    if not job.sharded:
+        merged = as_stored(merge(student) if isinstance(student, PeftModel) else student, job.stored)
     batch_size = job.run.args.training.per_device_eval_batch_size
     assert results.perplexity is not None
     results.perplexity.finetuned = perplexity(merged, job.windows, batch_size, "fine-tuned perplexity")
-    write_merged(job, merged, results.content())
+    ranks.on_main(write_merged, job, None if job.sharded else merged, results.content())
+
+
+def _tell(job: Job, results: Results) -> None:
+    """Writes the results and prints the closing table."""
+    results.write(job.run.args.save_loc)
+    write_recipe(job.run.args)
+    print("\n" + tables.table(_rows(job, results)))
 
 
 def _rows(job: Job, results: Results) -> list[tuple[str, str]]:

@@ -1,12 +1,17 @@
 """Flags -> mask for every target -> keep plan -> narrower model -> results and folder. Page one for a reader."""
 
+import gc
 from dataclasses import replace
 
+from datasets import Dataset
+
+from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
-from tvaprune.choose.choose import choose_masks, gate_checkpoint, in_basis
+from tvaprune.choose.choose import Chosen, choose_masks, gate_checkpoint, in_basis
 from tvaprune.cut.narrow import narrow
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
@@ -23,13 +28,7 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     Returns:
         The results of every target sparsity.
     """
-    tasks, checkpoint = zero_shot_tasks(args), gate_checkpoint(args)
-    targets, found = args.each_target(), {}
-    for one in targets.values():
-        check_save(one)
-    check_results(args, checkpoint is not None)
-    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or goes_on(args))
-    prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    tasks, checkpoint = zero_shot_tasks(args), ranks.on_main(_prepared, args)
     check_training(args)
     run = Run.load(args)
     windows = run.windows()
@@ -37,7 +36,22 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     run = in_basis(run, checkpoint)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:
-        plots.write_training(chosen.history, args.save_loc)
+        ranks.on_main(plots.write_training, chosen.history, args.save_loc)
+    if not args.source.shard:
+        return _measured(run, tasks, chosen, windows, dense)
+    del run.model  # its shares go: one process cuts and measures the narrower models
+    gc.collect()
+    return ranks.on_main(_measured, run, tasks, chosen, windows, dense)
+
+
+def _measured(run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset, dense: float) -> dict[float, Results]:
+    """Cuts the masks of all targets and measures what is left.
+
+    Args:
+        dense: The unpruned model's perplexity on the same windows.
+    """
+    run, args = run.whole(), run.args
+    targets, found = args.each_target(), {}
     for target, one in targets.items():
         part = replace(run, args=one)
         plan = part.plan(load_masks(chosen.masks[target]))
@@ -50,7 +64,8 @@ def run_prune(args: Arguments) -> dict[float, Results]:
         tell(one, results)
         if one.prune.save_pruned is not None:
             overwrite = args.training.overwrite_output_dir
-            save_pruned(pruned, plan, run.tokenizer, one.prune.save_pruned, overwrite, results.content())
+            place = one.prune.save_pruned
+            ranks.on_main(save_pruned, pruned, plan, run.tokenizer, place, overwrite, results.content())
             print(f"checkpoint: {one.prune.save_pruned}")
         zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results)
         if abs(plan.sparsity - target) > TOLERANCE:
@@ -59,3 +74,14 @@ def run_prune(args: Arguments) -> dict[float, Results]:
                 f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
             )
     return found
+
+
+def _prepared(args: Arguments) -> str | None:
+    """Refuses folders that are in use, makes the others, and returns the checkpoint to go on from, if any."""
+    checkpoint = gate_checkpoint(args)
+    for one in args.each_target().values():
+        check_save(one)
+    check_results(args, checkpoint is not None)
+    prepare_folder("output_dir", args.output_dir, args.training.overwrite_output_dir or goes_on(args))
+    prepare_folder("save_loc", args.save_loc, may_hold_files=True)
+    return checkpoint

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.errors import InputError
 from tvaprune.models.families import family_of
 from tvaprune.models.layout import Block, layout_of
@@ -44,9 +45,12 @@ class Calibration:
         return shape_of(self.model.config)
 
     def batches(self, description: str | None) -> Iterator[torch.Tensor]:
-        """Yields token ids of shape ``(batch, length)`` on the model's device; ``None`` shows no progress bar."""
+        """Yields token ids of shape ``(batch, length)`` on the model's device; ``None`` shows no progress bar.
+
+        Of several processes each gets its share: what is summed over them is to be added up.
+        """
         device = next(self.model.parameters()).device
-        starts = range(0, len(self.blocks), self.batch_size)
+        starts = ranks.share(range(0, len(self.blocks), self.batch_size))
         for start in tqdm(starts, desc=description, disable=description is None, leave=False, unit="batch"):
             yield self.blocks[start : start + self.batch_size]["input_ids"].to(device)
 
@@ -126,4 +130,7 @@ def read_inputs(calibration: Calibration, linears: Sequence[Any], description: s
     finally:
         for handle in handles:
             handle.remove()
+    for entry in sums:
+        ranks.add_up(entry.total, entry.squares)
+        entry.count = int(ranks.total(entry.count)[0])
     return sums

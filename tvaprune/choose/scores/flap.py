@@ -55,7 +55,8 @@ def compensate_bias(model: PreTrainedModel, plan: KeepPlan, blocks: Dataset, bat
     if writers:
         sums = read_inputs(calibration, [model.get_submodule(path) for path in writers], "FLAP's bias")
         for path, entry in zip(writers, sums, strict=True):
-            lost, edit, linear = entry.mean, edits[f"{path}.weight"], entry.linear
+            lost, linear = entry.mean, entry.linear
+            edit = edits[f"{path}.weight"].on(lost.device)
             if edit.columns is not None and edit.constant:  # a stand-in for what is lost passes nothing on
                 lost = lost.index_fill(0, edit.columns, 0.0)
             linear.bias.copy_(linear.bias.double() + linear.weight.double() @ lost)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from tvaprune import ranks
 from tvaprune.choose.scores.calibration import Calibration, both_blocks
 from tvaprune.choose.scores.ranking import layerwise, per_unit
 from tvaprune.models.layout import Block
@@ -70,6 +71,8 @@ def group_importance(calibration: Calibration) -> tuple[list[torch.Tensor], list
         for ids in calibration.batches("Taylor"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             (loss * len(ids) / len(calibration.blocks)).backward()
+        for path in sorted(paths):
+            ranks.add_up(_gradient(model, path))
         width = {"query": shape.group_size * shape.head_dim, "key": shape.head_dim, "value": shape.head_dim}
         attn = [_group(model, attention, width) for attention, _ in layers]
         inter = [_group(model, mlp, dict.fromkeys(mlp.readers, 1)) for _, mlp in layers]
@@ -108,5 +111,11 @@ def _trainable(model: PreTrainedModel, weights: list[torch.nn.Parameter]) -> Ite
 
 def _salience(model: PreTrainedModel, path: str) -> torch.Tensor:
     weight = model.get_parameter(f"{path}.weight")
-    assert weight.grad is not None
-    return (weight.detach().float() * weight.grad.float()).abs()
+    return (weight.detach().float() * _gradient(model, path).float()).abs()
+
+
+def _gradient(model: PreTrainedModel, path: str) -> torch.Tensor:
+    weight = model.get_parameter(f"{path}.weight")
+    if weight.grad is None:  # a process that no block fell to
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad

@@ -1,0 +1,69 @@
+"""A model that is spread over devices is measured, cut, folded and refitted as one that is not."""
+
+import pytest
+import torch
+from support import tiny
+
+from tvaprune.errors import InputError
+from tvaprune.models import load
+from tvaprune.models.placement import check_placed, place_of, put
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.masks import save_masks
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb",
+         "lm_head")  # fmt: skip
+MAP = dict.fromkeys(PARTS, torch.device("cpu"))
+RUN = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--refit_samples", 8, "--dim_multiple", 4,
+       "--use_cpu", "--do_eval", "--per_device_eval_batch_size", 4)  # fmt: skip
+
+
+def hooked(model):
+    return [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+
+
+def test_a_model_is_put_over_devices_and_back(make_model, input_ids):
+    model = make_model()
+    expected = model(input_ids=input_ids).logits
+    put(model, MAP)
+    assert place_of(model) == MAP and set(PARTS) <= set(hooked(model))
+    torch.testing.assert_close(model(input_ids=input_ids).logits, expected, rtol=0, atol=0)
+    put(model, torch.device("cpu"))
+    assert place_of(model) == torch.device("cpu") and hooked(model) == []
+
+
+def test_what_the_gpus_have_no_room_for_is_refused(make_model, monkeypatch):
+    model = make_model()
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": "disk", "lm_head": "cpu"}
+    check_placed(model, "--model_name_or_path DIR")  # control: a machine without a GPU has nothing else
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="DIR: does not fit the GPUs, cpu and disk would have to hold a part of it"):
+        check_placed(model, "--model_name_or_path DIR")
+
+
+@pytest.mark.parametrize("update", ["fold", "refit"])
+def test_a_model_over_devices_is_measured_and_cut_as_one_that_is_not(
+    update, make_model, make_masks, command, tmp_path, monkeypatch
+):
+    model = make_model()
+    checkpoint = tiny.save_checkpoint(model, tmp_path / "model")
+    save_masks(make_masks(shape_of(model.config)), tmp_path / "mask_info_1.0.pkl")
+    flags = ("--model_name_or_path", checkpoint, "--mask_loc", tmp_path / "mask_info_1.0.pkl", *RUN, "--dataset_name",
+             tiny.write_text(tmp_path / "text.txt"), "--weight_update", update)  # fmt: skip
+    asked, whole = [], load.load_whole
+
+    def spread(path, config, named, device_map=None, **options):
+        found = whole(path, config, named, **options)
+        asked.append(device_map)
+        if device_map is not None:  # what accelerate makes of it where there are GPUs
+            put(found, MAP)
+        return found
+
+    monkeypatch.setattr(load, "load_whole", spread)
+    found = []
+    for name, more in (("one", ("--speed_batches", 0)), ("several", ("--device_map", "auto"))):
+        code, _, error = command(*flags, *more, "--save_loc", tmp_path / name, "--output_dir", tmp_path / name)
+        assert code == 0, error
+        found.append(tiny.read_json(tmp_path / name / "results.json"))
+    assert asked == [None, "auto"]
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+    assert abs(found[0]["perplexity"]["pruned"] - found[0]["perplexity"]["dense"]) > 1  # control: it was cut
