@@ -37,7 +37,7 @@ from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, c
 from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 
 LORA = LoraSettings(r=3, alpha_ratio=4.0, dropout=0.0, train_lm_head=True)
-IDENTITY = {"flags": {"lora_r": 3}, "contents": {"mask_loc": {"name": "m.pkl", "digest": "def"}}}
+IDENTITY = {"flags": {"lora_r": 3}, "contents": {"mask_loc": {"name": "m.pkl", "digest": "def"}}, "settings": {}}
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks

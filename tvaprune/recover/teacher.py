@@ -187,4 +187,5 @@ def _identity(model: Any, blocks: Dataset, k: int, temperature: float) -> Identi
     return {
         "flags": {"teacher_top_k": k, "distill_temp": temperature, "dtype": str(model.dtype)},
         "contents": {"model": model_digest(model), "blocks": blocks_digest(blocks)},
+        "settings": {},
     }
