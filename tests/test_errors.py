@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tvaprune.cli import run_command
-from tvaprune.errors import InputError, out_of_memory, quoted, reason
+from tvaprune.errors import (
+    EVALUATING,
+    REFITTING,
+    TRAINING,
+    InputError,
+    out_of_memory,
+    quoted,
+    reason,
+    running_out_in,
+)
 from tvaprune.files import as_json, write_json
 
 CUDA = (
@@ -38,6 +47,29 @@ def test_memory_that_ran_out_is_one_line_with_what_would_fit(error, told, monkey
     code, line = ends(error, monkeypatch, capsys)
     assert code == 2 and line.startswith("tva_prune.py: the ") and told in line
     assert line.count("\n") == 1 and "--per_device_eval_batch_size" in line and "--ctx_length" in line
+
+
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [
+        (EVALUATING, "in an evaluation (20.00 GiB asked for, 3.00 GiB free): 1/7 of the --per_device_eval_batch_size"),
+        (
+            TRAINING,
+            "in training (20.00 GiB asked for, 3.00 GiB free): a smaller --memory, or 1/7 of the --per_device_train",
+        ),
+        (REFITTING, "in the refit (20.00 GiB asked for, 3.00 GiB free): --refit_offload True"),
+    ],
+)
+def test_a_phase_that_runs_out_names_its_own_flag(phase, told, monkeypatch, capsys):
+    error = torch.OutOfMemoryError(CUDA)
+    with pytest.raises(torch.OutOfMemoryError), running_out_in(TRAINING), running_out_in(phase):
+        raise error
+    code, line = ends(error, monkeypatch, capsys)
+    assert code == 2 and told in line and line.count("\n") == 1
+    other = RuntimeError("size mismatch")
+    with pytest.raises(RuntimeError), running_out_in(phase):
+        raise other
+    assert not hasattr(other, "while_doing")
 
 
 def test_what_is_a_fault_of_ours_stays_a_traceback(monkeypatch, capsys):

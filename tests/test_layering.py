@@ -21,6 +21,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["checkpoints"],
     ["text"],
     ["measure"],
+    ["budget"],
     ["plan"],
     ["run"],
     ["choose"],

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvaprune.losses import cross_entropy, distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.losses import (
+    Predictions,
+    cross_entropy,
+    distillation_loss,
+    hidden_loss,
+    largest_difference,
+    top_k,
+    top_k_distillation_loss,
+)
 
 # Vocabulary of two, three positions; the last one predicts nothing.
 TEACHER = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0], [5.0, -5.0]]])
@@ -173,3 +181,58 @@ def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
     assert largest_in_float32(student, teacher) == 16 * 10
     monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 128)  # control
     assert largest_in_float32(student, teacher) == 128 * 10
+
+
+def heads(batch=2, length=9, width=6, vocabulary=11):
+    """States and heads of a student and a teacher, and labels; two of these do not count."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(batch, length, width, generator=generator) for _ in range(2)]
+    weights = [torch.randn(vocabulary, width, generator=generator) for _ in range(2)]
+    labels = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    labels[0, 3:5] = -100
+    return states, weights, labels
+
+
+def observed(whole, states, weights, labels):
+    """All losses, and their gradients to the student's states and to its head."""
+    (own, other), (head, other_head) = states, weights
+    own, head = own.clone().requires_grad_(), head.clone().requires_grad_()
+    sides = Predictions(own, lambda x: x @ head.T), Predictions(other, lambda x: x @ other_head.T)
+    student, teacher = (side.head(side.states) for side in sides) if whole else sides
+    losses = losses_of(student, teacher, labels)
+    return losses, [torch.autograd.grad(loss, (own, head), retain_graph=True) for loss in losses]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 16, 18])
+def test_losses_from_states_are_those_of_all_logits_and_so_are_the_gradients(chunk, monkeypatch):
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", chunk)
+    found, expected = (observed(whole, *heads()) for whole in (False, True))
+    tight = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **tight)
+    (own, other), (head, other_head), labels = heads()
+    shifted = observed(True, [own, other], [head, other_head.roll(1, 0)], labels)
+    with pytest.raises(AssertionError):  # control: another teacher's
+        torch.testing.assert_close(found, shifted, **tight)
+
+
+def test_the_head_never_sees_more_than_a_chunk(monkeypatch):
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 6)
+    (own, other), (head, other_head), labels = heads()
+    asked = []
+
+    def counted(states):
+        asked.append(states.shape[0] * states.shape[1])
+        return states @ head.T
+
+    student = Predictions(own.requires_grad_(), counted)
+    torch.stack(losses_of(student, other @ other_head.T, labels)).sum().backward()
+    assert max(asked) <= 6 + 2  # the last chunk has the position that predicts nothing
+    assert sum(asked) > 3 * 2 * 16  # three losses, forward and again in the backward pass
+
+
+def test_the_largest_difference_of_two_models_by_hand(monkeypatch):
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 2)
+    first, second = torch.zeros(1, 5, 3), torch.zeros(1, 5, 3)
+    second[0, 1, 2], second[0, 4, 0] = 0.5, -2.0
+    assert largest_difference(first, second).item() == 2.0
+    assert largest_difference(first, first).item() == 0.0

@@ -56,11 +56,10 @@ def test_the_split_that_is_asked_for_is_reported_the_same_windows_whatever_the_s
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("offload", "moves"), [(True, [CPU]), (False, [CPU, "the device"])])
+@pytest.mark.parametrize(("offload", "moves"), [(True, [CPU]), (False, ["the device"])])
 def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_model, full_plan, monkeypatch):
-    model, seen = make_model(), []
+    model, seen, cut_to = make_model(), [], []
     plan = full_plan(model)
-    monkeypatch.setattr(type(model), "device", "the device")
 
     def move(module, device):
         if module is model:
@@ -70,18 +69,18 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
     class Stopped(Exception):
         pass
 
-    def stop(*args):
+    def stop(*args, is_used_up):
         raise Stopped
 
     monkeypatch.setattr("torch.nn.Module.to", move)
-    monkeypatch.setattr(narrowing, "apply_plan", lambda copied, plan: copied)
+    monkeypatch.setattr(narrowing, "apply_plan", lambda copied, plan, device: cut_to.append(device) or copied)
     monkeypatch.setattr(narrowing, "fold", lambda copied, plan: copied)
     monkeypatch.setattr(narrowing, "refit", stop)
     flags = SimpleNamespace(
         prune=SimpleNamespace(weight_update="refit", refit_offload=offload),
-        training=SimpleNamespace(per_device_eval_batch_size=1),
+        training=SimpleNamespace(per_device_eval_batch_size=1, device="the device"),
     )
     run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=list, choice_blocks=list)
     with pytest.raises(Stopped):
         narrowing.narrow(run, plan, keep_dense=False)
-    assert seen == moves
+    assert seen == moves and cut_to == ["the device"]

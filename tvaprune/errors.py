@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LONGEST = 200  # characters of a library's message within ours
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]i?B|bytes)")
@@ -40,8 +42,30 @@ def out_of_memory(error: BaseException) -> str | None:
         told = f" ({asked[1]} {asked[2]} asked for, {free[1]} {free[2]} free)"
         want, have = (float(match[1]) * _BYTES[match[2]] for match in (asked, free))
         part = f"1/{math.ceil(want / have)} of the" if 0 < have < want else "half the"
-    return (
-        f"the {'GPU' if on_gpu else 'machine'} is out of memory{told}: {part} batch (--per_device_eval_batch_size, "
-        "--per_device_train_batch_size) or window (--ctx_length, --block_size) would fit; else --dtype bfloat16, or "
-        "--refit_offload True while weights are refitted"
-    )
+    doing, helps = getattr(error, "while_doing", ("", _HELPS))
+    return f"the {'GPU' if on_gpu else 'machine'} is out of memory{doing}{told}: {helps.format(part=part)}"
+
+
+_HELPS = (
+    "{part} batch (--per_device_eval_batch_size, --per_device_train_batch_size) or window (--ctx_length, --block_size) "
+    "would fit; else --dtype bfloat16, or a smaller --memory"
+)
+# What is done when memory may run out, and the flag that makes it need less.
+EVALUATING = (" in an evaluation", "{part} --per_device_eval_batch_size or --ctx_length would fit")
+TRAINING = (
+    " in training",
+    "a smaller --memory, or {part} --per_device_train_batch_size or --block_size would fit; the last checkpoint is in "
+    "--output_dir",
+)
+REFITTING = (" in the refit", "--refit_offload True needs less, and --weight_update fold next to nothing")
+
+
+@contextmanager
+def running_out_in(phase: tuple[str, str]) -> Iterator[None]:
+    """Has `out_of_memory` tell of a phase, and of what helps in it, where memory runs out within."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error) is not None and not hasattr(error, "while_doing"):
+            error.while_doing = phase  # type: ignore[attr-defined]
+        raise

@@ -1,16 +1,45 @@
-"""The losses over logits: pure, and in chunks of positions, so that no float32 copy of all logits is ever there."""
+"""The losses over logits, in chunks of positions: the head runs on a chunk, and all logits are never there at once.
 
-from collections.abc import Callable, Iterator
+The logits of 8 blocks of 512 tokens over 128,256 tokens are 2 GiB in float32, and a loss with its gradient holds some
+six times that of student and teacher.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 2048  # whose logits are in float32 at a time
+CHUNK_TOKENS = 1024  # whose logits are there at a time
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _same(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits that are yet to be computed.
+
+    Attributes:
+        states: What the head reads, shape ``(batch, length, width)``.
+        head: From states to logits, position by position; the default: the states are the logits.
+    """
+
+    states: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor] = _same
+
+    def logits(self, start: int, stop: int) -> torch.Tensor:
+        """Returns the logits of some positions, shape ``(batch, stop - start, vocabulary)``."""
+        return self.head(self.states[:, start:stop])
+
+
+Logits = torch.Tensor | Predictions  # shape (batch, length, vocabulary)
+
+
+def cross_entropy(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
     """Returns the mean negative log-likelihood of the counted labels; the logits at ``i`` predict label ``i + 1``.
 
     Args:
@@ -18,13 +47,13 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: Shape ``(batch, length)``; those equal to `IGNORE_INDEX` do not count.
     """
     wanted = labels[:, 1:]
-    total = torch.stack(_in_chunks(_summed, logits[:, :-1], wanted)).sum()
+    total = torch.stack(_in_chunks(_summed, (logits,), wanted)).sum()
     return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def distillation_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     temperature: float = 1.0,
     labels: torch.Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -44,11 +73,12 @@ def distillation_loss(
         own, other = (functional.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
         return functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)
 
-    per_token = torch.cat(_in_chunks(divergence, student_logits[:, :-1], teacher_logits[:, :-1]), dim=1)
+    per_token = torch.cat(_in_chunks(divergence, (student_logits, teacher_logits)), dim=1)
     return temperature**2 * _mean(per_token, labels, ignore_index)
 
 
-def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def top_k(logits: Logits, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what `top_k_distillation_loss` needs of a teacher: its likeliest tokens and their log-probabilities.
 
     Args:
@@ -58,13 +88,30 @@ def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch
     Returns:
         Token ids (int32) and log-probabilities at the temperature (float32), shape ``(batch, length, k)`` each.
     """
-    log_probs = functional.log_softmax(logits.float() / temperature, dim=-1)
-    values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
-    return tokens.int(), values
+
+    def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = functional.log_softmax(logits.float() / temperature, dim=-1)
+        values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+        return tokens.int(), values
+
+    side = _lazy(logits)
+    parts = [likeliest(side.logits(*span)) for span in spans(side, side.states.shape[1])]
+    tokens, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return tokens, log_probs
+
+
+def largest_difference(first: Logits, second: Logits) -> torch.Tensor:
+    """Returns the largest difference between two models' logits, over all positions."""
+    own, other = _lazy(first), _lazy(second)
+    parts = [
+        (own.logits(*span).float() - other.logits(*span).float()).abs().max()
+        for span in spans(own, own.states.shape[1])
+    ]
+    return torch.stack(parts).max()
 
 
 def top_k_distillation_loss(
-    student_logits: torch.Tensor,
+    student_logits: Logits,
     tokens: torch.Tensor,
     log_probs: torch.Tensor,
     temperature: float = 1.0,
@@ -91,7 +138,7 @@ def top_k_distillation_loss(
             per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
         return per_token
 
-    parts = _in_chunks(divergence, student_logits[:, :-1], tokens[:, :-1], log_probs[:, :-1])
+    parts = _in_chunks(divergence, (student_logits,), tokens[:, :-1], log_probs[:, :-1])
     return temperature**2 * _mean(torch.cat(parts, dim=1), labels, ignore_index)
 
 
@@ -123,17 +170,39 @@ def _summed(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _in_chunks(function: Callable[..., torch.Tensor], *values: torch.Tensor) -> list[torch.Tensor]:
-    """Calls a function of tensors of shape ``(batch, length, ...)`` on a chunk of positions at a time.
+def spans(side: Predictions, length: int) -> list[tuple[int, int]]:
+    """Returns the first ``length`` positions in chunks of `CHUNK_TOKENS` tokens: first, past the last."""
+    size = max(1, CHUNK_TOKENS // side.states.shape[0])
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
-    What it computes of a chunk is not kept for the backward pass but computed again. One chunk is a plain call.
+
+def _lazy(logits: Logits) -> Predictions:
+    return logits if isinstance(logits, Predictions) else Predictions(logits)
+
+
+def _in_chunks(
+    function: Callable[..., torch.Tensor], logits: Sequence[Logits], *values: torch.Tensor
+) -> list[torch.Tensor]:
+    """Calls ``function(*logits, *values)`` on a chunk of the positions that predict at a time: all but the last.
+
+    What it computes of a chunk, its logits among it, is not kept for the backward pass but computed again. One chunk is
+    a plain call.
+
+    Args:
+        values: Of these positions, shape ``(batch, length - 1, ...)``.
     """
-    batch, length = values[0].shape[:2]
-    size = max(1, CHUNK_TOKENS // batch)
-    if length <= size:
-        return [function(*values)]
-    parts: Iterator[tuple[torch.Tensor, ...]] = zip(*(value.split(size, dim=1) for value in values), strict=True)
-    return [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    sides = [_lazy(one) for one in logits]
+    count = sides[0].states.shape[1] - 1
+    chunks = spans(sides[0], count)
+
+    def part(start: int, stop: int) -> torch.Tensor:
+        last = stop + (stop == count)  # the head runs on whole windows where they are one chunk
+        own = [side.logits(start, last)[:, : stop - start] for side in sides]
+        return function(*own, *(value[:, start:stop] for value in values))
+
+    if len(chunks) == 1:
+        return [part(*chunks[0])]
+    return [checkpoint(part, *span, use_reentrant=False, preserve_rng_state=False) for span in chunks]
 
 
 def _rest(log_probs: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tvaprune import ranks
+from tvaprune.budget import Sizes, blocks_that_fit, both_fit, fit_cut, fit_gates
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
-from tvaprune.errors import InputError, quoted, reason
+from tvaprune.errors import EVALUATING, InputError, quoted, reason, running_out_in
 from tvaprune.files import check_apart, check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
@@ -26,8 +27,9 @@ from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.layers import Streamed
-from tvaprune.models.load import Where, load_config, load_model, open_model
+from tvaprune.models.load import Where, load_config, load_model, open_model, precision
 from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.placement import place_of, put
 from tvaprune.models.published import located
 from tvaprune.models.rotate import rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
@@ -50,6 +52,7 @@ from tvaprune.text.protocols import (
 from tvaprune.text.sources import STREAMED
 
 _CPU = torch.device("cpu")
+MANY_PARAMETERS = 10**8  # from where half the bytes are quicker than float32 on a CPU that computes with them
 CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
 
@@ -81,11 +84,12 @@ class Run:
     streamed: Streamed | None = None
 
     @classmethod
-    def load(cls, args: Arguments, scratch: Path | None = None) -> "Run":
+    def load(cls, args: Arguments, scratch: Path | None = None, trains: bool = False) -> "Run":
         """Loads the model that the flags name; the flags that its mask was learned with are the defaults.
 
         Args:
             scratch: Folder for what does not fit in memory: the model's weights stay on disk.
+            trains: Whether gradients will flow through it.
         """
         check_protocol(args)
         args = _as_the_mask_says(args)
@@ -94,7 +98,7 @@ class Run:
         source = args.source.model_name_or_path, args.source.dtype, device
         if scratch is None:
             place: Where = _CPU if args.source.shard else "auto" if args.source.device_map == "auto" else None
-            model, tokenizer = load_model(*source, place)
+            model, tokenizer = load_model(*source, place, trains)
             digest = model_digest(model)
         else:
             model, tokenizer, shards = open_model(*source)
@@ -107,6 +111,7 @@ class Run:
         if args.evaluation.do_zero_eval:
             check_tokenizer(tokenizer)
         _tell_another_model(run)
+        _tell_precision(run)
         if (rotation := given_rotation(args, run.shape.hidden_size)) is not None:
             run = run.turned(rotation)
         if args.source.shard:
@@ -126,6 +131,30 @@ class Run:
         place: Where = "auto" if device.type == "cuda" else _CPU
         run = replace(self, model=load_model(source.model_name_or_path, source.dtype, device, place)[0])
         return run if run.rotation is None else run.turned(run.rotation)
+
+    def dense_model(self) -> PreTrainedModel:
+        """Returns the unpruned model where it computes: a refit may have left it on the CPU."""
+        if place_of(self.model) == _CPU and not self.args.source.shard:
+            put(self.model, self.args.training.device)
+        return self.model
+
+    def times(self, plan: KeepPlan) -> bool:
+        """Tells whether both models are timed: asked for, and they fit beside each other."""
+        asked = self.args.evaluation.speed_batches > 0 and self.streamed is None
+        return asked and both_fit(self.args, self.sizes(plan))
+
+    def sizes(self, plan: KeepPlan) -> Sizes:
+        """Returns what the run holds, whether the unpruned model is still there or used up."""
+        return Sizes(plan.shape, plan.num_parameters, self._itemsize)
+
+    def blocks_with_gradients(self, most: int) -> int:
+        """Returns how many blocks of a pass with gradients fit, of the unpruned model alone."""
+        return blocks_that_fit(self.args, Sizes(self.shape, self.dense_parameters, self._itemsize), most)
+
+    @property
+    def _itemsize(self) -> int:
+        dtype: Any = self.model.config.dtype or torch.float32
+        return int(dtype.itemsize)
 
     @property
     def shape(self) -> ModelShape:
@@ -186,7 +215,8 @@ class Run:
             InputError: If the model itself gives no number.
         """
         model, batch_size = self.streamed or self.model, self.args.training.per_device_eval_batch_size
-        value = perplexity(model, windows, batch_size, "dense perplexity")
+        with running_out_in(EVALUATING):
+            value = perplexity(model, windows, batch_size, "dense perplexity")
         if not math.isfinite(value):
             raise InputError(
                 f"--model_name_or_path {self.args.source.model_name_or_path}: the unpruned model itself gives a "
@@ -265,6 +295,15 @@ class Run:
         }
 
 
+def fit_prune(args: Arguments) -> None:
+    """Sets what lets mask learning fit ``--memory``, before the weights are loaded."""
+    config = load_config(args.source.model_name_or_path)
+    trains = args.prune.prune_method == "vib"
+    itemsize = precision(args.source.dtype, args.training.device, config.dtype, trains).itemsize
+    sizes = Sizes.at_sparsity(shape_of(config), min(args.prune.target_sparsity), itemsize)
+    (fit_gates if trains else fit_cut)(args, sizes)
+
+
 def check_protocol(args: Arguments) -> None:
     """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
     name, data = args.data.protocol, args.data
@@ -314,6 +353,21 @@ def _tell_idle_devices(args: Arguments) -> None:
     gpus = torch.cuda.device_count()
     if gpus > 1 and ranks.launched() == 1 and args.training.device.type == "cuda":
         print(f"note: one of {gpus} GPUs is used; torchrun --nproc_per_node {gpus} in place of python uses all")
+
+
+def _tell_precision(run: Run) -> None:
+    """Says where weights are trained in another precision than they are stored in, and where another is quicker."""
+    if run.args.source.dtype != "auto":
+        return
+    if run.args.training.device.type == "cuda" and run.model.dtype != run.stored_dtype:
+        name = str(run.model.dtype).removeprefix("torch.")
+        print(
+            f"note: the checkpoint is float16, in which small gradients are lost: trained in {name}; --dtype float16 "
+            "keeps it"
+        )
+    many = run.model.num_parameters() >= MANY_PARAMETERS
+    if run.args.training.device.type == "cpu" and many and hardware.computes_bfloat16():
+        print("note: this CPU computes in bfloat16 too: --dtype bfloat16 is quicker with a model of this size")
 
 
 def _tell_another_model(run: Run) -> None:

@@ -199,6 +199,17 @@ def test_it_is_deterministic_and_does_not_depend_on_the_batch(make_model, make_m
     assert weights_differ(first, sliced(model, plan)) > 0.01
 
 
+def test_dense_layers_leave_the_memory_behind_the_walk_and_nothing_else_changes(make_model, make_masks):
+    model = make_model()
+    plan = make_plan(model, make_masks)
+    kept, used = sliced(model, plan), sliced(model, plan)
+    refit(model, kept, plan, CALIBRATION, HELD_OUT)
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "cpu"  # control
+    refit(model, used, plan, CALIBRATION, HELD_OUT, is_used_up=True)
+    assert weights_differ(kept, used) == 0
+    assert {weight.device.type for weight in model.model.layers.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_stay_so(dtype, make_model, make_masks):
     model = make_model("llama").to(dtype)

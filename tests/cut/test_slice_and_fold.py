@@ -8,7 +8,8 @@ from support.meter import MemoryMeter
 from transformers import DynamicCache
 
 from tvaprune.cut.fold import fold
-from tvaprune.cut.slice import apply_plan
+from tvaprune.cut.slice import apply_plan, lent
+from tvaprune.identity import weights_digest
 from tvaprune.models.parameters import decoder_sparsity, total_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import head_features
@@ -37,6 +38,33 @@ def test_slicing_and_folding_hold_at_most_one_weight_beyond_the_dense_model(valu
     beyond, _ = peak_beyond_dense(keep_references=False)
     assert 0 < beyond <= 1
     assert peak_beyond_dense(keep_references=True)[0] > 2  # control: a second model would be seen
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_a_model_is_lent_to_the_knife_without_a_copy(values, whole, make_model, full_plan):
+    model = make_model(num_hidden_layers=4, hidden_size=64, intermediate_size=96, vocab_size=80, **values)
+    plan = full_plan(model) if whole else halved(full_plan(model))
+    before, size = weights_digest(model), sum(p.nbytes for p in model.parameters())
+    with MemoryMeter(model) as meter:
+        narrow = fold(apply_plan(lent(model), plan), plan)
+    kept = sum(p.nbytes for p in narrow.parameters())
+    assert meter.peak - size <= kept + max(p.nbytes for p in model.parameters())
+    with torch.no_grad():
+        for parameter in narrow.parameters():
+            parameter.fill_(float("nan"))
+    assert weights_digest(model) == before  # nothing is shared
+    apply_plan(model, plan)  # control: not lent, it is used up
+    assert not list(model.parameters())
+
+
+def test_weights_go_to_another_device_one_by_one(make_model, full_plan):
+    model = make_model(num_hidden_layers=4, hidden_size=64, intermediate_size=96, vocab_size=80)
+    plan, size = halved(full_plan(model)), sum(p.nbytes for p in model.parameters())
+    with MemoryMeter(model) as meter:
+        narrow = apply_plan(lent(model), plan, torch.device("meta"))
+    assert {tensor.device.type for tensor in (*narrow.parameters(), *narrow.buffers())} == {"meta"}
+    assert meter.peak - size < 0.1 * size and model.device.type == "cpu"
 
 
 def test_dense_parameters_are_released(make_model, full_plan):

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,26 +13,32 @@ from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.recover.lora import LoraSettings, add_lora
 
 
+class Head(nn.Module):
+    """Counts the positions that it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, states):
+        self.asked.append(tuple(states.shape[:2]))
+        return states
+
+
 class Scripted(nn.Module):
-    """A model whose logits are a function of the tokens; its head counts the positions that it is asked for."""
+    """A model whose logits are a function of the tokens."""
 
     def __init__(self, logits_of):
         super().__init__()
-        self.unused, self.logits_of, self.calls, self.asked = nn.Parameter(torch.zeros(1)), logits_of, [], []
-
-    def get_decoder(self):
-        return self.decode
-
-    def decode(self, input_ids, use_cache):
-        self.calls.append((tuple(input_ids.shape), self.training, use_cache))
-        return (self.logits_of(input_ids),)
+        self.unused, self.logits_of, self.calls, self.head = nn.Parameter(torch.zeros(1)), logits_of, [], Head()
+        self.config = SimpleNamespace(model_type="llama")
 
     def get_output_embeddings(self):
         return self.head
 
-    def head(self, states):
-        self.asked.append(tuple(states.shape[:2]))
-        return states
+    def forward(self, input_ids, use_cache):
+        self.calls.append((tuple(input_ids.shape), self.training, use_cache))
+        return SimpleNamespace(logits=self.head(self.logits_of(input_ids)))
 
 
 def blocks_of(rows):
@@ -134,8 +141,11 @@ def test_the_head_sees_a_chunk_at_a_time_and_the_layers_no_more_than_a_pass(monk
     monkeypatch.setattr("tvaprune.measure.perplexity.FORWARD_TOKENS", 16)
     rows = torch.randint(0, 2, (4, 8), generator=torch.Generator().manual_seed(0)).tolist()
     model = Scripted(repeating)
-    perplexity(model, blocks_of(rows), 3)
+    perplexity(model, blocks_of(rows))
     assert [shape for shape, _, _ in model.calls] == [(2, 8), (2, 8)]  # 16 tokens
-    assert model.asked == [(2, 3), (2, 3), (2, 2)] * 2  # of 8 positions the last predicts nothing, but its chunk has it
-    assert windows_per_pass(blocks_of([[0] * 17]), 8) == 1  # a window is never cut
-    assert windows_per_pass(blocks_of([[0] * 4]), 3) == 3  # control: as asked
+    chunks = [(2, 3), (2, 3), (2, 2)]  # of 8 positions the last predicts nothing, but its chunk has it
+    once = [(2, 1), (2, 1)]  # the pass asks for its last position; the first of all compares it
+    assert model.head.asked == [*once, *chunks, once[0], *chunks]
+    assert windows_per_pass(blocks_of([[0] * 17])) == 1  # a window is never cut
+    assert windows_per_pass(blocks_of([[0]])) == 8
+    assert windows_per_pass(blocks_of([[0] * 17]), 3) == 3  # control: as asked

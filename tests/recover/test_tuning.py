@@ -1,32 +1,43 @@
 """LoRA and full fine-tuning on tiny models: the loss, what is saved, what goes on, what is refused."""
 
 import errno
+import gc
 import json
 import math
 import os
 import shutil
+import weakref
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvaprune.checkpoints import last_checkpoint
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import FinetuneRunArguments
 from tvaprune.identity import weights_digest
+from tvaprune.losses import Predictions
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
-from tvaprune.recover.lora import LoraSettings, add_lora, load_adapter, merge, save_adapter, trainable
+from tvaprune.recover.lora import (
+    LoraSettings,
+    add_lora,
+    drop_replaced_head,
+    load_adapter,
+    merge,
+    save_adapter,
+    trainable,
+)
 from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, cache_teacher
 from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
 
 LORA = LoraSettings(r=3, alpha_ratio=4.0, dropout=0.0, train_lm_head=True)
-IDENTITY = {"flags": {"lora_r": 3}, "contents": {"mask_loc": {"name": "m.pkl", "digest": "def"}}}
+IDENTITY = {"flags": {"lora_r": 3}, "contents": {"mask_loc": {"name": "m.pkl", "digest": "def"}}, "settings": {}}
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
@@ -223,11 +234,11 @@ def test_a_perfect_student_pays_nothing_for_its_hidden_states(make_model, make_m
     student = [
         state if weight_update == "none" or (tied and state is kept[-1]) else state * mu for state in kept
     ]  # fmt: skip
-    output = SimpleNamespace(logits=model(input_ids=input_ids).logits.detach(), hidden_states=tuple(student))
+    predicted = Predictions(model(input_ids=input_ids).logits.detach())
     batch = {"input_ids": input_ids, "labels": input_ids}
 
     def paid(target):
-        return float(LiveTeacher(model, 1.0, target).terms(output, batch)["hidden"])
+        return float(LiveTeacher(model, 1.0, target).terms(predicted, tuple(student), batch)["hidden"])
 
     assert paid(HiddenTarget.of(plan, weight_update)) == pytest.approx(0.0, abs=1e-6)
     other = HiddenTarget.of(plan, "fold" if weight_update == "none" else "none")  # control: with the means, without
@@ -364,6 +375,63 @@ def test_gradient_checkpointing_gives_the_same_weights(trainer):
     plain.train(), saving.train()
     first, second = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in (plain, saving))
     torch.testing.assert_close(first, second, **CLOSE)
+
+
+def test_a_step_leaves_nothing_behind_that_only_a_collection_would_free(trainer):
+    """Activations that are computed again, under dropout and beside a teacher, hang in no cycle."""
+
+    class Alive(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.storages = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, tuple | list) else [output]:
+                if isinstance(tensor, torch.Tensor):
+                    self.storages.append(weakref.ref(tensor.untyped_storage()))
+            return output
+
+        def count(self):
+            return len({id(storage) for ref in self.storages if (storage := ref()) is not None})
+
+    run = trainer(settings=LoraSettings(3, 4.0, 0.2, True))
+    run.model.train().activation_checkpointing_enable()
+    ids = blocks()[:4]["input_ids"]
+    gc.collect()
+    gc.disable()
+    try:
+        with Alive() as alive:
+            run.compute_loss(run.model, {"input_ids": ids}).backward()
+            run._sums.clear()
+            run.model.zero_grad()
+            left = alive.count()
+            gc.collect()
+            assert alive.count() == left
+            held = run.compute_loss(run.model, {"input_ids": ids})  # control: a graph that is still there is seen
+            assert alive.count() > left + 10
+            assert held.requires_grad
+    finally:
+        gc.enable()
+
+
+def test_the_head_that_a_trained_copy_replaces_goes_and_is_not_missed(trainer, make_model, input_ids, tmp_path):
+    run = trainer()
+    before = sum(p.nbytes for p in run.model.parameters())
+    drop_replaced_head(run.model)
+    assert before - sum(p.nbytes for p in run.model.parameters()) == make_model().lm_head.weight.nbytes
+    run.train()
+    save_adapter(run.model, tmp_path / "adapter", IDENTITY)
+    again = load_adapter(make_model(seed=1), tmp_path / "adapter", IDENTITY)
+    expected = logits(run.model.eval(), input_ids)
+    torch.testing.assert_close(logits(again, input_ids), expected, **EXACT)
+    torch.testing.assert_close(logits(merge(run.model), input_ids), expected, rtol=0, atol=1e-4)
+    tied = add_lora(make_model(tie_word_embeddings=True), LORA)
+    drop_replaced_head(tied)
+    assert tied.get_input_embeddings().weight.numel() > 0
+    without = add_lora(make_model(), LoraSettings(3, 4.0, 0.0, False))
+    drop_replaced_head(without)
+    assert without.get_output_embeddings().weight.numel() > 0
 
 
 def test_bf16_trains(trainer):

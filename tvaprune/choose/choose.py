@@ -15,7 +15,7 @@ from tvaprune.choose.rotation import learn_rotation, wants_rotation
 from tvaprune.choose.scores import score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
-from tvaprune.errors import InputError
+from tvaprune.errors import TRAINING, InputError, running_out_in
 from tvaprune.files import discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.identity import Identity, check_identity, read_identity
@@ -127,8 +127,9 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
     trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.score_last_mask()
+    with running_out_in(TRAINING):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.score_last_mask()
     if checkpoint is None:
         ranks.on_main(_clear_targets, args.output_dir)
     gated.detach_gates()

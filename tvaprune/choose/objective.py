@@ -10,7 +10,8 @@ from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_s
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
-from tvaprune.losses import distillation_loss
+from tvaprune.losses import cross_entropy, distillation_loss
+from tvaprune.models.logits import predictions
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
@@ -93,13 +94,12 @@ class PruningObjective(nn.Module):
     def _task_loss(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns the KL to the ungated model's logits, or the cross-entropy, or both."""
         if not self.settings.distill:
-            return self.gated(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            return cross_entropy(predictions(self.gated, input_ids=input_ids, use_cache=False)[0], input_ids)
         with torch.no_grad(), self.gated.off():
-            teacher = self.gated(input_ids=input_ids, use_cache=False).logits
-        weight = self.settings.gate_ce_weight
-        student = self.gated(input_ids=input_ids, labels=input_ids if weight else None, use_cache=False)
-        distance = distillation_loss(student.logits, teacher, self.settings.distill_temp)
-        return distance + weight * student.loss if weight else distance
+            teacher, _ = predictions(self.gated, input_ids=input_ids, use_cache=False)
+        student, _ = predictions(self.gated, input_ids=input_ids, use_cache=False)
+        distance, weight = distillation_loss(student, teacher, self.settings.distill_temp), self.settings.gate_ce_weight
+        return distance + weight * cross_entropy(student, input_ids) if weight else distance
 
     def _information_weights(self) -> torch.Tensor:
         """Returns what each unit's KL term counts; the hidden gate acts twice a layer and at the embedding."""

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.errors import InputError
+from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.families import family_of
 from tvaprune.models.rotate import norms_of, why_not
 from tvaprune.run import Run
@@ -50,7 +51,7 @@ def learn_rotation(run: Run) -> torch.Tensor:
     rows = blocks[: min(BLOCKS, len(blocks))]["input_ids"]
     moments = _Moments(run)
     try:
-        batch = run.args.training.per_device_eval_batch_size
+        batch = run.args.training.per_device_eval_batch_size or run.blocks_with_gradients(windows_per_pass(blocks))
         for start in tqdm(ranks.share(range(0, len(rows), batch)), desc="rotation", leave=False, unit="batch"):
             moments.add(rows[start : start + batch].to(run.model.device), seed=run.args.training.seed + start)
     finally:

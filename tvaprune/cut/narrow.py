@@ -13,20 +13,23 @@ from tvaprune import ranks
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.cut.fold import fold
 from tvaprune.cut.refit import RefitReport, refit, refit_layers
-from tvaprune.cut.slice import apply_plan
-from tvaprune.errors import InputError
+from tvaprune.cut.slice import apply_plan, lent
+from tvaprune.errors import REFITTING, InputError, running_out_in
+from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Layers
 from tvaprune.models.placement import place_of, put
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import Run
+
+_CPU = torch.device("cpu")
 
 
 def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Slices the model by the plan and updates its weights as ``--weight_update`` says.
 
     Args:
-        keep_dense: Whether ``run.model`` is needed again on its device; else it may be cut itself (``none``, ``fold``)
-            or stay on the CPU (``refit`` with ``--refit_offload``).
+        keep_dense: Whether ``run.model`` is needed again; else it may be cut itself (``none``, ``fold``), or leaves the
+            memory (``refit``). With ``--refit_offload`` it stays on the CPU, until `Run.dense_model`.
 
     Returns:
         The narrower model, and what the refit did, for the results.
@@ -60,8 +63,10 @@ def rounded(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     if run.args.prune.weight_update == "refit":
         return _refitted(run, plan, keep_dense)
-    model, folds = copy.deepcopy(run.model) if keep_dense else run.model, run.args.prune.weight_update == "fold"
+    folds = run.args.prune.weight_update == "fold"
+    model = lent(run.model) if keep_dense else run.model
     if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
+        model = copy.deepcopy(run.model) if keep_dense else model  # whose biases change
         compensate_bias(model, plan, run.refit_blocks())
     place = place_of(model)
     model = apply_plan(model, plan)
@@ -71,23 +76,24 @@ def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, d
 
 def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
-    begin, place, batch_size = time.perf_counter(), place_of(run.model), run.args.training.per_device_eval_batch_size
+    begin, training, place = time.perf_counter(), run.args.training, place_of(run.model)
     calibration, held_out = refit_texts(run)
-    put(run.model, torch.device("cpu"))  # the copy is cut there: a GPU never holds the unpruned model twice
-    try:
-        model = fold(apply_plan(copy.deepcopy(run.model), plan), plan)
+    texts = plan, calibration, held_out, windows_per_pass(calibration, training.per_device_eval_batch_size)
+    with running_out_in(REFITTING):
         if isinstance(place, dict):  # half a layer of each at a time goes to one device
-            both = Layers(run.model, run.args.training.device), Layers(model, run.args.training.device)
-            done = refit_layers(*both, plan, calibration, held_out, batch_size)
+            put(run.model, _CPU)
+            model = fold(apply_plan(lent(run.model), plan), plan)
+            dense = Layers(run.model, training.device, is_used_up=not keep_dense)
+            done = refit_layers(dense, Layers(model, training.device), *texts)
             put(model, place)
-        else:
-            put(model, place)
-            if not run.args.prune.refit_offload:
+            if keep_dense:
                 put(run.model, place)
-            done = refit(run.model, model, plan, calibration, held_out, batch_size)
-    finally:
-        if keep_dense:
-            put(run.model, place)
+        else:
+            put(run.model, _CPU if run.args.prune.refit_offload else training.device)
+            model = fold(apply_plan(lent(run.model), plan, training.device), plan)
+            done = refit(run.model, model, *texts, is_used_up=not keep_dense)
+    if not keep_dense:
+        put(run.model, torch.device("meta"))  # its sizes stay
     return model, told(done, calibration, held_out, begin)
 
 

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
-from tvaprune.losses import distillation_loss
+from tvaprune.losses import Predictions, distillation_loss
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
 from tvaprune.models.layout import Block
+from tvaprune.models.logits import head_of
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -65,15 +66,17 @@ def refit(
     batch_size: int = 8,
     strengths: Sequence[float] = STRENGTHS,
     shares: Sequence[float] = SHARES,
+    is_used_up: bool = False,
 ) -> RefitReport:
     """Refits a model that was sliced by ``plan`` and folded, in place; as `refit_layers` of two models in memory.
 
     Args:
         dense: The unpruned model. On another device than ``pruned`` (the CPU), its layers are fetched one at a time and
             the residual streams stay with it.
+        is_used_up: Whether the dense layers leave the memory behind the walk.
     """
     dense.eval(), pruned.eval()
-    layers = Layers(dense, pruned.device), Layers(pruned)
+    layers = Layers(dense, pruned.device, is_used_up), Layers(pruned)
     return refit_layers(*layers, plan, calibration, held_out, batch_size, strengths, shares)
 
 
@@ -160,6 +163,7 @@ class _Walk:
         for index, block, options in self._blocks("refitting"):
             with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
                 self._half(f"layer {index} ", block, options)
+            self.dense.done(*paths_of(block))
 
     def _blocks(self, description: str) -> Iterator[tuple[int, Block, dict[str, Any]]]:
         """Yields the halves of the layers in order, each with what it is called with."""
@@ -204,11 +208,12 @@ class _Walk:
         return [total / windows for total in totals]
 
     def _summed(self, dense: Half, pruned: Half, batches: Sequence[_Batch], stream: Sequence[torch.Tensor]) -> float:
-        """Returns the KL of a stream, summed over the windows; one at a time, as logits are large."""
+        """Returns the KL of a stream, summed over the windows."""
         total = 0.0
         for batch, hidden in zip(batches, stream, strict=True):
             for own, other in zip(hidden.split(1), batch.dense.split(1), strict=True):
-                student, teacher = pruned.outputs(own.to(self.device)), dense.outputs(other.to(self.device))
+                student = Predictions(pruned.norm(own.to(self.device)), head_of(self.pruned.model))
+                teacher = Predictions(dense.norm(other.to(self.device)), head_of(self.dense.model))
                 total += float(distillation_loss(student, teacher))
         return total
 

@@ -48,7 +48,7 @@ class Moments:
 
 @dataclass
 class Ridge:
-    """``H + lam I``, factored once for all outputs that are read from the same inputs.
+    """``H + lam I``, factored anew at every solution: of a wide MLP a factor is gigabytes, and one is there at a time.
 
     Args:
         inputs: ``H``, shape ``(features, features)``, float64.
@@ -60,12 +60,15 @@ class Ridge:
 
     def __post_init__(self) -> None:
         self.lam = self.strength * float(self.inputs.diagonal().mean())
-        self.factor = None
-        if math.isfinite(self.lam) and self.lam > 0:  # inputs that are all 0 say nothing
-            shifted = self.inputs.clone()
-            shifted.diagonal().add_(self.lam)
-            factor, failed = torch.linalg.cholesky_ex(shifted)
-            self.factor = None if failed else factor
+
+    def _factor(self) -> torch.Tensor | None:
+        """Returns the Cholesky factor; None: there is none."""
+        if not (math.isfinite(self.lam) and self.lam > 0):  # inputs that are all 0 say nothing
+            return None
+        shifted = self.inputs.clone()
+        shifted.diagonal().add_(self.lam)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        return None if failed else factor
 
     def solve(self, centre: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
         """Returns ``(cross + lam centre) (H + lam I)^-1``, float64.
@@ -74,9 +77,10 @@ class Ridge:
             centre: The weights that the solution is drawn to, shape ``(outputs, features)``.
             cross: The cross moments of the outputs, ``W C``, of the same shape.
         """
-        if self.factor is None:
+        factor = self._factor()
+        if factor is None:
             return centre
-        return torch.cholesky_solve((cross + self.lam * centre).T, self.factor).T
+        return torch.cholesky_solve((cross + self.lam * centre).T, factor).T
 
 
 def nearest(errors: Sequence[float]) -> int:

@@ -3,6 +3,8 @@
 One weight at a time: the peak of memory is the dense model and one weight. Source: method, section 5.3.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,17 +16,18 @@ from tvaprune.plan.keep_plan import KeepPlan
 
 
 @torch.no_grad()
-def apply_plan(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
+def apply_plan(model: PreTrainedModel, plan: KeepPlan, device: torch.device | None = None) -> PreTrainedModel:
     """Returns the narrower model: its class, config and weights are those of the checkpoint that it is saved as.
 
     The factors of the plan are left to `tvaprune.cut.fold`.
 
     Args:
         model: The dense model. It is used up: its weights go, one by one, as those of the narrower model come.
+        device: Of the narrower model, to which the weights go one by one; None: each stays where it is.
     """
-    narrow, edits = narrow_shell(model, plan), edits_of(plan, family_of(model.config), model.device)
+    narrow, edits = narrow_shell(model, plan, device), edits_of(plan, family_of(model.config), device or model.device)
     for names in shared_names(model):
-        weight = _cut(model, names, edits.get(names[0], Edit()))
+        weight = _cut(model, names, edits.get(names[0], Edit()), device)
         for name in names:
             check_size(name, weight, narrow.get_parameter(name).shape)
             put(narrow, name, weight)
@@ -49,9 +52,16 @@ def check_size(name: str, weight: torch.Tensor, wanted: torch.Size) -> None:
         raise ValueError(f"no edit makes {name} of shape {tuple(wanted)}: the family's row lacks it")
 
 
-def _cut(model: nn.Module, names: list[str], edit: Edit) -> nn.Parameter:
-    """Takes a parameter out of the model and returns what is kept of it; nothing holds the dense one past this call."""
+def lent(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model of the same weights that may be used up: the weights themselves stay where they are."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _cut(model: nn.Module, names: list[str], edit: Edit, device: torch.device | None) -> nn.Parameter:
+    """Takes a parameter out of the model and returns a copy of what is kept; nothing holds the dense one here."""
     dense = model.get_parameter(names[0])
     for name in names:
         put(model, name, None)
-    return nn.Parameter(edit.on(dense.device).kept(dense), requires_grad=dense.requires_grad)
+    moved = dense if device is None else dense.to(device)
+    kept = edit.on(moved.device).kept(moved)
+    return nn.Parameter(kept.clone() if kept is dense else kept, requires_grad=dense.requires_grad)

@@ -18,6 +18,7 @@ from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import check_size, narrow_shell
 from tvaprune.errors import InputError
+from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Streamed
 from tvaprune.models.pruned import shared_names
 from tvaprune.plan.edits import Edit, edits_of
@@ -42,7 +43,7 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     pruned, update = Streamed(model, cut, device, dense.scratch), {}
     if prune.weight_update == "refit":
         calibration, held_out = refit_texts(run)
-        batch_size = run.args.training.per_device_eval_batch_size
+        batch_size = windows_per_pass(calibration, run.args.training.per_device_eval_batch_size)
         _check_room(plan, dense, batch_size, calibration, held_out)
         done = refit_layers(dense, pruned, plan, calibration, held_out, batch_size)
         update = told(done, calibration, held_out, begin)

@@ -45,6 +45,9 @@ class RunArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training blocks."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Blocks a device takes at a step."})
+    per_device_eval_batch_size: int = field(
+        default=0, metadata={"help": "Windows of a forward pass; 0: as many as make 8,192 tokens, at most 8."}
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When masks are scored."})
     eval_steps: float | None = field(
         default=None,

@@ -47,6 +47,17 @@ class ModelSettings:
         "none", "auto: one process spreads a model that is larger than one GPU over all of them, layer by layer."
     )
 
+    memory: float | None = _flag(
+        None,
+        "GiB of the device that the run is to fit: sets --activation_checkpointing, the batch, its accumulation (their "
+        "product stays), --refit_offload, and leaves out timing two models that do not fit together; what you give of "
+        "these stays. Default: 40, or the GPU's where it has less.",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the range."""
+        check_ranges(self)
+
 
 @dataclass
 class DataSettings:

@@ -27,6 +27,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def computes_bfloat16() -> bool:
+    """Tells whether the processor has instructions for products in bfloat16."""
+    info = Path("/proc/cpuinfo")
+    words = info.read_text(encoding="utf-8").split() if info.exists() else []
+    return "avx512_bf16" in words or "amx_bf16" in words
+
+
 def versions() -> dict[str, str]:
     """Returns the versions that a run is recorded with."""
     return {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES}

@@ -13,20 +13,27 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from tvaprune import ranks
+from tvaprune.losses import Predictions
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
+from tvaprune.models.logits import head_of, predictions
 
 FORWARD_TOKENS = 8192  # of a pass through the layers; more make no GPU quicker
-CHUNK_TOKENS = 2048  # whose logits are in memory at a time
+FORWARD_WINDOWS = 8
+CHUNK_TOKENS = 2048  # whose logits are in memory at a time: without gradients, so more than in training
 STREAM_TOKENS = 2**18  # whose hidden states are there at a time where layers are fetched: each time from disk
 
 
-def windows_per_pass(blocks: Dataset, batch_size: int) -> int:
-    """Returns how many windows go through the layers at a time: those asked for, of at most `FORWARD_TOKENS`."""
-    return max(1, min(batch_size, FORWARD_TOKENS // len(blocks[0]["input_ids"])))
+def windows_per_pass(blocks: Dataset, batch_size: int = 0) -> int:
+    """Returns how many windows go through the layers at a time.
+
+    Args:
+        batch_size: Those asked for; 0: as many as make `FORWARD_TOKENS`, at most `FORWARD_WINDOWS`.
+    """
+    return batch_size or max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // len(blocks[0]["input_ids"])))
 
 
 @torch.inference_mode()
-def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: str | None = None) -> float:
+def perplexity(model: Any, blocks: Dataset, batch_size: int = 0, description: str | None = None) -> float:
     """Returns ``exp`` of the mean negative log-likelihood of a text's tokens.
 
     Each window stands alone; its first token is context only, so a window of ``n`` tokens gives ``n - 1`` predictions.
@@ -35,7 +42,7 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 8, description: st
     Args:
         model: A transformers causal LM, a module around one, or the layers of one, which are worked through in turn.
         blocks: Windows, as `tvaprune.text.blocks.token_blocks` gives them.
-        batch_size: Windows of a pass, where `windows_per_pass` does not make it fewer.
+        batch_size: Windows of a pass; 0: as `windows_per_pass` says.
         description: Label of a progress bar; ``None`` shows none.
     """
     if isinstance(model, Layers):
@@ -62,17 +69,16 @@ def _exponent(mean: float) -> float:
 
 def _negative_log_likelihood(model: Any, ids: torch.Tensor) -> float:
     """Returns the sum over the predictions of a batch of windows, shape ``(batch, window)``."""
-    causal = next(module for module in model.modules() if hasattr(module, "get_decoder"))
-    return _summed(causal.get_output_embeddings(), causal.get_decoder()(input_ids=ids, use_cache=False)[0], ids)
+    return _summed(predictions(model, input_ids=ids, use_cache=False)[0], ids)
 
 
-def _summed(head: Any, hidden: torch.Tensor, ids: torch.Tensor) -> float:
-    """Returns the same of what the head reads, shape ``(batch, window, hidden)``."""
+def _summed(found: Predictions, ids: torch.Tensor) -> float:
+    """Returns the same of what is predicted."""
     (batch, window), total = ids.shape, 0.0
     size = max(1, CHUNK_TOKENS // batch)
     for start in range(0, window - 1, size):
         wanted = ids[:, start + 1 : start + 1 + size]
-        logits = head(hidden[:, start : start + size])[:, : wanted.shape[1]].float()
+        logits = found.logits(start, start + size)[:, : wanted.shape[1]].float()
         targets = wanted.flatten().to(logits.device)
         total += float(functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
     return total
@@ -100,5 +106,5 @@ def _by_layers(layers: Layers, blocks: Dataset, batch_size: int, description: st
                 ending = Half.ending(layers)
                 for ids, hidden in zip(group, states, strict=True):
                     normed = ending.norm(hidden.to(layers.device))
-                    total += _summed(ending.module, normed, ids.to(layers.device))
+                    total += _summed(Predictions(normed, head_of(layers.model)), ids.to(layers.device))
     return _exponent(total / sum(ids[:, 1:].numel() for ids in batches))

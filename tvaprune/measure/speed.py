@@ -12,6 +12,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from tvaprune.losses import cross_entropy
+from tvaprune.models.logits import predictions
+
 WARM_UP_BATCHES = 2
 
 
@@ -88,7 +91,7 @@ class _TrainingStep:
 
     def __call__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
         with torch.autocast(ids.device.type, self.precision, enabled=self.precision is not None):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = cross_entropy(predictions(model, input_ids=ids, use_cache=False)[0], ids)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

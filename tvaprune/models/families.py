@@ -26,6 +26,9 @@ class ModelFamily:
         norm_epsilon: The attribute of a norm that holds its epsilon.
         attention_norm: The norm that the attention reads; None: it reads the residual stream.
         attention_post_norm: The norm between the attention and the residual stream; None: there is none.
+        logit_factor: The entry of the config that the head's output is multiplied by; None: it is the logits.
+        logit_divisor: The entry that it is divided by.
+        logit_cap: The entry ``c`` that bounds it: ``c * tanh(logits / c)``.
         gate: The projection that the activation function follows; None: the MLP has ``up`` and ``down`` alone.
     """
 
@@ -35,6 +38,9 @@ class ModelFamily:
     scales_embedding: bool = False
     norm_offset: float = 0.0
     norm_epsilon: str = "variance_epsilon"
+    logit_factor: str | None = None
+    logit_divisor: str | None = None
+    logit_cap: str | None = None
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"

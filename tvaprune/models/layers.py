@@ -29,13 +29,14 @@ class Layers:
     Attributes:
         model: Its modules; their weights may be used while they are held.
         device: Where they are then.
+        is_used_up: Whether weights leave the memory once they are `done`.
         passes: How many versions of a model should go through a layer while it is held: many, where fetching is dear.
     """
 
     passes = 1
 
-    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
-        self.model, self.device = model, device or model.device
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, is_used_up: bool = False) -> None:
+        self.model, self.device, self.is_used_up = model, device or model.device, is_used_up
         self.family = family_of(model.config)
         self.layout = layout_of(self.family, shape_of(model.config))
         self._before: dict[str, torch.Tensor] = {}
@@ -66,6 +67,11 @@ class Layers:
                 stack.enter_context(_moved(self.model.get_submodule(path), self.device))
             yield
 
+    def done(self, *paths: str) -> None:
+        """Says that some modules are needed no more."""
+        for path in paths if self.is_used_up else ():
+            self.model.get_submodule(path).to("meta")
+
     @contextmanager
     def changing(self, *paths: str) -> Iterator[None]:
         """Holds modules whose weights are changed meanwhile; `at` knows the way to what they became."""
@@ -79,13 +85,17 @@ class Layers:
         weights = self.weights(*paths)
         for share in shares:
             for name in weights.keys() & self._after.keys():
-                weights[name].copy_(between(self._before[name], self._after[name], share))
+                weights[name].copy_(self._at(name, share))
             yield share
 
     def settle(self, share: float) -> None:
         """Leaves all weights at a share of the way."""
-        for name, after in self._after.items():
-            self.model.get_parameter(name).copy_(between(self._before[name], after, share))
+        for name in self._after:
+            self.model.get_parameter(name).copy_(self._at(name, share))
+
+    def _at(self, name: str, share: float) -> torch.Tensor:
+        before, after = (values[name].to(self.device) for values in (self._before, self._after))
+        return between(before, after, share)
 
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Returns room for hidden states of some shape, where they wait for the next layer."""
@@ -152,6 +162,10 @@ class Streamed(Layers):
     def settle(self, share: float) -> None:
         """Leaves all weights at a share of the way."""
         self._share = share
+
+    def _at(self, name: str, share: float) -> torch.Tensor:
+        before, after = (values[name].to(self.device) for values in (self._before, self._after))
+        return between(before, after, share)
 
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Returns a memory map of a file without a name: it is gone when the tensor is."""

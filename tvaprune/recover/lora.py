@@ -49,6 +49,16 @@ def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
     return tuned
 
 
+def drop_replaced_head(tuned: PeftModel) -> None:
+    """Lets go of the lm_head that a trained copy stands for: of 128,256 tokens it is a GiB. It cannot be put back.
+
+    A head that is the embeddings stays.
+    """
+    head = getattr(tuned.get_output_embeddings(), "original_module", None)
+    if head is not None and head.weight is not tuned.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.new_empty(0), requires_grad=False)
+
+
 def _in_own_precision(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(value.to(module.weight.dtype) for value in inputs)
 

@@ -11,6 +11,8 @@ from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.cut.narrow import as_stored
 from tvaprune.files import discard, new_folder
+from tvaprune.losses import largest_difference
+from tvaprune.models.logits import predictions
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import Student, load_adapter, merge, save_adapter
 
@@ -59,5 +61,8 @@ def read_again(job: Job) -> float | None:
 @torch.inference_mode()
 def _difference(first: Student, second: Student, windows: Dataset) -> float:
     ids = windows[:COMPARED_WINDOWS]["input_ids"].to(next(first.parameters()).device)
-    own, other = (model(input_ids=ids, use_cache=False).logits.float() for model in (first, second))
-    return float((own - other).abs().max())
+    differences = []
+    for window in ids.split(1):
+        own, other = (predictions(model, input_ids=window, use_cache=False)[0] for model in (first, second))
+        differences.append(largest_difference(own, other))
+    return float(torch.stack(differences).max())

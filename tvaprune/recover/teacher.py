@@ -17,22 +17,28 @@ from tqdm.auto import tqdm
 from tvaprune.errors import InputError
 from tvaprune.files import clear_leftovers, first_folder
 from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
-from tvaprune.losses import distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.losses import Predictions, distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.measure.perplexity import windows_per_pass
+from tvaprune.models.logits import predictions
 from tvaprune.plan.keep_plan import KeepPlan
 
 _FILES = ("tokens.npy", "log_probs.npy")
 
 
+States = tuple[torch.Tensor, ...] | None  # of the embedding and every layer, shape (batch, length, hidden)
+
+
 class Teacher(Protocol):
-    """Compares a student's output with what it should have been."""
+    """Compares a student's predictions with what they should have been."""
 
     needs_hidden_states: bool
 
-    def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the terms of the loss, unweighted: ``kl`` and, where hidden states are compared, ``hidden``.
 
         Args:
-            output: The student's, with ``logits`` of shape ``(batch, length, vocabulary)``.
+            student: The student's predictions.
+            states: Its hidden states, where they are needed.
             batch: ``input_ids``, ``labels`` and ``index`` (the rows' places in the training set).
         """
 
@@ -74,16 +80,19 @@ class LiveTeacher:
         self.temperature, self.hidden = temperature, hidden
         self.needs_hidden_states = hidden is not None
 
-    def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns ``kl`` and, as asked, ``hidden`` (every layer; the last after the final norm)."""
         with torch.inference_mode():
-            own = self.model(
-                input_ids=batch["input_ids"], use_cache=False, output_hidden_states=self.needs_hidden_states
+            own, output = predictions(
+                self.model,
+                input_ids=batch["input_ids"],
+                use_cache=False,
+                output_hidden_states=self.needs_hidden_states,
             )
-        found = {"kl": distillation_loss(output.logits, own.logits, self.temperature, batch["labels"])}
-        if self.hidden is not None:
-            kept, *factors = (values.to(output.logits.device) for values in (self.hidden.kept, *self.hidden.factors))
-            found["hidden"] = hidden_loss(output.hidden_states[1:], own.hidden_states[1:], kept, tuple(factors))
+        found = {"kl": distillation_loss(student, own, self.temperature, batch["labels"])}
+        if self.hidden is not None and states is not None:
+            kept, *factors = (values.to(student.states.device) for values in (self.hidden.kept, *self.hidden.factors))
+            found["hidden"] = hidden_loss(states[1:], output.hidden_states[1:], kept, tuple(factors))
         return found
 
 
@@ -107,16 +116,16 @@ class CachedTeacher:
         except (OSError, ValueError) as error:
             raise InputError(f"--teacher_cache {folder}: is damaged ({error}); remove it") from error
 
-    def terms(self, output: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns ``kl`` over the tokens kept."""
-        rows, device = batch["index"].cpu().numpy(), output.logits.device
+        rows, device = batch["index"].cpu().numpy(), student.states.device
         tokens, log_probs = (torch.from_numpy(array[rows]).to(device) for array in (self.tokens, self.log_probs))
-        loss = top_k_distillation_loss(output.logits, tokens, log_probs, self.temperature, batch["labels"])
+        loss = top_k_distillation_loss(student, tokens, log_probs, self.temperature, batch["labels"])
         return {"kl": loss}
 
 
 def cache_teacher(
-    folder: str | Path, model: Any, blocks: Dataset, k: int, temperature: float, batch_size: int = 8
+    folder: str | Path, model: Any, blocks: Dataset, k: int, temperature: float, batch_size: int = 0
 ) -> Path:
     """Writes the teacher's likeliest tokens for every block, unless they are there; returns their folder.
 
@@ -153,9 +162,10 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
     ]
     was_training = model.training
     model.eval()
-    for start in tqdm(range(0, len(blocks), batch_size), desc="teacher", leave=False, unit="batch"):
-        ids = blocks[start : start + batch_size]["input_ids"].to(device)
-        found = top_k(model(input_ids=ids, use_cache=False).logits, k, temperature)
+    step = windows_per_pass(blocks, batch_size)
+    for start in tqdm(range(0, len(blocks), step), desc="teacher", leave=False, unit="batch"):
+        ids = blocks[start : start + step]["input_ids"].to(device)
+        found = top_k(predictions(model, input_ids=ids, use_cache=False)[0], k, temperature)
         for array, values in zip(arrays, found, strict=True):
             array[start : start + len(ids)] = values.cpu().numpy()
     for array in arrays:
@@ -177,4 +187,5 @@ def _identity(model: Any, blocks: Dataset, k: int, temperature: float) -> Identi
     return {
         "flags": {"teacher_top_k": k, "distill_temp": temperature, "dtype": str(model.dtype)},
         "contents": {"model": model_digest(model), "blocks": blocks_digest(blocks)},
+        "settings": {},
     }

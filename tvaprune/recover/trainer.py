@@ -6,6 +6,7 @@ are `Trainer`'s own.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers.trainer_callback import ProgressCallback
 from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity
-from tvaprune.losses import cross_entropy
+from tvaprune.losses import Predictions, cross_entropy
 from tvaprune.measure.perplexity import perplexity
+from tvaprune.models.logits import predictions
 from tvaprune.recover.teacher import Teacher
 
 
@@ -74,10 +76,13 @@ class FinetuneTrainer(CheckpointedTrainer):
         """Returns the weighted sum of the terms of a batch."""
         batch = {"labels": inputs["input_ids"], **inputs}
         with_hidden = self.teacher is not None and self.teacher.needs_hidden_states
-        output = model(input_ids=batch["input_ids"], use_cache=False, output_hidden_states=with_hidden)
-        terms = {"ce": cross_entropy(output.logits, batch["labels"])}
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False, "output_hidden_states": with_hidden}
+        with self.accelerator.autocast():
+            found, output = predictions(model, **inputs)
+        student = Predictions(found.states, self._in_autocast(found.head))
+        terms = {"ce": cross_entropy(student, batch["labels"])}
         if self.teacher is not None:
-            terms |= self.teacher.terms(output, batch)
+            terms |= self.teacher.terms(student, output.hidden_states, batch)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if not torch.isfinite(loss):
             raise InputError(
@@ -88,6 +93,15 @@ class FinetuneTrainer(CheckpointedTrainer):
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1
         return loss
+
+    def _in_autocast(self, head: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns the head as the model's own forward would run it: the loss calls it outside of that."""
+
+        def cast(states: torch.Tensor) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return head(states)
+
+        return cast
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms' means since the last log."""

@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from tvaprune.budget import both_train
+from tvaprune.errors import TRAINING, running_out_in
 from tvaprune.measure.speed import SpeedUp, training_speed_up
 from tvaprune.recover.job import Job
-from tvaprune.recover.lora import Student, add_lora, trainable
+from tvaprune.recover.lora import Student, add_lora, drop_replaced_head, trainable
 from tvaprune.recover.teacher import CachedTeacher, HiddenTarget, LiveTeacher, Teacher, cache_teacher
 from tvaprune.recover.trainer import FinetuneTrainer, LossWeights
+
+_NO_SPEED = "note: the dense model does not fit beside the pruned one in training: no speed-up of a training step"
 
 
 @dataclass
@@ -59,19 +63,26 @@ def write_teacher_cache(job: Job) -> Path | None:
 def prepare_student(job: Job, pruned: PreTrainedModel) -> Student:
     """Returns the model with what is trained of it: all, or LoRA, whose start is drawn."""
     set_seed(job.run.args.training.seed)
-    return pruned.requires_grad_(True) if job.lora is None else add_lora(pruned, job.lora)
+    if job.lora is None:
+        return pruned.requires_grad_(True)
+    student = add_lora(pruned, job.lora)
+    drop_replaced_head(student)
+    return student
 
 
 def training_speed(job: Job, student: Student) -> SpeedUp | None:
     """Times a training step beside that of the dense model, trained in the same way; None: not asked, or no memory."""
     args = job.run.args
-    if not args.evaluation.speed_batches:
+    sizes = job.run.sizes(job.plan)
+    if not (job.run.times(job.plan) and both_train(args, sizes, job.rank, job.copies_head)):
+        if args.evaluation.speed_batches:
+            print(_NO_SPEED)
         return None
     try:
-        with trainable(job.run.model, job.lora) as dense:
+        with trainable(job.run.dense_model(), job.lora) as dense:
             return training_speed_up(dense, student, job.train_blocks, args.training, args.evaluation.speed_batches)
     except torch.cuda.OutOfMemoryError:
-        print("note: the dense model does not fit beside the pruned one in training: no speed-up of a training step")
+        print(_NO_SPEED)
         return None
 
 
@@ -84,7 +95,8 @@ def train(job: Job, student: Student) -> tuple[Tuning, list[dict[str, float]]]:
         args.finetune.early_stopping_patience,
     )  # fmt: skip
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
+    with running_out_in(TRAINING):
+        trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
     return _told(job, trainer, time.perf_counter() - begin), trainer.state.log_history
 
 
@@ -95,7 +107,7 @@ def _teacher(job: Job) -> Teacher | None:
     if not args.distill.distill:
         return None
     hidden = HiddenTarget.of(job.plan, args.prune.weight_update) if args.finetune.distill_hidden_alpha else None
-    return LiveTeacher(job.run.model, args.distill.distill_temp, hidden)
+    return LiveTeacher(job.run.dense_model(), args.distill.distill_temp, hidden)
 
 
 def _told(job: Job, trainer: FinetuneTrainer, seconds: float) -> Tuning:

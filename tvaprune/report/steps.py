@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import torch
 import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tvaprune import ranks
+from tvaprune.errors import EVALUATING, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.perplexity import perplexity, windows_per_pass
-from tvaprune.measure.speed import speed_up
+from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION
@@ -50,10 +52,22 @@ def measure(
     results.protocol = run.evaluation_text(windows)
     results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
     results.parameters = Parameters(run.dense_parameters, plan.num_parameters)
-    results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
+    with running_out_in(EVALUATING):
+        results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
     if evaluation.speed_batches and not isinstance(pruned, Streamed):
-        timed = windows_per_pass(windows, batch_size)
-        results.speed_up = ranks.on_main(speed_up, run.model, pruned, windows, timed, evaluation.speed_batches)
+        results.speed_up = ranks.on_main(_speed_up, run, plan, pruned, windows)
+
+
+def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Dataset) -> SpeedUp | None:
+    """Times both models; None, and a note: they do not fit beside each other. What was measured before is kept."""
+    timed = windows_per_pass(windows, run.args.training.per_device_eval_batch_size)
+    try:
+        if run.times(plan):
+            return speed_up(run.dense_model(), pruned, windows, timed, run.args.evaluation.speed_batches)
+    except torch.OutOfMemoryError:
+        pass
+    print("note: both models do not fit beside each other: no speed-up; a larger --memory lets them, if there is more")
+    return None
 
 
 def write_recipe(args: Arguments) -> None:
@@ -79,6 +93,8 @@ def zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedMode
     if tasks is None:
         return
     wanted = {name: model for name, model in models.items() if name != DENSE or run.args.evaluation.compare_dense}
+    if DENSE in wanted:
+        wanted[DENSE] = run.dense_model()
     ranks.on_main(_zero_shot, run, tasks, wanted, results)
 
 

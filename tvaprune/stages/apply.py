@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from tvaprune import ranks
+from tvaprune.budget import fit_cut
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
@@ -66,6 +67,8 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     measures = training.do_eval or evaluation.do_zero_eval
     run = Run.load(args, scratch)
     plan = None if units is None else run.plan(units)
+    if plan is not None and run.streamed is None:
+        fit_cut(run.args, run.sizes(plan))
     results = Results.begin(run, plan, args.prune.mask_loc)
     earlier = ranks.on_main(_joined, args, results) if measures else None
     if plan is None:
@@ -78,7 +81,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         dense = run.dense_perplexity(windows)
     if measures:
         write_plan(run, plan, args.save_loc)
-    times = windows is not None and evaluation.speed_batches > 0
+    times = windows is not None and run.times(plan)
     pruned: PreTrainedModel | Streamed
     if run.streamed is not None:
         pruned, update = narrow_streamed(run, run.streamed, plan)

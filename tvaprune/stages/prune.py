@@ -18,7 +18,7 @@ from tvaprune.report import plots
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, check_training, goes_on, zero_shot_tasks
+from tvaprune.run import Run, check_results, check_save, check_training, fit_prune, goes_on, zero_shot_tasks
 
 
 @holding_folders()
@@ -29,8 +29,9 @@ def run_prune(args: Arguments) -> dict[float, Results]:
         The results of every target sparsity.
     """
     tasks, checkpoint = zero_shot_tasks(args), ranks.on_main(_prepared, args)
+    fit_prune(args)
     check_training(args)
-    run = Run.load(args)
+    run = Run.load(args, trains=args.prune.prune_method == "vib")
     windows = run.windows()
     dense = run.dense_perplexity(windows)
     run = in_basis(run, checkpoint)
@@ -57,8 +58,8 @@ def _measured(run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset
         plan = part.plan(load_masks(chosen.masks[target]))
         write_plan(part, plan, one.save_loc)
         found[target] = results = Results.begin(part, plan, str(chosen.masks[target]), target)
-        times = args.evaluation.speed_batches > 0 or args.evaluation.compare_dense
-        pruned, update = narrow(part, plan, keep_dense=times or target != max(targets))
+        keeps = part.times(plan) or args.evaluation.compare_dense or target != max(targets)
+        pruned, update = narrow(part, plan, keep_dense=keeps)
         results.note_update(update)
         measure(part, plan, pruned, windows, dense, results)
         tell(one, results)

@@ -44,7 +44,7 @@ class Measurement:
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.args = grid, grid.args
-        self.base = Run.load(grid.arguments(grid.missing[0]))
+        self.base = Run.load(grid.arguments(grid.missing[0]), trains=True)
         self._last: Run | None = None
         data = self.base.args.data
         self.tasks = None

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from tvaprune import ranks
 from tvaprune.choose.scores.calibration import Calibration, both_blocks
 from tvaprune.choose.scores.ranking import layerwise, per_unit
+from tvaprune.losses import cross_entropy
 from tvaprune.models.layout import Block
+from tvaprune.models.logits import predictions
 from tvaprune.models.units import PerUnit
 
 # LLM-Pruner leaves the first 4 and the last 2 of 32 layers alone; shares, for other depths.
@@ -69,7 +71,7 @@ def group_importance(calibration: Calibration) -> tuple[list[torch.Tensor], list
     paths = {path for layer in layers for block in layer for path in (*block.reading_linears, block.writer)}
     with _trainable(model, [model.get_parameter(f"{path}.weight") for path in paths]):
         for ids in calibration.batches("Taylor"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = cross_entropy(predictions(model, input_ids=ids, use_cache=False)[0], ids)
             (loss * len(ids) / len(calibration.blocks)).backward()
         for path in sorted(paths):
             ranks.add_up(_gradient(model, path))

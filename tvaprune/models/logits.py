@@ -1,0 +1,84 @@
+"""The way from hidden states to logits: a model runs up to its head, which the losses then call chunk by chunk."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from tvaprune.losses import Predictions
+from tvaprune.models.families import FAMILIES, base_type
+
+_proved: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether `_way` is a model's own
+
+
+def predictions(model: Any, **inputs: Any) -> tuple[Predictions, Any]:
+    """Runs a causal LM up to its head.
+
+    The first call of a model compares the logits of the last position with the model's own; where they differ, or the
+    family has no row, all logits are computed by the model itself, and these are the predictions.
+
+    Args:
+        model: A transformers causal LM, or a module around one that calls it: gates, LoRA, a parallel wrapper.
+        inputs: Of its forward pass.
+
+    Returns:
+        The predictions, and the model's output, whose logits are those of the last position alone, or all.
+    """
+    causal = _causal(model)
+    head, way = causal.get_output_embeddings(), _way(causal)
+    if way is not None and _proved.get(causal, True):
+        states, output = _up_to(head, model, inputs)
+        if states is not None and causal not in _proved:
+            _proved[causal] = bool((way(states[:, -1:]) == output.logits).all())
+        if states is not None and _proved[causal]:
+            return Predictions(states, way), output
+    output = model(**inputs)
+    return Predictions(output.logits), output
+
+
+def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns what makes logits of the states that a supported model's head reads."""
+    way = _way(_causal(model))
+    assert way is not None, "the family has no row"
+    return way
+
+
+def _causal(model: Any) -> Any:
+    return next(module for module in model.modules() if hasattr(module, "get_output_embeddings"))
+
+
+def _up_to(head: nn.Module, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:
+    """Calls a model, its head on the last position alone; returns what the head was to read, and the output."""
+    seen: list[torch.Tensor] = []
+
+    def last(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        seen.append(args[0])
+        return (args[0][:, -1:],)
+
+    handle = head.register_forward_pre_hook(last)
+    try:
+        output = model(**inputs)
+    finally:
+        handle.remove()
+    return (seen[0] if len(seen) == 1 else None), output
+
+
+def _way(causal: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Returns what makes logits of the states that a model's head reads; None: the family has no row."""
+    row, config = FAMILIES.get(base_type(causal.config)), causal.config
+    if row is None:
+        return None
+    head: Callable[[torch.Tensor], torch.Tensor] = causal.get_output_embeddings()
+    factor = 1.0 if row.logit_factor is None else getattr(config, row.logit_factor)
+    divisor = 1.0 if row.logit_divisor is None else getattr(config, row.logit_divisor)
+    cap = None if row.logit_cap is None else getattr(config, row.logit_cap)
+    if factor == divisor == 1 and cap is None:
+        return head
+
+    def way(states: torch.Tensor) -> torch.Tensor:
+        logits = head(states) * factor / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return way
