@@ -29,6 +29,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["checkpoint"],
     ["recover", "export"],
     ["report"],
+    ["estimates"],
     ["study"],
     ["stages"],
     ["shipped"],

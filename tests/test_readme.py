@@ -17,6 +17,7 @@ from tvaprune.cli import released
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.verbs import MODES, check_flags
 from tvaprune.models.published import PUBLISHED
+from tvaprune.stages.estimate import parser as estimate_parser
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -51,6 +52,9 @@ def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monk
     if verb == "fetch":
         assert set(flags) <= set(PUBLISHED) and len(flags) == 1
         return
+    if verb == "estimate":
+        own, flags = estimate_parser().parse_known_args(flags)
+        verb = own.verb
     check_flags(verb, flags, MODES)
     args = Arguments.parse(flags, verb)
     assert Path(args.source.model_name_or_path, "config.json").is_file()
@@ -63,6 +67,14 @@ def test_the_readmes_tree_names_every_module():
     assert [name for name in modules + folders if f"  {name}" not in tree] == []
     named = re.findall(r"^  (\w+\.py)", tree, flags=re.MULTILINE)
     assert sorted(named) == sorted(modules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands("tvaprune estimate"))
+def test_the_estimate_command_runs(line):
+    result = tiny.run(f"-m {line}")
+    assert result.returncode == 0, result.stderr
+    assert "fine-tuning" in result.stdout and "80 GB" in result.stdout
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tvaprune.cli import run_verb
 from tvaprune.errors import InputError
+from tvaprune.estimates import Estimate
 from tvaprune.flags.settings import (
     CompareSettings,
     DataSettings,
@@ -21,6 +22,7 @@ from tvaprune.flags.settings import (
 from tvaprune.report.results import Results
 from tvaprune.stages.describe import Description
 from tvaprune.stages.describe import describe as _describe
+from tvaprune.stages.estimate import estimate as _estimate
 from tvaprune.stages.export import export as _export
 from tvaprune.stages.fetch import fetch as _fetch
 
@@ -79,6 +81,18 @@ def compare(settings: CompareSettings, *every: Settings, **training: Value) -> P
     return found
 
 
+def estimate(model: str | Path, verb: str, *settings: Settings, **training: Value) -> Estimate:
+    """Returns what a run of ``prune``, ``apply`` or ``finetune`` on a GPU would take, from the model's config alone.
+
+    Args:
+        verb: What would run; settings and training arguments are its own. ``use_cpu=True``: on a CPU.
+
+    Raises:
+        InputError: If something that was given cannot be used, or does not act in the verb.
+    """
+    return _estimate(verb, words(model, settings, training))
+
+
 def describe(mask: str | Path, model: str | Path, rules: PruneSettings | None = None) -> Description:
     """Returns what a mask, or a plan (``.json``), keeps, from the model's config alone.
 
@@ -89,6 +103,8 @@ def describe(mask: str | Path, model: str | Path, rules: PruneSettings | None = 
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
     given = rules or PruneSettings()
+    if isinstance(given.dim_multiple, str):
+        raise InputError(f"--dim_multiple {given.dim_multiple}: is measured by the verbs that cut; give a number")
     return _describe(
         Path(mask), str(model), given.dim_multiple, given.keep_one_kv_head, given.uniform, given.tensor_parallel
     )

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,8 +22,9 @@ from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import EVALUATING, InputError, quoted, reason, running_out_in
 from tvaprune.files import check_apart, check_output
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.ranges import AUTO
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
-from tvaprune.identity import Identity, blocks_digest, content, model_digest
+from tvaprune.identity import IDENTITY_NAME, Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
@@ -36,6 +38,7 @@ from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.sharding import shard
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
+from tvaprune.plan.multiples import fastest_multiple
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.rotation import Rotation, read_rotation
 from tvaprune.plan.widths import WidthRules
@@ -182,9 +185,7 @@ class Run:
     @property
     def window(self) -> int:
         """Tokens of an evaluation window."""
-        if self.args.data.protocol != OWN:
-            return PROTOCOLS[self.args.data.protocol].window
-        return self.args.data.ctx_length or min(self.model.config.max_position_embeddings, RELEASED_MAX_WINDOW)
+        return window_of(self.args, self.model.config)
 
     def blocks(self, split: str, size: int, count: int | None) -> Dataset:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
@@ -304,6 +305,13 @@ def fit_prune(args: Arguments) -> None:
     (fit_gates if trains else fit_cut)(args, sizes)
 
 
+def window_of(args: Arguments, config: PretrainedConfig) -> int:
+    """Returns the tokens of an evaluation window."""
+    if args.data.protocol != OWN:
+        return PROTOCOLS[args.data.protocol].window
+    return args.data.ctx_length or min(config.max_position_embeddings, RELEASED_MAX_WINDOW)
+
+
 def check_protocol(args: Arguments) -> None:
     """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
     name, data = args.data.protocol, args.data
@@ -321,6 +329,40 @@ def check_protocol(args: Arguments) -> None:
             f"--protocol {name}: has windows of {window} tokens, the model is made for {longest} at most; choose one "
             "of shorter windows, or own"
         )
+
+
+def settle_multiple(args: Arguments) -> None:
+    """Replaces ``--dim_multiple auto`` by the number measured, in place, in the recipe too; tells which.
+
+    A run that goes on takes the number that it began with.
+    """
+    if args.prune.dim_multiple != AUTO:
+        return
+    args.prune.dim_multiple = args.recipe["dim_multiple"] = ranks.on_main(_fastest, args)
+
+
+def _fastest(args: Arguments) -> int:
+    number = _begun_with(args) if goes_on(args) else None
+    if number is None:
+        config, device = load_config(args.source.model_name_or_path), args.training.device
+        stored = config.dtype or torch.float32
+        dtype = getattr(torch, args.source.dtype, stored if device.type == "cuda" else torch.float32)
+        number, line = fastest_multiple(shape_of(config), max(args.prune.target_sparsity), device, dtype)
+        print(line)
+    return number
+
+
+def _begun_with(args: Arguments) -> int | None:
+    """Returns the multiple that a run began with: of its last checkpoint, or of its plan; None: it is not told."""
+    checkpoint = last_checkpoint(args.output_dir)
+    files = [] if checkpoint is None else [checkpoint / IDENTITY_NAME]
+    for path in (*files, args.save_loc / "plan.json"):
+        with suppress(OSError, ValueError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            number = content.get("dim_multiple", content.get("settings", {}).get("dim_multiple"))
+            if isinstance(number, int):
+                return number
+    return None
 
 
 def _as_the_mask_says(args: Arguments) -> Arguments:
@@ -415,6 +457,19 @@ def given_rotation(args: Arguments, hidden_size: int) -> Rotation | None:
     if args.prune.plan is not None:
         return read_rotation(Path(args.prune.plan), KeepPlan.load(Path(args.prune.plan)).rotation, hidden_size)
     return None
+
+
+def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:
+    """Returns what `given_units` keep of the model, before it is loaded: masks cut by the rules that the run takes."""
+    if isinstance(units, KeepPlan):
+        return units
+    recorded = {} if args.prune.mask_loc is None else recorded_flags(args.prune.mask_loc)
+    given = {name: getattr(args.prune, name) for name in FLAGS}
+    if given["dim_multiple"] == AUTO:  # nothing is measured yet
+        given["dim_multiple"] = None
+    flags, _ = as_recorded(given, recorded)
+    shape = shape_of(load_config(args.source.model_name_or_path))
+    return plan_from_masks(units, shape, width_rules(flags, shape))
 
 
 def goes_on(args: Arguments) -> bool:

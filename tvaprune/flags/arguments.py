@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from tvaprune import ranks
 from tvaprune.errors import InputError
-from tvaprune.flags.ranges import CHOICES, check_ranges
+from tvaprune.flags.ranges import AUTO, CHOICES, check_ranges
 from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
     RELEASED_BATCH,
@@ -182,6 +182,8 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
             action.nargs = "*"
     settings, flags = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     check_flags("prune", flags)
+    if recipe_of("prune", flags).get("dim_multiple") == AUTO:
+        raise InputError("--dim_multiple auto: one number must serve all cells; let prune measure it, and give it here")
     settings.flags = flags
     found: CompareSettings = settings
     return found

@@ -78,6 +78,23 @@ CHOICES = {
 }  # fmt: skip
 
 
+AUTO = "auto"  # of a number that is measured
+
+
+def number_or(word: str, name: str, value: int | str | None) -> int | str | None:
+    """Returns the value of a flag that takes a whole number or one word; a command line gives both as text.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if not isinstance(value, str) or value == word:
+        return value
+    try:
+        return int(value)
+    except ValueError as error:
+        raise InputError(f"--{name} is {value}: give {RANGES[name].words}, or {word}") from error
+
+
 def check_ranges(settings: Any) -> None:
     """Checks every field of a class of flags that has a range or a choice; a field's own default is always in it.
 
@@ -86,7 +103,7 @@ def check_ranges(settings: Any) -> None:
     """
     for entry in fields(settings):
         given = getattr(settings, entry.name)
-        if given is None or given == entry.default:
+        if given in (None, AUTO) or given == entry.default:
             continue
         if entry.name in RANGES:
             for value in given if isinstance(given, list) else [given]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tvaprune.errors import InputError
-from tvaprune.flags.ranges import check_ranges
+from tvaprune.flags.ranges import AUTO, check_ranges, number_or
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
@@ -135,10 +135,11 @@ class PruneSettings:
     initial_log_variance: float | None = _flag(
         None, "Start of the gates' log-variances; default -5 in a short run, else the released -9."
     )
-    dim_multiple: int | None = _flag(
+    dim_multiple: int | str | None = _flag(
         None,
-        "Multiple that hidden and MLP widths are adjusted to; 0: off; default: as the mask's record says; without one: "
-        "128, in a model under 1,024 wide 8.",
+        "Multiple that hidden and MLP widths are adjusted to; 0: off; auto: the one at which linear layers of such "
+        "widths are quickest on the device, measured; default: as the mask's record says; without one: 128, in a model "
+        "under 1,024 wide 8.",
     )
     keep_one_kv_head: bool | None = _flag(
         None,
@@ -178,6 +179,7 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         """Checks the ranges, and that the files are there."""
+        self.dim_multiple = number_or(AUTO, "dim_multiple", self.dim_multiple)
         check_ranges(self)
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")

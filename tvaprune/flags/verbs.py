@@ -112,6 +112,7 @@ VERBS = {
         goes_on="the same command fetches it",
     ),
     "export": Verb("write a pruned checkpoint as GGUF, ONNX or a stock checkpoint", "tvaprune.stages.export:main"),
+    "estimate": Verb("say what a run would take: memory, operations, minutes", "tvaprune.stages.estimate:main"),
     "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),
 }
 

@@ -12,6 +12,7 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
 from tvaprune.errors import InputError
+from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.zeroshot import ZeroShot
@@ -21,7 +22,7 @@ from tvaprune.plan.masks import Masks
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, given_units, zero_shot_tasks
+from tvaprune.run import Run, check_results, check_save, given_units, settle_multiple, zero_shot_tasks
 
 
 @holding_folders()
@@ -33,6 +34,7 @@ def run_apply(args: Arguments) -> Results:
     units, evaluation, training = given_units(args), args.evaluation, args.training
     measures = training.do_eval or evaluation.do_zero_eval
     tasks = zero_shot_tasks(args)
+    settle_multiple(args)
     ranks.on_main(_prepare, args, measures)
     with _scratch(args) as scratch:
         return _apply(args, units, tasks, scratch)
@@ -65,6 +67,8 @@ def _scratch(args: Arguments) -> Iterator[Path | None]:
 def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | None, scratch: Path | None) -> Results:
     evaluation, training = args.evaluation, args.training
     measures = training.do_eval or evaluation.do_zero_eval
+    if units is not None and not args.prune.stream:  # whose need is told by the stream itself
+        announce(args, units)
     run = Run.load(args, scratch)
     plan = None if units is None else run.plan(units)
     if plan is not None and run.streamed is None:

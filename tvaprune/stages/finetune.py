@@ -18,6 +18,7 @@ from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError
+from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.perplexity import perplexity
@@ -31,7 +32,7 @@ from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, write_plan, write_recipe, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
-from tvaprune.run import given_units, zero_shot_tasks
+from tvaprune.run import given_units, settle_multiple, zero_shot_tasks
 
 UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
 
@@ -44,7 +45,9 @@ def run_finetune(args: Arguments) -> Results:
         raise InputError("finetune needs --mask_loc or --plan: it begins with the model that they leave")
     if args.finetune.epoch_f is not None:
         args.training.num_train_epochs = args.finetune.epoch_f
+    settle_multiple(args)
     checkpoint = ranks.on_main(_prepared, args)
+    announce(args, units)
     job = Job.load(args, units, checkpoint)
     write_plan(job.run, job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)

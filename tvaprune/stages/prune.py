@@ -9,6 +9,7 @@ from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.choose.choose import Chosen, choose_masks, gate_checkpoint, in_basis
 from tvaprune.cut.narrow import narrow
+from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.zeroshot import ZeroShot
@@ -18,7 +19,16 @@ from tvaprune.report import plots
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, check_training, fit_prune, goes_on, zero_shot_tasks
+from tvaprune.run import (
+    Run,
+    check_results,
+    check_save,
+    check_training,
+    fit_prune,
+    goes_on,
+    settle_multiple,
+    zero_shot_tasks,
+)
 
 
 @holding_folders()
@@ -29,8 +39,10 @@ def run_prune(args: Arguments) -> dict[float, Results]:
         The results of every target sparsity.
     """
     tasks, checkpoint = zero_shot_tasks(args), ranks.on_main(_prepared, args)
+    settle_multiple(args)
     fit_prune(args)
     check_training(args)
+    announce(args)
     run = Run.load(args, trains=args.prune.prune_method == "vib")
     windows = run.windows()
     dense = run.dense_perplexity(windows)

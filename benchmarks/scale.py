@@ -1,0 +1,276 @@
+"""What a 7B or an 8B takes: memory of each phase, a step of gate training, prefill and decode of what is cut.
+
+Random weights carry memory and time. On a GPU everything is measured and the table goes to ``benchmarks/scale.md``;
+without one, memory and operations of the large shapes are those of the simulation (`benchmarks.simulate`), and only
+``--shape small`` is timed. Of the published masks a path is given; without one every layer loses half. A ratio is the
+median over turns in which both models run one after the other; the ideal is that of the parameters that a token meets.
+
+    python -m benchmarks.scale --shape Mistral-7B --mask mistral_7b_mask_info_18.891157150268555.pkl
+    python -m benchmarks.scale --shape small --out /tmp/small.md
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from benchmarks.simulate import CONFIGS, PHASES, RealCard, Scene, Taken, plan_to, simulate
+from benchmarks.step import seconds, steps
+from tvaprune.estimates import TFLOPS
+from tvaprune.measure import cost
+from tvaprune.measure.cost import GIB, Work, narrower
+from tvaprune.measure.hardware import describe_device
+from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.shape import ModelShape, shape_of
+from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
+from tvaprune.plan.masks import load_masks
+from tvaprune.plan.widths import WidthRules
+
+MULTIPLES = (0, 8, 64, 128, 256)
+BLOCKS, BLOCK = 4500, 512
+FEW = 2  # layers of a simulated refit
+PROMPT, NEW = 512, 16  # tokens before decoding, tokens decoded and timed
+SMALL = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
+                    num_key_value_heads=4, max_position_embeddings=1024)  # fmt: skip
+SHAPES: dict[str, PretrainedConfig] = {"small": SMALL, **CONFIGS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One shape, its mask and where it is measured."""
+
+    name: str
+    config: PretrainedConfig
+    mask: Path | None
+    device: torch.device
+
+    @property
+    def shape(self) -> ModelShape:
+        """The dense model's sizes."""
+        return shape_of(self.config)
+
+    @property
+    def on_card(self) -> bool:
+        """Whether there is a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.bfloat16 if self.on_card else torch.float32
+
+    def plan(self, multiple: int) -> KeepPlan:
+        """Returns what the mask keeps at a multiple; without a mask half of every layer, as near as the multiple."""
+        if self.mask is not None:
+            masks = load_masks(self.mask, self.shape)
+            masks.check_fits(self.shape, f"--mask {self.mask}")
+            return plan_from_masks(masks, self.shape, WidthRules(max(1, multiple)))
+        half, step = narrower(self.shape, 0.5), max(1, multiple)
+        channels = tuple(max(1, round(width / step)) * step for width in half.intermediate_size)
+        return plan_to(self.shape, sized(self.shape, half.hidden_size, half.num_key_value_heads, channels))
+
+    def work(self, plan: KeepPlan) -> Work:
+        """Returns what the phases do: the defaults."""
+        padded = plan.padded
+        pruned = sized(self.shape, plan.hidden_size, tuple(map(len, padded.attn)), tuple(map(len, padded.inter)))
+        longest = self.config.max_position_embeddings
+        window = getattr(self.config, "sliding_window", None)
+        blocks = 8 if self.name == "small" else 128
+        return Work(
+            self.shape, pruned, sliding_window=window, window=min(8192, longest), refit_blocks=blocks,
+            choice_blocks=blocks, redraws=self.on_card,
+        )  # fmt: skip
+
+
+def sized(shape: ModelShape, hidden: int, heads: tuple[int, ...], channels: tuple[int, ...]) -> ModelShape:
+    """Returns a shape at other widths."""
+    found = copy.copy(shape)
+    for name, value in zip(
+        ("hidden_size", "num_key_value_heads", "intermediate_size"), (hidden, heads, channels), strict=True
+    ):
+        object.__setattr__(found, name, value)
+    return found
+
+
+def memory_rows(setting: Setting) -> list[str]:
+    """Returns a row for each phase: memory and operations beside those of the formulas."""
+    plan = setting.plan(128 if setting.shape.hidden_size >= 1024 else 8)
+    work = setting.work(plan)
+    rows = ["| phase | device, GiB | by formula | host, GiB | TFLOP a pass | by formula |", "|---|---|---|---|---|---|"]
+    for phase in PHASES:
+        if setting.on_card:
+            scene = Scene(RealCard(), work, setting.config, plan, setting.device)
+            taken: Taken | None = getattr(scene, phase)()
+            del scene
+            torch.cuda.empty_cache()
+        elif phase == "refit" and work.dense.num_hidden_layers > FEW:
+            # Its windows pass layer by layer: the first layers, held against the formula, and all by the formula.
+            few, part = (shallow(setting.config, shape, FEW) for shape in (work.dense, work.pruned))
+            less = replace(work, dense=few[1], pruned=part[1])
+            rows.append(row(f"refit, first {FEW} layers", simulate(few[0], less, phase), cost.of_pass(phase, less)))
+            taken = None
+        else:
+            taken = simulate(setting.config, work, phase, plan)
+        rows.append(row(phase.replace("_", " "), taken, cost.of_pass(phase, work)))
+    return rows
+
+
+def row(name: str, taken: Taken | None, formula: tuple[float, float]) -> str:
+    """Returns a row of the table of memory."""
+    device, flops = formula
+    counted = ["", "", ""] if taken is None else [f"{taken.card / GIB:.2f}", f"{taken.host / GIB:.2f}", ""]
+    if taken is not None and taken.flops:
+        counted[2] = f"{taken.flops / 1e12:.4g}"
+    return f"| {name} | {counted[0]} | {device / GIB:.2f} | {counted[1]} | {counted[2]} | {flops / 1e12:.4g} |"
+
+
+def shallow(config: PretrainedConfig, shape: ModelShape, layers: int) -> tuple[PretrainedConfig, ModelShape]:
+    """Returns a config and a shape of the first layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    names = ("num_key_value_heads", "intermediate_size", "layer_norms")
+    heads, channels, norms = (getattr(shape, name)[:layers] for name in names)
+    return config, replace(shape, num_key_value_heads=heads, intermediate_size=channels, layer_norms=norms)
+
+
+def step_rows(setting: Setting, turns: int) -> list[str]:
+    """Returns the gated step over the plain one, and the minutes of a mask."""
+    flops = cost.gate_flops(setting.work(setting.plan(128))) * BLOCKS
+    computed = (
+        f"{BLOCKS:,} blocks of {BLOCK}: {flops / 1e15:.3g} PFLOP, {flops / TFLOPS / 6e13:.3g} min at {TFLOPS:g} TFLOP/s"
+    )
+    if not (setting.on_card or setting.name == "small"):
+        return [computed]
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    sizes = {name: getattr(setting.config, name) for name in names}
+    plain, gated = steps(sizes, (1, BLOCK), str(setting.device), setting.dtype)
+    taken = [
+        (seconds(plain, str(setting.device))[0], seconds(gated, str(setting.device))[0]) for _ in range(turns + 1)
+    ][1:]
+    ratio = statistics.median(own / other for other, own in taken)
+    each = statistics.median(own for _, own in taken)
+    return [
+        computed,
+        f"gated step over plain step (1 x {BLOCK}): {ratio:.2f}; {BLOCKS:,} blocks: {BLOCKS * each / 60:.3g} min",
+    ]
+
+
+def met(shape: ModelShape) -> int:
+    """Returns the parameters that a token meets: the embedding is looked up."""
+    return dense_parameters(shape) - (0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size)
+
+
+def prefill(batch: int, length: int) -> Callable[[PreTrainedModel], Callable[[], object]]:
+    """Returns what times a model's pass over prompts, the last position's logits alone."""
+
+    def of(model: PreTrainedModel) -> Callable[[], object]:
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=model.device)
+        return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    return of
+
+
+def decode(batch: int, prompt: int) -> Callable[[PreTrainedModel], Callable[[], object]]:
+    """Returns what times a model's tokens after a prompt, one by one; the cache grows from turn to turn."""
+
+    def of(model: PreTrainedModel) -> Callable[[], object]:
+        ids = torch.zeros(batch, prompt, dtype=torch.int64, device=model.device)
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+        def run() -> None:
+            for _ in range(NEW):
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+        return run
+
+    return of
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds of a run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+@torch.inference_mode()
+def speed_rows(setting: Setting, turns: int) -> list[str]:
+    """Returns a row for each multiple: how many times as fast the narrower model is, and how many times as small."""
+    shrink = 1 if setting.on_card else 8  # of the lengths, on a CPU
+    works = {
+        "prefill 1 x 2,048": prefill(1, 2048 // shrink),
+        "prefill 8 x 512": prefill(8, 512 // shrink),
+        "decode 1": decode(1, PROMPT // shrink),
+        "decode 16": decode(16, PROMPT // shrink),
+    }
+    head = ["--dim_multiple", "sparsity", "ideal", *works]
+    rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for multiple in MULTIPLES:
+        plan = setting.plan(multiple)
+        work = setting.work(plan)
+        scene = Scene(RealCard(), work, setting.config, plan, setting.device, setting.dtype)
+        models, cells = (scene.dense, scene.pruned()), []
+        for of in works.values():
+            runs = [of(model) for model in models]
+            pairs = [tuple(timed(run, setting.device) for run in runs) for _ in range(turns + 1)][1:]
+            cells.append(f"{statistics.median(slow / fast for slow, fast in pairs):.2f}")
+        ideal = met(work.dense) / met(work.pruned)
+        rows.append(f"| {multiple} | {plan.sparsity:.3f} | {ideal:.2f} | {' | '.join(cells)} |")
+        del scene, models
+    return rows
+
+
+def report(setting: Setting, turns: int) -> str:
+    """Measures a shape and returns its part of the page."""
+    where = describe_device(setting.device) if setting.on_card else "simulated: no GPU was there"
+    mask = "no mask, half of every layer" if setting.mask is None else setting.mask.name
+    lines = [f"## {setting.name}", "", f"{mask}; memory and operations: {where}.", "", *memory_rows(setting), ""]
+    lines += [*step_rows(setting, turns), ""]
+    if setting.on_card or setting.name == "small":
+        lines += [
+            f"Times as fast as the dense model ({describe_device(setting.device)}):",
+            "",
+            *speed_rows(setting, turns),
+        ]
+    else:
+        lines += ["Prefill and decode: not timed without a GPU."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures the shapes asked for, prints them and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="*", choices=list(SHAPES), default=list(CONFIGS), help="which shapes")
+    parser.add_argument("--mask", type=Path, nargs="*", default=[], help="a mask file for each shape, in their order")
+    parser.add_argument("--turns", type=int, default=7, help="turns of which the median is taken")
+    parser.add_argument("--out", type=Path, help="the page to write")
+    args = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    masks = [*args.mask, *[None] * len(args.shape)]
+    parts = []
+    for name, mask in zip(args.shape, masks, strict=False):
+        parts.append(report(Setting(name, SHAPES[name], mask, device), args.turns))
+        print(parts[-1], flush=True)
+    if args.out is not None:
+        args.out.write_text("# Scale\n\n" + "\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

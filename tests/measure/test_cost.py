@@ -1,0 +1,97 @@
+"""The closed formulas against the simulation of the real code, and the simulation against what is known by hand."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.simulate import CARD, CONFIGS, PHASES, RealCard, Scene, plan_to, simulate, simulated
+from tvaprune.measure import cost
+from tvaprune.measure.cost import GIB, Work, narrower
+from tvaprune.models.shape import shape_of
+
+MIB = 2**20
+TOLERANCE = 0.1
+
+
+def work_of(name, layers, **settings):
+    config = copy.deepcopy(CONFIGS[name])
+    config.num_hidden_layers = layers
+    shape = shape_of(config)
+    settings = {"window": min(8192, config.max_position_embeddings), "refit_blocks": 8, "choice_blocks": 8} | settings
+    window = getattr(config, "sliding_window", None)
+    return config, Work(shape, narrower(shape, 0.5), sliding_window=window, **settings)
+
+
+def is_near(estimate, measured):
+    return abs(estimate / measured - 1) < TOLERANCE
+
+
+CASES = [
+    ("Llama-2-7B", "dense_perplexity", {}),
+    ("Llama-2-7B", "gate_step", {}),
+    ("Llama-2-7B", "gate_step", {"batch": 4, "checkpointing": True}),
+    ("Llama-2-7B", "refit", {}),
+    ("Llama-2-7B", "finetuning_step", {"batch": 8}),
+    ("Mistral-7B", "dense_perplexity", {}),
+    ("Mistral-7B", "gate_step", {"batch": 4}),
+    ("Mistral-7B", "refit", {"refit_offload": True}),
+    ("Mistral-7B", "finetuning_step", {}),
+    ("Llama-3-8B", "pruned_perplexity", {}),
+    ("Llama-3-8B", "gate_step", {"batch": 4}),
+    ("Llama-3-8B", "finetuning_step", {"batch": 8, "checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "phase", "settings"), CASES)
+def test_the_formulas_give_what_the_simulation_counts(name, phase, settings):
+    config, work = work_of(name, 2, **settings)
+    taken = simulate(config, work, phase)
+    size, flops = cost.of_pass(phase, work)
+    assert is_near(size, taken.card) and is_near(flops, taken.flops)
+    other, more = cost.of_pass(phase, work_of(name, 8, **settings)[1])
+    assert not is_near(other, taken.card) and not is_near(more, taken.flops)  # control: six layers more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_they_do_at_full_depth(name, phase):
+    config, work = work_of(name, 32, refit_blocks=32, choice_blocks=32)
+    taken = simulate(config, work, phase)
+    size, flops = cost.of_pass(phase, work)
+    assert is_near(size, taken.card) and is_near(flops, taken.flops)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("name", "phase", "settings"), CASES)
+def test_a_gpu_takes_as_much(name, phase, settings):
+    config, work = work_of(name, 4, redraws=True, **settings)
+    scene = Scene(RealCard(), work, config, plan_to(work.dense, work.pruned), torch.device("cuda"))
+    assert cost.of_pass(phase, work)[0] == pytest.approx(getattr(scene, phase)().card, rel=0.15)
+
+
+def test_the_simulation_counts_what_is_alive_and_where():
+    with simulated() as card:
+        x = torch.empty(1024, 1024, device=CARD, requires_grad=True)  # 4 MiB
+        y = x.exp()
+        assert card.alive == {"meta": 8 * MIB, "cpu": 0}
+        z = y.exp()
+        del y  # which the backward pass of both needs
+        assert card.alive["meta"] == 12 * MIB
+        on_host = z.detach().to("cpu")
+        assert card.alive == {"meta": 12 * MIB, "cpu": 4 * MIB}
+        view = x.detach()[:10]
+        assert card.alive["meta"] == 12 * MIB  # control: no storage of its own
+        del z, on_host, view
+        assert card.alive == {"meta": 4 * MIB, "cpu": 0} and card.taken.card == 12 * MIB
+        card.restart()
+        assert card.taken.card == 4 * MIB
+        x.detach() @ x.detach()
+        assert card.taken.flops == 2 * 1024**3
+
+
+def test_weights_are_those_of_the_published_models():
+    sizes = [cost.weights(work.dense, work) / GIB for _, work in (work_of(name, 32) for name in CONFIGS)]
+    assert sizes == pytest.approx([12.55, 13.49, 14.96], abs=0.01)  # 6.74, 7.24 and 8.03 billion of 2 bytes

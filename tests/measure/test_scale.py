@@ -1,0 +1,38 @@
+"""`python -m benchmarks.scale` at small shapes on a CPU."""
+
+import re
+
+import pytest
+import torch
+
+from benchmarks import scale
+from benchmarks.scale import MULTIPLES, SHAPES, Setting, main, met
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.masks import save_masks
+
+
+def test_the_page_of_a_small_shape_has_every_measure(make_masks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "NEW", 2)
+    mask = tmp_path / "mask_info_1.0.pkl"
+    save_masks(make_masks(shape_of(SHAPES["small"])), mask)
+    main(["--shape", "small", "--mask", str(mask), "--turns", "1", "--out", str(tmp_path / "scale.md")])
+    page = (tmp_path / "scale.md").read_text(encoding="utf-8")
+    assert page.strip().endswith(capsys.readouterr().out.strip())
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    memory = {row[0]: row for row in rows if len(row) == 6}
+    assert {"dense perplexity", "gate step", "refit", "finetuning step"} <= set(memory)
+    speeds = {row[0]: row for row in rows if len(row) == 7 and row[0].isdigit()}
+    assert list(speeds) == [str(multiple) for multiple in MULTIPLES]
+    assert all(float(cell) > 0 for row in speeds.values() for cell in row[1:])
+    assert re.search(r"gated step over plain step \(1 x 512\): \d", page) and mask.name in page
+
+
+@pytest.mark.parametrize("multiple", MULTIPLES)
+def test_widths_are_multiples_and_the_ideal_is_the_ratio_of_parameters(multiple):
+    setting = Setting("small", SHAPES["small"], None, torch.device("cpu"))
+    plan = setting.plan(multiple)
+    assert all(width % max(1, multiple) == 0 for width in plan.intermediate_size)
+    head = plan.shape.vocab_size
+    assert met(setting.work(plan).pruned) == plan.num_parameters - head * plan.hidden_size

@@ -1,0 +1,140 @@
+"""`tvaprune estimate`, and the line that a run begins with."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from support import tiny
+
+from tvaprune import EvalSettings, PruneSettings, estimate, estimates
+from tvaprune.cli import run_command, run_verb
+from tvaprune.flags.conditions import parse
+from tvaprune.measure import cost
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.keep_plan import plan_from_masks
+from tvaprune.plan.masks import save_masks
+from tvaprune.plan.widths import WidthRules
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The config of a model of Llama-2-7B's sizes: no weights, no tokenizer."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                         max_position_embeddings=4096, dtype=torch.bfloat16)  # fmt: skip
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(make_model, make_masks, tmp_path_factory):
+    """The flags of a tiny model and its text, and a mask."""
+    folder = tmp_path_factory.mktemp("small")
+    model = make_model("llama")
+    tiny.save_checkpoint(model, folder / "model")
+    save_masks(make_masks(shape_of(model.config)), folder / "mask_info_1.0.pkl")
+    text = tiny.write_text(folder / "text.txt")
+    flags = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(text), "--block_size", "16",
+             "--ctx_length", "16", "--max_eval_samples", "4", "--speed_batches", "0", "--use_cpu"]  # fmt: skip
+    return flags, folder / "mask_info_1.0.pkl"
+
+
+def phases(found):
+    return {phase.name: phase for phase in found.phases}
+
+
+def test_an_estimate_needs_the_config_alone_and_follows_the_flags(large):
+    found = phases(estimate(large, "prune"))
+    assert list(found) == ["dense perplexity", "gate training", "refit", "pruned perplexity"]
+    weights = 6_738_415_616 * 2
+    assert all(phase.device > weights for phase in found.values())
+    assert 9e16 < found["gate training"].flops < 2.2e17  # 4,500 steps of some 21 TFLOP, and the scorings
+    longer = phases(estimate(large, "prune", per_device_train_batch_size=4))["gate training"]
+    less = phases(estimate(large, "prune", per_device_train_batch_size=4, activation_checkpointing=True))
+    assert less["gate training"].device < longer.device and less["gate training"].flops > longer.flops
+    there, away = (
+        phases(estimate(large, "apply", PruneSettings(refit_offload=offload)))["refit"] for offload in (False, True)
+    )
+    assert away.device < there.device - weights and away.host > there.host + weights
+    folded = phases(estimate(large, "apply", PruneSettings(weight_update="fold")))
+    assert list(folded) == ["dense perplexity", "cut", "pruned perplexity"]
+
+
+def test_dtype_on_a_gpu_is_the_checkpoints_and_on_a_cpu_float32(large):
+    on_card, on_cpu = (estimate(large, "apply", use_cpu=cpu) for cpu in (False, True))
+    assert on_card.work.weight_bytes == 2 and on_cpu.work.weight_bytes == 4
+    assert on_card.host > 0 and on_cpu.host == 0
+
+
+def test_a_mask_gives_the_widths(small, make_masks):
+    flags, mask = small
+    found = run_verb("estimate", ["--verb", "apply", *flags, "--mask_loc", str(mask), "--dim_multiple", "4"])
+    shape = found.work.dense
+    plan = plan_from_masks(make_masks(shape), shape, WidthRules(4))
+    assert found.work.pruned.intermediate_size == plan.intermediate_size
+    assert cost.narrower(shape, 0.5).intermediate_size != plan.intermediate_size  # control: what no mask would give
+
+
+def test_table_and_json_say_the_same(large, capsys):
+    flags = ["--model_name_or_path", str(large), "--verb", "finetune", "--tflops", "300"]
+    found = run_verb("estimate", flags)
+    told = capsys.readouterr().out
+    run_verb("estimate", [*flags, "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert content["minutes"] == pytest.approx(found.flops / 300e12 / 60)
+    assert [phase["name"] for phase in content["phases"]] == [phase.name for phase in found.phases]
+    assert all(phase.name in told for phase in found.phases) and "at 300 TFLOP/s" in told
+    assert content["fits"]["80 GB"].startswith("fits, ") and content["fits"]["24 GB"].startswith("too small for ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--verb", "compare"], "--verb compare: give one of prune, apply, finetune"),
+        (["--tflops", "0"], "--tflops is 0.0: give a speed in TFLOP/s"),
+        (["--lora_r", "8"], "--lora_r acts in finetune, not in prune"),
+        (["--block_size", "1"], "--block_size is 1"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(large, flags, message, capsys):
+    code = run_command(lambda: run_verb("estimate", ["--model_name_or_path", str(large), *flags]))
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_begins_with_its_line_and_ends_there_if_it_cannot_fit(small, tmp_path, monkeypatch, capsys):
+    flags, mask = small
+    flags = ["--do_eval", "True", *flags, "--mask_loc", str(mask), "--weight_update", "fold"]
+    run_verb("apply", [*flags, "--output_dir", str(tmp_path / "fits")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("estimate: "))
+    assert "MiB of memory" in line and "PFLOP" in line
+    memory = copy.copy(psutil.virtual_memory())._replace(total=2**16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert run_command(lambda: run_verb("apply", [*flags, "--output_dir", str(tmp_path / "not")])) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "needs" in error and "are this machine's memory: give" in error
+    assert not any((tmp_path / "not").glob("*"))
+
+
+def test_on_a_gpu_what_is_free_counts(large, monkeypatch, capsys):
+    args = parse("prune", ["--model_name_or_path", str(large)])
+    monkeypatch.setattr(type(args.training), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * GIB, 80 * GIB))
+    estimates.announce(args)
+    assert "GiB on the GPU (" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * GIB, 80 * GIB))
+    with pytest.raises(estimates.InputError, match=r"needs .* GiB, and 14.0 GiB are free on the GPU: give --\w+"):
+        estimates.announce(args)
+
+
+def test_settings_of_another_verb_are_refused_from_python_too(large):
+    with pytest.raises(estimates.InputError, match="lora_r|teacher_top_k|speed"):
+        estimate(large, "prune", EvalSettings(), lora_r=8)

@@ -1,0 +1,369 @@
+"""What a run takes, from sizes alone: the peak of memory of each phase, and its floating-point operations.
+
+Closed formulas of what the code holds at the moment that it holds most. ``benchmarks/simulate.py`` counts the same on
+the real code, and ``tests/measure/test_cost.py`` holds one against the other. A CUDA context, workspaces of kernels and
+fragmentation are not in the figures: `OVERHEAD` is what stays free for them.
+
+Letters: h hidden size, q features of all query heads, k features of all KV heads, f MLP channels, v vocabulary; b bytes
+of a number in the weights' precision. What trains, and moments, are float32 or float64, of 4 and 8 bytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
+from tvaprune.measure.perplexity import CHUNK_TOKENS, FORWARD_TOKENS, FORWARD_WINDOWS
+from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.shape import ModelShape
+
+GIB = 2**30
+OVERHEAD = 0.75 * GIB  # of a card, that no tensor of ours takes: the context, workspaces, the allocator's rounding
+CARDS = {"24 GB": 23.6 * GIB, "40 GB": 39.4 * GIB, "80 GB": 79.2 * GIB}  # what a card of this name has
+STRENGTHS, SHARES, ROWS = 5, 6, 8192  # of `tvaprune.cut.refit` and `tvaprune.cut.ridge`: finite strengths, shares, rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run is asked to do, as far as it costs memory or time.
+
+    Attributes:
+        dense: The model's sizes; ``pruned`` are the narrower model's.
+        weight_bytes: Of a number of the weights, and of what is computed with them.
+        sliding_window: Tokens that attention looks back; None: all.
+        block: Tokens of a training block.
+        batch: Blocks of a forward pass in training; ``steps`` passes are made.
+        checkpointing: Whether the backward pass computes a layer's activations again.
+        redraws: Whether the noise of the gates is drawn again backward, as on a GPU, or kept.
+        distill: Whether the dense model teaches.
+        window: Tokens of an evaluation window; ``windows`` are measured.
+        eval_batch: Windows of a pass; 0: as many as `tvaprune.measure.perplexity.windows_per_pass` makes it.
+        scorings: How often masks, or checkpoints, are compared in training, on ``choice_blocks`` blocks.
+        refit_blocks: Blocks that the refit fits; what it chooses among is compared on ``choice_blocks``.
+        refit_offload: Whether the dense model and the streams are on the host meanwhile.
+        refits: Whether the kept weights are refitted, or only cut.
+        keep_dense: Whether the dense model is on the card while the narrower one is measured.
+        lora_r: Rank of LoRA; 0: all weights are trained.
+    """
+
+    dense: ModelShape
+    pruned: ModelShape
+    weight_bytes: int = 2
+    sliding_window: int | None = None
+    block: int = 512
+    batch: int = 1
+    steps: int = 4500
+    checkpointing: bool = False
+    redraws: bool = False
+    distill: bool = True
+    window: int = 4096
+    windows: int = 256
+    eval_batch: int = 0
+    scorings: int = 60
+    choice_blocks: int = 128
+    refits: bool = True
+    refit_blocks: int = 128
+    refit_offload: bool = False
+    keep_dense: bool = True
+    lora_r: int = 128
+    train_lm_head: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a training pass."""
+        return self.batch * self.block
+
+    def pass_tokens(self, window: int) -> int:
+        """Returns the tokens of an evaluation's pass."""
+        fitting = max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // window))
+        return window * (self.eval_batch or fitting)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase takes.
+
+    Attributes:
+        device: Bytes on the device at the peak.
+        host: Beside them bytes of the host's memory, where the device is a card.
+        flops: Floating-point operations of its matrix products; a multiply and an add are two.
+        helps: What makes it need less, in the words of the flags.
+    """
+
+    name: str
+    device: float
+    host: float
+    flops: float
+    helps: str
+
+
+def _layers(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
+    """Yields q, k and f of every layer."""
+    for heads, channels in zip(shape.num_key_value_heads, shape.intermediate_size, strict=True):
+        yield heads * shape.group_size * shape.head_dim, heads * shape.head_dim, channels
+
+
+def narrower(shape: ModelShape, sparsity: float) -> ModelShape:
+    """Returns a shape of as many hidden dims whose layers all lost the same share of heads and channels."""
+    heads, channels = (
+        tuple(round(size * (1 - sparsity)) for size in sizes)
+        for sizes in (shape.num_key_value_heads, shape.intermediate_size)
+    )
+    return replace(shape, num_key_value_heads=heads, intermediate_size=channels)
+
+
+def weights(shape: ModelShape, work: Work) -> int:
+    """Returns the bytes of a model's weights."""
+    return dense_parameters(shape) * work.weight_bytes
+
+
+def forward_flops(shape: ModelShape, tokens: int, window: int, head: bool = True) -> float:
+    """Returns the operations of a forward pass; of attention all pairs of a window count, as for fused kernels."""
+    h, projections = shape.hidden_size, 2 + shape.gated_mlp
+    linear = sum(h * (2 * q + 2 * k + projections * f) for q, k, f in _layers(shape)) + head * h * shape.vocab_size
+    return tokens * (2 * linear + sum(4 * q * window for q, _, _ in _layers(shape)))
+
+
+def evaluation(shape: ModelShape, work: Work, window: int) -> int:
+    """Returns the bytes that a pass of `tvaprune.measure.perplexity` takes beside the weights.
+
+    The widest layer's MLP (gate, its activation, up: 3 f; residual stream, normed stream, buffers: 4 h), or the chunk
+    of positions whose logits are there in the model's precision, in float32 and as log-probabilities.
+    """
+    b, tokens, h = work.weight_bytes, work.pass_tokens(window), shape.hidden_size
+    layer = b * tokens * (3 * max(shape.intermediate_size) + 4 * h)
+    if work.sliding_window is not None and window > work.sliding_window:
+        layer += window**2  # the mask
+    return max(layer, (b + 8) * shape.vocab_size * min(CHUNK_TOKENS, tokens) + b * tokens * h)
+
+
+def _training(work: Work, shape: ModelShape, per_layer: Sequence[float], loss: float, trained: float) -> float:
+    """Returns what a training pass takes beside the weights and what is trained of them.
+
+    Backward the loss's chunk goes first, while all layers' activations are there; checkpointing keeps a layer's input
+    in their place and computes one layer's again. Gradients come as activations go.
+
+    Args:
+        per_layer: Bytes a token that each layer keeps for the backward pass.
+        loss: Bytes of the loss's chunk at its peak.
+        trained: Numbers that are trained.
+    """
+    tokens, b = work.tokens, work.weight_bytes
+    kept = [b * shape.hidden_size] * len(per_layer) if work.checkpointing else per_layer
+    again = max(per_layer) * tokens if work.checkpointing else 0.0
+    stream = 3 * b * shape.hidden_size * tokens
+    return max(sum(kept) * tokens + stream + max(loss, again), 4 * trained)
+
+
+def _backward_flops(shape: ModelShape, work: Work) -> float:
+    """Returns the operations of a backward pass to the activations, without the head; attention's are 2.5 times."""
+    extra = sum(6 * q * work.block for q, _, _ in _layers(shape)) * work.tokens
+    again = work.checkpointing * forward_flops(shape, work.tokens, work.block, head=False)
+    return forward_flops(shape, work.tokens, work.block, head=False) + extra + again
+
+
+def _head_flops(shape: ModelShape, tokens: int) -> int:
+    return 2 * tokens * shape.hidden_size * shape.vocab_size
+
+
+def gate_flops(work: Work) -> float:
+    """Returns the operations of a step of gate training; a loss in several chunks calls the heads again, backward."""
+    again, shape = work.tokens > LOSS_TOKENS, work.dense
+    forward = forward_flops(shape, work.tokens, work.block, head=False)
+    heads = (2 + again + work.distill * (1 + again)) * _head_flops(shape, work.tokens)
+    return (1 + work.distill) * forward + _backward_flops(shape, work) + heads
+
+
+def finetuning_flops(work: Work) -> float:
+    """Returns the operations of a pass of fine-tuning: both losses call the student's head."""
+    again, shape, tokens = work.tokens > LOSS_TOKENS, work.pruned, work.tokens
+    layers = (lora_parameters(work) if work.lora_r else dense_parameters(shape)) * tokens
+    updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
+    student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
+    losses = 1 + work.distill
+    heads = losses * (2 + again + (work.train_lm_head or not work.lora_r)) * _head_flops(shape, work.tokens)
+    teacher = forward_flops(work.dense, tokens, work.block) + again * _head_flops(work.dense, tokens)
+    return student + heads + work.distill * teacher
+
+
+def gate_step(work: Work) -> float:
+    """Returns the bytes on the card while gates are trained.
+
+    A layer keeps for the backward pass, besides what its attention reads and writes (2 q + 2 k): its two norms' inputs,
+    two outputs that are gated, and of the MLP the gate, its activation, up and the product; and the noise of all these,
+    where it is not drawn again. Of a chunk's logits there are the student's, the teacher's, the log-probabilities of
+    both and their gradients.
+    """
+    b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
+    noise = not work.redraws
+    per_layer = [b * (4 * h + 2 * q + 2 * k + 4 * f + noise * (2 * h + f)) for q, k, f in _layers(shape)]
+    chunk = min(LOSS_TOKENS, work.tokens)
+    loss = (21 + 2 * b if work.distill else 12 + b) * shape.vocab_size * chunk
+    units = h + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
+    return weights(shape, work) + 32 * units + _training(work, shape, per_layer, loss, 2 * units)
+
+
+def lora_parameters(work: Work) -> int:
+    """Returns the numbers that LoRA trains, the lm_head not counted."""
+    h, r = work.pruned.hidden_size, work.lora_r
+    each = (r * (2 * (h + q) + 2 * (h + k) + (2 + work.pruned.gated_mlp) * (h + f)) for q, k, f in _layers(work.pruned))
+    return sum(each)
+
+
+def trained_parameters(work: Work) -> int:
+    """Returns the numbers that fine-tuning trains."""
+    if not work.lora_r:
+        return dense_parameters(work.pruned)
+    return lora_parameters(work) + work.train_lm_head * work.pruned.vocab_size * work.pruned.hidden_size
+
+
+def finetuning_step(work: Work) -> float:
+    """Returns the bytes on the card in fine-tuning.
+
+    What is trained, in float32, and its two moments are there throughout, its gradients at the end. A linear with LoRA
+    keeps its input after dropout in float32 and the dropout's mask.
+    """
+    b, shape, h, r = work.weight_bytes, work.pruned, work.pruned.hidden_size, work.lora_r
+    trained = trained_parameters(work)
+    own = [8 * h + b * (2 * q + 2 * k + 3 * f) for q, k, f in _layers(shape)]
+    if r:
+        each = [5 * (5 * h + q + f) + 7 * 4 * r for q, _, f in _layers(shape)]
+    else:
+        each = [b * (2 * h + q + f) for q, _, f in _layers(shape)]  # what a linear reads: norms', attention's, product
+    per_layer = [mine + more for mine, more in zip(own, each, strict=True)]
+    held = 33 * work.tokens if work.tokens <= LOSS_TOKENS else 18 * LOSS_TOKENS  # both losses' graphs, or one's
+    loss = held * shape.vocab_size + 8 * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient, twice
+    static = weights(shape, work) + (12 if r else 8) * trained + work.distill * weights(work.dense, work)
+    if r and work.train_lm_head and not shape.tie_word_embeddings:
+        static -= b * h * shape.vocab_size  # what the trained head replaces
+    return static + _training(work, shape, per_layer, loss, trained)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One least-squares fit of the refit: ``linears`` of n features each, whose moments with m targets are summed.
+
+    Attributes:
+        outputs: Rows of every linear; `tvaprune.cut.ridge.ROWS` are solved at a time.
+        reads: Whether the targets are a dense linear's inputs, and the rows' cross moments are to be computed.
+    """
+
+    features: int
+    targets: int
+    outputs: tuple[int, ...]
+    reads: bool
+
+    @property
+    def bytes(self) -> int:
+        """What it holds at the peak: both splits' moments, and of some rows the errors, or two factors; float64."""
+        n, rows = self.features, min(ROWS, max(self.outputs))
+        errors, factor = (7 if self.reads else 5) * rows * n, 2 * n * n + (3 if self.reads else 1) * rows * n
+        return 8 * (2 * n * (n + self.targets) + max(errors, factor))
+
+    def flops(self, tokens: int) -> float:
+        """The operations of the moments, and of every strength's factor, solution and error."""
+        n, solutions = self.features, STRENGTHS + 1
+        moments = 2 * tokens * n * (n + self.targets)
+        each = solutions * 2 * n * n + (STRENGTHS + 1) * 2 * n * n + self.reads * 3 * 2 * self.targets * n
+        factors = sum(-(-rows // ROWS) for rows in self.outputs) * solutions * n**3 / 3
+        return moments + each * sum(self.outputs) + factors
+
+
+def _fits(work: Work) -> Iterator[_Fit]:
+    h, hidden = work.dense.hidden_size, work.pruned.hidden_size
+    for q, k, f in _layers(work.pruned):
+        yield _Fit(hidden, h, (q, k, k), True)
+        yield _Fit(q, hidden, (hidden,), False)
+        yield _Fit(hidden, h, (f,) * (1 + work.pruned.gated_mlp), True)
+        yield _Fit(f, hidden, (hidden,), False)
+    if not work.dense.tie_word_embeddings:
+        yield _Fit(hidden, h, (work.dense.vocab_size,), True)
+
+
+def _refit_tokens(work: Work) -> int:
+    return (work.refit_blocks + work.choice_blocks) * work.block
+
+
+def _streams(work: Work) -> int:
+    """Returns the bytes of both residual streams of the refit."""
+    return work.weight_bytes * (work.dense.hidden_size + work.pruned.hidden_size) * _refit_tokens(work)
+
+
+def refit(work: Work) -> float:
+    """Returns the bytes on the card in the refit: both models, both streams, and the widest fit.
+
+    With ``--refit_offload`` the dense model and the streams are on the host, and a layer or the head comes over.
+    """
+    there = weights(work.dense, work) + _streams(work)
+    if work.refit_offload:
+        h, b = work.dense.hidden_size, work.weight_bytes
+        there = b * max(h * work.dense.vocab_size, *(h * (2 * q + 2 * k + 3 * f) for q, k, f in _layers(work.dense)))
+    return there + weights(work.pruned, work) + max(fit.bytes for fit in _fits(work))
+
+
+def refit_flops(work: Work) -> float:
+    """Returns the operations of the refit: a pass of the dense stream, two of the pruned one, fits, the shares."""
+    tokens, held = _refit_tokens(work), work.choice_blocks * work.block
+    passes = (
+        forward_flops(work.dense, tokens, work.block, head=False)
+        + 2 * forward_flops(work.pruned, tokens, work.block, head=False)
+        + SHARES
+        * (forward_flops(work.pruned, held, work.block) + 2 * held * work.dense.hidden_size * work.dense.vocab_size)
+    )
+    return passes + sum(fit.flops(tokens) for fit in _fits(work))
+
+
+def of_pass(phase: str, work: Work) -> tuple[float, float]:
+    """Returns the bytes on the device and the operations of one pass: what ``benchmarks/simulate.py`` counts.
+
+    Args:
+        phase: ``dense_perplexity``, ``pruned_perplexity`` (both models there), ``gate_step``, ``refit`` or
+            ``finetuning_step``.
+    """
+    if phase == "refit":
+        return refit(work), refit_flops(work)
+    if phase == "gate_step":
+        return gate_step(work), gate_flops(work)
+    if phase == "finetuning_step":
+        return finetuning_step(work), finetuning_flops(work)
+    shape = work.dense if phase == "dense_perplexity" else work.pruned
+    beside = 0 if phase == "dense_perplexity" else weights(work.dense, work)
+    flops = forward_flops(shape, work.pass_tokens(work.window), work.window)
+    return weights(shape, work) + beside + evaluation(shape, work, work.window), flops
+
+
+def phases(verb: str, work: Work) -> list[Phase]:
+    """Returns what a run of ``prune``, ``apply`` or ``finetune`` does, in order."""
+    found = [_evaluated("dense perplexity", work, work.dense, 0)]
+    if verb == "prune":
+        scored = work.scorings * forward_flops(work.dense, work.choice_blocks * work.block, work.block)
+        flops = work.steps * gate_flops(work) + scored
+        found.append(Phase("gate training", gate_step(work), 0, flops, _SMALLER_STEP))
+    found.append(_cut(work))
+    beside = weights(work.dense, work) if work.keep_dense else 0
+    found.append(_evaluated("pruned perplexity", work, work.pruned, beside))
+    if verb == "finetune":
+        scored = work.scorings * forward_flops(work.pruned, work.choice_blocks * work.block, work.block)
+        scored += forward_flops(work.pruned, work.windows * work.window, work.window)  # of what was tuned
+        flops = work.steps * finetuning_flops(work) + scored
+        helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"
+        found.append(Phase("fine-tuning", finetuning_step(work), 0, flops, helps))
+    return found
+
+
+_SMALLER_STEP = "--activation_checkpointing True, a smaller --per_device_train_batch_size or --block_size"
+
+
+def _evaluated(name: str, work: Work, shape: ModelShape, beside: int) -> Phase:
+    device = weights(shape, work) + beside + evaluation(shape, work, work.window)
+    flops = forward_flops(shape, work.windows * work.window, work.window)
+    loaded = 0 if beside or name.startswith("pruned") else weights(shape, work)
+    return Phase(name, device, loaded, flops, "a smaller --per_device_eval_batch_size or --ctx_length")
+
+
+def _cut(work: Work) -> Phase:
+    """The refit, which holds the folded and the refitted weights on the host, or the cut alone."""
+    dense, pruned = weights(work.dense, work), weights(work.pruned, work)
+    if not work.refits:
+        return Phase("cut", dense + pruned, 0, 0.0, "--dtype bfloat16")
+    host = 2 * pruned + work.refit_offload * (dense + _streams(work))
+    return Phase("refit", refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")
