@@ -167,6 +167,10 @@ def test_onnx_runtime_gives_the_same_logits(model, make_masks, tmp_path, capsys)
     pytest.importorskip("onnxscript")
     plan = make_plan(model, make_masks, empty_layer=1)
     folder = save_pruned(sliced(model, plan), plan, None, tmp_path / "pruned")
+    if base_type(model.config) == "phi3":
+        with pytest.raises(InputError, match="rotary frequencies follow the length of the text"):
+            export_onnx(load_pruned(folder), folder, None, tmp_path / "onnx", overwrite=False, verify=True)
+        return
     export_onnx(load_pruned(folder), folder, None, tmp_path / "onnx", overwrite=False, verify=True)
     assert capsys.readouterr().out.count("verified") == 2
 
