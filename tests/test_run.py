@@ -18,7 +18,8 @@ def asked(make_model, monkeypatch):
     def ask(flags, what):
         seen = []
 
-        def blocks(tokenizer, name, split, size, count, seed, folder):
+        def blocks(tokenizer, name, split, size, count, seed, folder, bos):
+            assert bos is None  # a Llama needs none
             seen.append((split, size, count, seed))
             return Dataset.from_dict({"input_ids": [[0]]})
 

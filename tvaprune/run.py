@@ -28,6 +28,7 @@ from tvaprune.identity import IDENTITY_NAME, Identity, blocks_digest, content, m
 from tvaprune.measure import hardware
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
+from tvaprune.models.families import family_of
 from tvaprune.models.layers import Streamed
 from tvaprune.models.load import Where, load_config, load_model, open_model, precision
 from tvaprune.models.parameters import dense_parameters
@@ -183,6 +184,12 @@ class Run:
         return stored or self.model.dtype
 
     @property
+    def bos(self) -> int | None:
+        """The token that every block of text begins with, where the model needs it."""
+        token: int | None = self.tokenizer.bos_token_id if family_of(self.model.config).begins_with_bos else None
+        return token
+
+    @property
     def window(self) -> int:
         """Tokens of an evaluation window."""
         return window_of(self.args, self.model.config)
@@ -191,7 +198,7 @@ class Run:
         """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         with ranks.main_first():
-            blocks = token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir)
+            blocks = token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir, self.bos)
         return _agreed(data.dataset_name, blocks)
 
     def windows(self) -> Dataset:
@@ -199,7 +206,7 @@ class Run:
         data = self.args.data
         if data.protocol != OWN:
             with ranks.main_first():
-                windows = protocol_windows(self.tokenizer, data.protocol, data.data_dir)
+                windows = protocol_windows(self.tokenizer, data.protocol, data.data_dir, self.bos)
             return _agreed(data.protocol, windows)
         default = C4_WINDOWS if data.dataset_name in STREAMED else None
         return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default)
@@ -207,7 +214,7 @@ class Run:
     def evaluation_text(self, windows: Dataset) -> EvaluationText:
         """Returns what a perplexity on these windows may be compared by."""
         data, split = self.args.data, self.args.evaluation.eval_split
-        return evaluation_text(self.tokenizer, data.protocol, data.dataset_name, split, windows)
+        return evaluation_text(self.tokenizer, data.protocol, data.dataset_name, split, windows, self.bos)
 
     def dense_perplexity(self, windows: Dataset) -> float:
         """Measures the unpruned model, before anything is trained or cut.

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.families import CLOSE, ROWS, generate, logits, make_plan, sliced
+from support.families import CLOSE, MORE_ROWS, ROWS, generate, logits, make_plan, sliced
 from support.folders import (
     LLAMA3_ROPE,
     edit_config,
@@ -50,7 +50,8 @@ def make_pruned(make_model, make_masks):
     """Returns a function: row, case -> the narrower model in memory and its plan."""
 
     def make(row, case=uneven, **values):
-        model = make_model(ROWS[row][0], **(ROWS[row][1] | values))
+        model_type, own = (ROWS | MORE_ROWS)[row]
+        model = make_model(model_type, **(own | values))
         plan = case(make_plan(model, make_masks))
         return sliced(model, plan), plan
 
@@ -64,8 +65,11 @@ def folder(make_pruned, tmp_path):
     return save_pruned(narrow, plan, tokenizer(), tmp_path / "pruned")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    ("row", "case"),
+    [(row, case) for rows, cases in ((ROWS, CASES), (MORE_ROWS, (nothing_in_layer_1, uniform)))
+     for row in rows for case in cases],
+)  # fmt: skip
 def test_a_saved_and_reloaded_model_is_the_sliced_one(row, case, make_pruned, input_ids, tmp_path):
     narrow, plan = make_pruned(row, case)
     expected, before = logits(narrow, input_ids), copy.deepcopy(narrow.state_dict())
@@ -220,6 +224,39 @@ def test_every_scaled_rotary_embedding_is_saved_loaded_and_cut_again(row, rope, 
     assert (logits(plain.eval(), input_ids.repeat(1, 3)) - logits(loaded, input_ids.repeat(1, 3))).abs().max() > 1e-3
     again = sliced(loaded, same)
     torch.testing.assert_close(logits(again, input_ids.repeat(1, 3)), logits(narrow, input_ids.repeat(1, 3)), **CLOSE)
+
+
+LOCAL = {"rope_type": "default", "rope_theta": 5000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5000.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "rope"),
+    [
+        ("gemma3_text tied", {"full_attention": LOCAL | {"rope_type": "linear", "factor": 8.0},
+                              "sliding_attention": LOCAL}),
+        ("olmo3", {"full_attention": YARN, "sliding_attention": LOCAL}),
+        ("hunyuan_v1_dense", {"rope_type": "dynamic", "rope_theta": 5000.0, "alpha": 50.0, "factor": 1.0}),
+        ("glm4", {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.7}),
+        ("granite, tied", YARN),
+        ("smollm3, layers without rope, tied", {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0}),
+        ("cwm", LLAMA3_ROPE),
+        ("exaone4", LLAMA3_ROPE),
+    ],
+)  # fmt: skip
+def test_a_familys_own_rotary_settings_are_saved_and_reloaded(row, rope, make_pruned, input_ids, tmp_path):
+    narrow, plan = make_pruned(row, uneven, rope_parameters=copy.deepcopy(rope), max_position_embeddings=16)
+    loaded = load_pruned(save_pruned(narrow, plan, None, tmp_path / "pruned"))
+    long = input_ids.repeat(1, 3)
+    for ids in (input_ids, long):
+        assert torch.equal(logits(loaded, ids), logits(narrow, ids))
+    plain, _ = make_pruned(row, uneven, rope_parameters=_without_scaling(rope), max_position_embeddings=16)
+    assert (logits(plain, long) - logits(narrow, long)).abs().max() > 1e-3  # control
+
+
+def _without_scaling(rope):
+    kinds = [key for key in rope if key.endswith("attention")]
+    return {key: LOCAL for key in kinds} if kinds else LOCAL
 
 
 @pytest.mark.parametrize("row", ["llama MHA", "mistral GQA, window shorter than the input", "qwen2 tied", "qwen3 tied"])

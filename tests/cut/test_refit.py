@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from support.families import ROWS, logits, make_plan, sliced
+from support.families import MORE_ROWS, ROWS, logits, make_plan, sliced
 from support.other_families import OTHER_ROWS
 
 from tvaprune.cut.refit import refit
@@ -28,7 +28,7 @@ def windows(count, seed, length=16):
 CALIBRATION, HELD_OUT = windows(24, seed=1), windows(8, seed=2)
 
 
-@pytest.fixture(params=(ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+@pytest.fixture(params=(ROWS | MORE_ROWS | OTHER_ROWS).values(), ids=ROWS | MORE_ROWS | OTHER_ROWS)
 def model(request, make_model, other_families):
     model_type, values = request.param
     return make_model(model_type, **values)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.families import CLOSE, ROWS, logits, make_plan, sliced
+from support.families import CLOSE, MORE_ROWS, ROWS, logits, make_plan, sliced
 from support.other_families import OTHER_ROWS
 from support.tiny import read_json, run, save_checkpoint, write_text
 
@@ -51,9 +51,10 @@ def test_cutting_twice_is_cutting_once_by_the_joined_plan(empty_layer, model, ma
     assert (logits(sliced(model, joined(other, second)), input_ids) - logits(at_once, input_ids)).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ROWS | MORE_ROWS)
 def test_a_pruned_folder_is_the_dense_model_of_the_next_step(row, make_model, make_masks, input_ids, tmp_path):
-    model = make_model(ROWS[row][0], **ROWS[row][1])
+    model_type, values = (ROWS | MORE_ROWS)[row]
+    model = make_model(model_type, **values)
     plan = make_plan(model, make_masks, empty_layer=0)
     once = sliced(model, plan)
     save_checkpoint(once, tmp_path / "tokenizer")

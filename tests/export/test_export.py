@@ -307,7 +307,7 @@ def test_vanilla_refuses_what_no_stock_config_holds(make_folder, tmp_path):
         return replace(plan, kept=replace(plan.kept, **hidden[0]), scale=replace(plan.scale, **hidden[1]))
 
     _, folder = make_folder("llama tied, with biases", odd_width)
-    with pytest.raises(InputError, match="a stock Llama config needs a hidden width"):
+    with pytest.raises(InputError, match="a stock llama config does not take a hidden width"):
         export("vanilla", folder, tmp_path / "vanilla")
 
 

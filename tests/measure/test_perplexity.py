@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from support.families import ROWS
+from support.families import MORE_ROWS, ROWS
 from support.other_families import OTHER_ROWS
 from torch import nn
 
@@ -110,7 +110,9 @@ def whole(model, rows, batch_size):
 
 
 @pytest.mark.usefixtures("other_families")
-@pytest.mark.parametrize(("model_type", "values"), (ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+@pytest.mark.parametrize(
+    ("model_type", "values"), (ROWS | MORE_ROWS | OTHER_ROWS).values(), ids=ROWS | MORE_ROWS | OTHER_ROWS
+)
 def test_it_is_the_models_own_loss_to_the_bit_where_a_batch_is_a_chunk(model_type, values, make_model, monkeypatch):
     model = make_model(model_type, **values)
     rows = torch.randint(0, 47, (5, 13), generator=torch.Generator().manual_seed(0)).tolist()

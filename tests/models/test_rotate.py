@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.families import CLOSE, ROWS, logits
+from support.families import CLOSE, MORE_ROWS, ROWS, logits
 from support.other_families import OTHER_ROWS
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ def random_rotation(size, seed=0):
     return torch.linalg.qr(values).Q.float()
 
 
-@pytest.fixture(params=(ROWS | OTHER_ROWS).values(), ids=ROWS | OTHER_ROWS)
+@pytest.fixture(params=(ROWS | MORE_ROWS | OTHER_ROWS).values(), ids=ROWS | MORE_ROWS | OTHER_ROWS)
 def model(request, make_model):
     model_type, values = request.param
     return make_model(model_type, **values)

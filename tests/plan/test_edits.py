@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.families import CLOSE, CUTS, ROWS, logits, make_plan, sliced
+from support.families import CLOSE, CUTS, MORE_ROWS, ROWS, logits, make_plan, sliced
 
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.cut import fold, slice
@@ -17,7 +17,7 @@ from tvaprune.plan.keep_plan import KeepPlan
 GROUPED = [row for row, (_, values) in ROWS.items() if "MHA" not in row]
 
 
-@pytest.fixture(params=ROWS.values(), ids=ROWS)
+@pytest.fixture(params=(ROWS | MORE_ROWS).values(), ids=ROWS | MORE_ROWS)
 def model(request, make_model):
     model_type, values = request.param
     return make_model(model_type, **values)

@@ -138,7 +138,7 @@ def test_a_config_runs_no_code_of_its_folder(folder, canary, tmp_path, monkeypat
     )
     mask = tmp_path / "mask_info_1.0.pkl"
     for ended in (save(folder, tmp_path / "out"), describe(mask, folder)):
-        refused(ended, f"--model_name_or_path {folder}")
+        refused(ended, f"--model_name_or_path {folder}: its type 'mine' is code of its own (auto_map in config.json)")
     refused(
         run("prune", "--model_name_or_path", folder, "--output_dir", tmp_path / "out", "--prune_method", "magnitude",
             "--use_cpu", stdin=YES), f"--model_name_or_path {folder}",

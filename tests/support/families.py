@@ -28,6 +28,73 @@ ROWS = {
     "qwen3 odd widths, tied": ("qwen3", {"hidden_size": 29, "intermediate_size": 45, "tie_word_embeddings": True}),
 }
 
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "partial_rotary_factor": 0.7,  # 4 of 6 features
+}
+GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
+MORE_ROWS = {  # the other families, each with what sets it apart
+    "internlm3": ("internlm3", GQA | {"qkv_bias": True, "bias": True}),
+    "ministral, windows in some layers": ("ministral", GQA | WINDOWS),
+    "cwm": ("cwm", WINDOWS | {"mlp_bias": True, "bos_token_id": 1, "eos_token_id": 46}),
+    "smollm3, layers without rope, tied": ("smollm3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "granite, tied": (
+        "granite",
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 0.6,
+        },
+    ),
+    "seed_oss": ("seed_oss", GQA | {"attention_bias": True}),
+    "seed_oss, all biases": ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"attention_bias": True}),
+    "arcee": ("arcee", GQA | {"mlp_bias": True}),
+    "gemma tied": ("gemma", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "gemma2 tied": ("gemma2", WINDOWS | {"tie_word_embeddings": True, "final_logit_softcapping": 2.0,
+                                         "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 9}),
+    "gemma3_text, one KV head": ("gemma3_text", WINDOWS | {"num_key_value_heads": 1, "query_pre_attn_scalar": 9}),
+    "gemma3_text tied": ("gemma3_text", WINDOWS | {"tie_word_embeddings": True}),
+    "phi3, long rope": ("phi3", {"hidden_size": 24, "rope_parameters": LONG_ROPE, "max_position_embeddings": 64,
+                                 "original_max_position_embeddings": 2}),
+    "phi3, partial rope": ("phi3", GQA | {"sliding_window": 5, "partial_rotary_factor": 0.7}),
+    "olmo2": ("olmo2", GQA),
+    "olmo3": ("olmo3", GQA | WINDOWS),
+    "glm4": ("glm4", GQA | {"attention_bias": True}),
+    "exaone4": ("exaone4", GQA | WINDOWS),
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+NAMED_ROWS = {  # what people have under another family's type, in its proportions
+    "SmolLM2": ("llama", {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3,
+                          "tie_word_embeddings": True}),
+    "TinyLlama": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 48}),
+    "Yi": ("llama", {"num_attention_heads": 8, "hidden_size": 48, "rope_theta": 5e6}),
+    "Falcon3": ("llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}),
+    "CodeLlama": ("llama", {"num_key_value_heads": 4, "hidden_size": 24, "rope_theta": 1e6}),
+    "DeepSeek-R1-Distill-Llama": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "DeepSeek-R1-Distill-Qwen": ("qwen2", {"num_attention_heads": 6, "rope_theta": 1e4}),
+    "Mistral-Nemo": ("mistral", {"hidden_size": 40, "num_attention_heads": 4, "head_dim": 8, "sliding_window": None}),
+    "Qwen2.5-Coder": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+}  # fmt: skip
+REFUSED_VANILLA = {  # why zeros beside a layer's units are no stock model of the family
+    "olmo2": "average over all heads of a layer, and zeros would count",
+    "olmo3": "average over all heads of a layer, and zeros would count",
+    "phi3": "with a long rope the dense width",
+}
+
 
 # dim_multiple, layer whose log_alpha of all KV heads is above 0, min_key_value_heads
 CUTS = {

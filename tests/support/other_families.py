@@ -20,6 +20,7 @@ FUSED = ModelFamily(
     beta=10.0,
     scales_embedding=True,
     norm_offset=1.0,
+    norm_rounds_once=True,
     norm_epsilon="eps",
     attention_norm="norm_before_attention",
     attention_post_norm="norm_after_attention",

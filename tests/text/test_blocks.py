@@ -161,6 +161,15 @@ def test_local_copies_of_hub_repositories(tmp_path):
     assert test == [f"held out {i}" for i in range(100)]
 
 
+def test_a_model_that_needs_bos_gets_it_before_every_block(cache, tokenizer, tmp_path):
+    text = write_text(tmp_path, "jsonl")
+    plain = token_blocks(tokenizer, text, "train", 7)[:]["input_ids"]
+    begun = token_blocks(tokenizer, text, "train", 8, bos=2)[:]["input_ids"]
+    assert begun.shape[1] == 8 and (begun[:, 0] == 2).all()
+    assert torch.equal(begun[:, 1:], plain)  # no token of the text is lost
+    assert not torch.equal(token_blocks(tokenizer, text, "train", 8)[:]["input_ids"], begun)  # nor is the cache's taken
+
+
 @pytest.mark.parametrize(
     ("name", "split", "file"),
     [

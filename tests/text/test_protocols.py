@@ -12,7 +12,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.text import protocols
 from tvaprune.text.blocks import token_blocks
-from tvaprune.text.protocols import OWN, PROTOCOLS, protocol_windows, starts_with_bos
+from tvaprune.text.protocols import OWN, PROTOCOLS, evaluation_text, protocol_windows, starts_with_bos
 
 CHARACTERS = ["<s>", "</s>", "\n", " ", *"abcdefghijklmnopqrstuvwxyz=0123456789"]
 BOS, END = 0, 1
@@ -100,3 +100,14 @@ def test_the_flag_names_every_protocol():
 
 def test_whether_a_text_begins_with_bos_is_the_tokenizers():
     assert starts_with_bos(make_tokenizer()) and not starts_with_bos(make_tokenizer(with_bos=False))
+
+
+def test_a_model_that_needs_bos_gets_it_before_every_window(copies):
+    windows = protocol_windows(make_tokenizer(), "wikitext2-2048", copies, bos=BOS)
+    # "\n\n= a =\n\n\nbc", 12 characters: 4 windows of BOS and 3
+    letters = ids("\n\n= a =\n\n\nbc")
+    assert windows[:]["input_ids"].tolist() == [[BOS, *letters[i : i + 3]] for i in range(0, 12, 3)]
+    text = evaluation_text(make_tokenizer(), "wikitext2-2048", "wikitext2", "test", windows, BOS)
+    assert text.bos and text.every_bos and "a BOS before each window" in text.line
+    one = evaluation_text(make_tokenizer(), "wikitext2-2048", "wikitext2", "test", windows)
+    assert not one.every_bos and "one BOS at the start" in one.line

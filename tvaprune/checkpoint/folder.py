@@ -21,6 +21,7 @@ from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
 from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX
 from tvaprune.models.layers import Streamed
+from tvaprune.models.modeling_pruned import rope_of_transformers_4
 from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import check_folder, drop_code
 from tvaprune.plan.keep_plan import KeepPlan
@@ -151,11 +152,8 @@ def _complete_config(path: Path, config: PretrainedConfig) -> None:
     transformers 4 and readers of the raw JSON know the rotary settings by two keys at the top, transformers 5 by one.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
-    rope = dict(config.rope_parameters)
-    content["rope_parameters"] = dict(rope)
-    if "rope_theta" in rope:  # else by kind of layer, which readers of the two keys do not know
-        content["rope_theta"] = rope.pop("rope_theta")
-        content["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    rope = {"rope_parameters": dict(config.rope_parameters)}
+    content |= rope | rope_of_transformers_4(config.rope_parameters)
     for key in ("head_dim", "tie_word_embeddings", "sliding_window"):
         if hasattr(config, key):
             content[key] = getattr(config, key)

@@ -40,11 +40,13 @@ class _Pass:
         inputs: What the input of each place's writer is multiplied by; that of the embedding is not used.
         outputs: What the output of each place is multiplied by: the hidden gates.
         kept: The hidden dims that norms average over.
+        heads: The features that norms over all heads average over, by the norm.
     """
 
     inputs: tuple[Gates | torch.Tensor, ...]
     outputs: tuple[Gates | torch.Tensor, ...]
     kept: KeptDims
+    heads: dict[str, KeptDims]
 
 
 class GatedModel(nn.Module):
@@ -74,7 +76,7 @@ class GatedModel(nn.Module):
         self.mu, self.log_variance = start(INITIAL_MU), start(initial_log_variance)
         self.register_state_dict_post_hook(_drop_frozen)
         self._fixed: PerUnit | None = None
-        self._fixed_hidden: torch.Tensor | None = None
+        self._fixed_kept: PerUnit | None = None
         self._off = False
         self._pass: _Pass | None = None
         self._stock_forwards: dict[nn.Module, Callable[..., torch.Tensor] | None] = {}
@@ -101,29 +103,29 @@ class GatedModel(nn.Module):
         finally:
             self._off = before
 
-    def hold(self, values: PerUnit, hidden: torch.Tensor | None = None) -> None:
+    def hold(self, values: PerUnit, kept: PerUnit | None = None) -> None:
         """Multiplies by fixed values from now on, full-sized, 0 where a unit is cut: the masked model.
 
         Args:
-            hidden: Whether a hidden dim is kept, shape ``(hidden_size,)``, bool; None: where its value is not 0.
+            kept: Whether a unit is kept, full-sized, bool; None: where its value is not 0.
         """
         device = self.mu.device
         self._fixed = values.map(lambda value: value.to(device))
-        self._fixed_hidden = (values.hidden != 0 if hidden is None else hidden).to(device)
+        self._fixed_kept = (values.map(lambda value: value != 0) if kept is None else kept).map(lambda v: v.to(device))
 
     @contextmanager
-    def using(self, values: PerUnit, hidden: torch.Tensor | None = None) -> Iterator[None]:
+    def using(self, values: PerUnit, kept: PerUnit | None = None) -> Iterator[None]:
         """Multiplies by fixed values for a while, as `hold` does."""
-        before = self._fixed, self._fixed_hidden
-        self.hold(values, hidden)
+        before = self._fixed, self._fixed_kept
+        self.hold(values, kept)
         try:
             yield
         finally:
-            self._fixed, self._fixed_hidden = before
+            self._fixed, self._fixed_kept = before
 
     def applying(self, plan: KeepPlan) -> AbstractContextManager[None]:
         """Computes for a while what the model that is sliced and folded by a plan will."""
-        return self.using(plan.full_scale(), plan.full_kept().hidden)
+        return self.using(plan.full_scale(), plan.full_kept())
 
     def detach_gates(self) -> PreTrainedModel:
         """Takes off every hook and returns the stock model, as trainable as it came."""
@@ -158,7 +160,7 @@ class GatedModel(nn.Module):
     def _hook_block(self, place: int, block: Block) -> Iterator[Any]:
         writer = self.model.get_submodule(block.writer)
         yield writer.register_forward_pre_hook(self._scale_input(place))
-        for norm in block.norms:
+        for norm in (*block.norms, *block.head_norms.values()):
             self._replace_norm(norm)
         last = writer if block.post_norm is None else self.model.get_submodule(block.post_norm)
         yield last.register_forward_hook(self._scale_output(place))
@@ -168,15 +170,15 @@ class GatedModel(nn.Module):
         if self._off:
             return
         uses = 1 + 2 * self.shape.num_hidden_layers
-        kept = KeptDims.of(self._kept_hidden())
+        kept, heads = KeptDims.of(self._kept_hidden()), dict(self._kept_heads())
         if self._fixed is not None:
             factors = tuple(self._fixed)
-            self._pass = _Pass(factors, _repeated(factors[0], uses), kept)
+            self._pass = _Pass(factors, _repeated(factors[0], uses), kept, heads)
             return
         deviation = torch.exp(self.log_variance / 2)
         each = tuple(map(Gates, PerUnit.of(self.mu, self.shape), PerUnit.of(deviation, self.shape)))
         hidden = map(Gates, _repeated(each[0].mu, uses), _repeated(each[0].deviation, uses))
-        self._pass = _Pass(each, tuple(hidden), kept)
+        self._pass = _Pass(each, tuple(hidden), kept, heads)
 
     def _scale_output(self, place: int) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -207,25 +209,38 @@ class GatedModel(nn.Module):
         return (x.unflatten(-1, (len(by), -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
     def _replace_norm(self, path: str) -> None:
-        """Lets an RMSNorm average over the kept hidden dims only."""
+        """Lets an RMSNorm average over the kept dims only."""
         norm: Any = self.model.get_submodule(path)
-        stock, epsilon, offset = norm.forward, getattr(norm, self.family.norm_epsilon), self.family.norm_offset
+        family, stock = self.family, norm.forward
+        epsilon = getattr(norm, family.norm_epsilon)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if self._off:
                 return stock(x)
             assert self._pass is not None
-            return kept_rms_norm(x, norm.weight, self._pass.kept, epsilon, offset)
+            kept = self._pass.heads.get(path, self._pass.kept)
+            return kept_rms_norm(x, norm.weight, kept, epsilon, family.norm_offset, family.norm_rounds_once)
 
         self._stock_forwards[norm] = vars(norm).get("forward")
         norm.forward = forward
 
     def _kept_hidden(self) -> torch.Tensor:
-        if self._fixed_hidden is not None:
-            return self._fixed_hidden
+        if self._fixed_kept is not None:
+            return self._fixed_kept.hidden
         hidden = (self.mu[: self.shape.hidden_size], self.log_variance[: self.shape.hidden_size])
         log_alpha = log_alpha_of(*hidden).detach()
         return (log_alpha < 0) | (log_alpha == log_alpha.min())  # a plan keeps the surest dim at least
+
+    def _kept_heads(self) -> Iterator[tuple[str, KeptDims]]:
+        """Yields, of each norm over all heads of a layer, the kept heads' features; of a layer that keeps none, all."""
+        if not self.family.norms_all_heads:
+            return
+        attn = self.log_alpha().map(lambda score: score.detach() < 0).attn
+        attn = attn if self._fixed_kept is None else self._fixed_kept.attn
+        for block, kept in zip(layout_of(self.family, self.shape).attention, attn, strict=True):
+            for role, norm in () if block is None else block.head_norms.items():
+                features = self.shape.head_dim * (self.shape.group_size if role == "query" else 1)
+                yield norm, KeptDims.of((kept | ~kept.any()).repeat_interleave(features))
 
 
 def _repeated(values: torch.Tensor, times: int) -> tuple[torch.Tensor, ...]:

@@ -12,10 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class KeptDims:
-    """Which hidden dims a norm averages over.
+    """Which dims a norm averages over: of the hidden ones, or of the features of a layer's heads.
 
     Attributes:
-        mask: 1 where a dim is kept, else 0; shape ``(hidden,)``.
+        mask: 1 where a dim is kept, else 0; shape ``(dims,)``.
         count: Their number, a scalar.
         share: ``mask / count``.
     """
@@ -33,7 +33,7 @@ class KeptDims:
 
 
 def kept_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float = 0.0
+    x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float = 0.0, once: bool = False
 ) -> torch.Tensor:
     """Normalises all dims by the root of the kept ones' mean square; ``weight`` is frozen.
 
@@ -41,9 +41,9 @@ def kept_rms_norm(
         x: Shape ``(..., hidden)``.
         weight: Shape ``(hidden,)``; the gain is ``offset + weight``.
         epsilon: What the mean square is raised by.
-        offset: Where it is not 0 the result is rounded once, after the gain, as such families do.
+        once: Whether the result is rounded once, after the gain, not before it.
     """
-    normed: torch.Tensor = _KeptNorm.apply(x, weight, kept, epsilon, offset)
+    normed: torch.Tensor = _KeptNorm.apply(x, weight, kept, epsilon, offset, once)
     return normed
 
 
@@ -52,15 +52,15 @@ class _KeptNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float, once: bool
     ) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         spare = wide.square()
         root = torch.rsqrt(spare.mul_(kept.mask).sum(-1, keepdim=True) / kept.count + epsilon)
         ctx.save_for_backward(x, root, weight)
-        ctx.share, ctx.offset = kept.share, offset
+        ctx.share, ctx.offset, ctx.once = kept.share, offset, once
         result = spare if spare.dtype == x.dtype else torch.empty_like(x)
-        if offset:
+        if once:
             return torch.mul(wide * root, weight.to(root.dtype) + offset, out=result)
         torch.mul(wide, root, out=result)
         return result.mul_(weight) if weight.dtype == x.dtype else weight * result
@@ -68,7 +68,7 @@ class _KeptNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, root, weight = ctx.saved_tensors
-        gain = weight.to(root.dtype) + ctx.offset if ctx.offset else weight
+        gain = weight.to(root.dtype) + ctx.offset if ctx.once else weight
         of_normed, wide = (gradient * gain).to(root.dtype), x.to(root.dtype)
         spare = of_normed * wide
         of_root = spare.sum(-1, keepdim=True)
@@ -76,4 +76,4 @@ class _KeptNorm(torch.autograd.Function):
         straight, bent = of_normed.mul_(root), torch.mul(wide, ctx.share, out=spare)
         result = straight if straight.dtype == x.dtype else torch.empty_like(x)
         of_x = torch.addcmul(straight, bent, of_root * root.pow(3), value=-1, out=result)
-        return of_x, None, None, None, None
+        return of_x, None, None, None, None, None

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.losses import Predictions, distillation_loss
+from tvaprune.models.families import residual_factor
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
 from tvaprune.models.layout import Block
 from tvaprune.models.logits import head_of
@@ -236,7 +237,8 @@ class _Walk:
     def _lacking(self, batch: _Batch) -> torch.Tensor:
         """Returns what the pruned stream, before a half, lacks of the dense one past it."""
         kept, scale = (values.hidden.to(self.device) for values in (self.plan.kept, self.plan.scale))
-        return batch.dense.to(self.device).index_select(-1, kept).float() * scale - batch.pruned.to(self.device).float()
+        lacking = batch.dense.to(self.device).index_select(-1, kept).float() * scale
+        return (lacking - batch.pruned.to(self.device).float()) / residual_factor(self.dense.model.config)
 
     def _written(self, dense: Half, batch: _Batch) -> torch.Tensor:
         """Returns what the dense half writes on the kept dims: the norm after it divides any factor out."""

@@ -115,7 +115,13 @@ def rope_factors(model: PreTrainedModel) -> torch.Tensor | None:
 
 def _architecture(model: PreTrainedModel) -> str:
     """Returns the architecture, or refuses what llama.cpp would compute wrongly."""
-    config, known = model.config, ARCHITECTURES[base_type(model.config)]
+    config, family = model.config, base_type(model.config)
+    if family not in ARCHITECTURES:
+        raise InputError(
+            f"--format gguf: models of type '{family}' are not written, only {', '.join(ARCHITECTURES)}: export "
+            "--format vanilla, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+        )
+    known = ARCHITECTURES[family]
     scaling = config.rope_parameters["rope_type"]
     if scaling not in ("default", "llama3"):
         raise InputError(f"--format gguf: rotary scaling '{scaling}' is not supported, only 'llama3'; use another")

@@ -11,26 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import tvaprune.models.modeling_pruned as modeling_pruned
 
 MODELS: dict[str, tuple[Any, Any, Any]] = {  # by family: config, decoder, language model
-    "llama": (
-        modeling_pruned.PrunedLlamaConfig,
-        modeling_pruned.PrunedLlamaModel,
-        modeling_pruned.PrunedLlamaForCausalLM,
-    ),
-    "mistral": (
-        modeling_pruned.PrunedMistralConfig,
-        modeling_pruned.PrunedMistralModel,
-        modeling_pruned.PrunedMistralForCausalLM,
-    ),
-    "qwen2": (
-        modeling_pruned.PrunedQwen2Config,
-        modeling_pruned.PrunedQwen2Model,
-        modeling_pruned.PrunedQwen2ForCausalLM,
-    ),
-    "qwen3": (
-        modeling_pruned.PrunedQwen3Config,
-        modeling_pruned.PrunedQwen3Model,
-        modeling_pruned.PrunedQwen3ForCausalLM,
-    ),
+    model_type: modeling_pruned.classes_of(model_type) for model_type in modeling_pruned.NAMES
 }
 
 

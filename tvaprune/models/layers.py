@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from tvaprune.models.families import family_of
+from tvaprune.models.families import embedding_factor, family_of, residual_factor
 from tvaprune.models.layout import Block, layout_of
+from tvaprune.models.logits import head_of
 from tvaprune.models.pruned import put
 from tvaprune.models.shape import shape_of
 
@@ -203,6 +204,7 @@ class Half:
         readers: The linears that read the norm's output, by their dotted name.
         writer: The linear that writes the half's output; None: what reads ends here, as in the lm_head.
         options: What the module is called with beside the hidden states.
+        factor: What the output is multiplied by before it joins the stream.
     """
 
     norm: Any
@@ -211,6 +213,7 @@ class Half:
     post_norm: Any = nn.Identity()
     writer: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+    factor: float = 1.0
 
     @classmethod
     def of(cls, layers: Layers, block: Block, options: dict[str, Any]) -> "Half":
@@ -218,13 +221,14 @@ class Half:
         find = layers.model.get_submodule
         norm, post_norm = (nn.Identity() if name is None else find(name) for name in (block.norm, block.post_norm))
         readers = {path: find(path) for path in block.reading_linears}
-        return cls(norm, find(block.module), readers, post_norm, find(block.writer), options)
+        factor = residual_factor(layers.model.config)
+        return cls(norm, find(block.module), readers, post_norm, find(block.writer), options, factor)
 
     @classmethod
     def ending(cls, layers: Layers) -> "Half":
         """Finds the final norm and the head."""
         norm, head = (layers.model.get_submodule(path) for path in layers.ends)
-        return cls(norm, head, {layers.family.head: head})
+        return cls(norm, head_of(layers.model), {layers.family.head: head})
 
     def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns what the module makes of hidden states: of the ending, the logits."""
@@ -234,7 +238,7 @@ class Half:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the residual stream past the half."""
-        past: torch.Tensor = hidden + self.post_norm(self.outputs(hidden))
+        past: torch.Tensor = hidden + self.post_norm(self.outputs(hidden)) * self.factor
         return past
 
 
@@ -246,9 +250,9 @@ def paths_of(block: Block) -> list[str]:
 def embed(layers: Layers, batches: Sequence[torch.Tensor], rooms: Sequence[torch.Tensor]) -> None:
     """Writes the embeddings of batches of tokens into the room for them."""
     with layers.holding(layers.family.embedding):
-        embedding = layers.model.get_submodule(layers.family.embedding)
+        embedding, factor = layers.model.get_submodule(layers.family.embedding), embedding_factor(layers.model.config)
         for ids, room in zip(batches, rooms, strict=True):
-            room.copy_(embedding(ids.to(layers.device)))
+            room.copy_(embedding(ids.to(layers.device)) * factor)
 
 
 class _Seen(Exception):

@@ -5,7 +5,7 @@ after it, or both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvaprune.models.families import ModelFamily
 from tvaprune.models.shape import ModelShape
@@ -36,6 +36,8 @@ class Block:
         post_norm: Of the norm that its output passes; None: it is added as it is.
         readers: The projections that read the norm's output, by their field of `ModelFamily`.
         writer: Dotted name of the linear that writes the output.
+        head_norms: Of the attention's norms over all heads at once, which are as wide as the heads: those of its
+            readers, by their field.
     """
 
     module: str
@@ -43,6 +45,7 @@ class Block:
     post_norm: str | None
     readers: Mapping[str, Projection]
     writer: str
+    head_norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def norms(self) -> list[str]:
@@ -103,4 +106,7 @@ def _block(family: ModelFamily, index: int, kind: str, rows: Mapping[str, int], 
         return None if name is None else layer + name
 
     norm, post_norm = (named(getattr(family, f"{kind}_{place}")) for place in ("norm", "post_norm"))
-    return Block(layer + getattr(family, kind), norm, post_norm, readers, layer + writer)
+    head_norms: dict[str, str] = {}
+    if kind == "attention" and family.norms_all_heads:
+        head_norms = {"query": f"{layer}{family.query_norm}", "key": f"{layer}{family.key_norm}"}
+    return Block(layer + getattr(family, kind), norm, post_norm, readers, layer + writer, head_norms)

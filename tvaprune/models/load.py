@@ -19,7 +19,7 @@ from transformers import (
 
 from tvaprune.errors import InputError, out_of_memory, quoted, reason
 from tvaprune.models.auto_classes import auto_map
-from tvaprune.models.families import PREFIX, family_of
+from tvaprune.models.families import FAMILIES, PREFIX, ModelFamily, base_type, family_of
 from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
 from tvaprune.models.placement import check_placed
 from tvaprune.models.pruned import bare_model
@@ -36,7 +36,6 @@ from tvaprune.models.vetting import (
 )
 
 Where = torch.device | Literal["auto"] | None
-ATTENTION = "sdpa"  # ours to choose: a config may name a kernel that would be fetched from the hub
 
 
 def load_config(path: str | None) -> Any:
@@ -62,12 +61,17 @@ def load_config(path: str | None) -> Any:
 def read_config(path: str | Path) -> PretrainedConfig:
     """Reads a config as transformers does, but runs no code, passes none on but ours, leaves attention to us."""
     config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = _kernel(config)
     for key in CODE_KEYS:
         config.__dict__.pop(key, None)
     if config.model_type.startswith(PREFIX):
         config.auto_map = auto_map(config.model_type.removeprefix(PREFIX))
     return config
+
+
+def _kernel(config: PretrainedConfig) -> str:
+    """Returns the implementation of attention, ours to choose: a config may name one to be fetched from the hub."""
+    return FAMILIES.get(base_type(config), ModelFamily()).attention_kernel
 
 
 def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:
@@ -105,7 +109,12 @@ def read_model(path: str | Path, config: PretrainedConfig, **options: Any) -> tu
         The model in evaluation mode, and transformers' account of what it found.
     """
     found: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, attn_implementation=ATTENTION, trust_remote_code=False, output_loading_info=True, **options
+        path,
+        config=config,
+        attn_implementation=_kernel(config),
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
     )
     model, loaded = found
     _settle_tie(path, model)
@@ -170,7 +179,7 @@ def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options
             check_stored(path, _sizes_of(config), named)
             model, loaded = read_model(path, config, **options)
         else:
-            model, loaded = gguf_model(file, config, named, attn_implementation=ATTENTION, **options)
+            model, loaded = gguf_model(file, config, named, attn_implementation=_kernel(config), **options)
             stored, precision = gguf_header(file).precision, str(model.dtype).removeprefix("torch.")
             print(f"note: {file}: {stored} weights, dequantised to {precision}")
     _check_whole(named, loaded)
@@ -199,11 +208,11 @@ def open_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
         read_as = getattr(torch, dtype) if dtype != "auto" else torch.float32
         if dtype == "auto" and device.type == "cuda":
             read_as = config.dtype or next(TYPES[entry.dtype] for entry in stored.values())
-        model = bare_model(config, read_as, ATTENTION, device)
+        model = bare_model(config, read_as, _kernel(config), device)
         found = Shards(model, stored, read_as, named)
         if not found.tied():
             _take_tie(path, config, False)
-            model = bare_model(config, read_as, ATTENTION, device)
+            model = bare_model(config, read_as, _kernel(config), device)
             found = Shards(model, stored, read_as, named)
         with suppress(OSError):  # there is none: that of the config
             model.generation_config = GenerationConfig.from_pretrained(path)

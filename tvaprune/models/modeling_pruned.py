@@ -1,29 +1,44 @@
-"""Llama, Mistral, Qwen2 and Qwen3 whose layers differ in width; a checkpoint carries a copy of this file.
+"""Models whose layers differ in width, one row of names for each family; a checkpoint carries a copy of this file.
 
 It needs transformers (4.57 or later) and nothing else. The widths are ``per_layer_config`` of the config: transformers'
-own key from 5.14 on, read here as plain JSON before that. All the arithmetic is the stock classes'.
+own key from 5.14 on, read here as plain JSON before that. All the arithmetic is the stock classes'. A family's classes
+are made when one of them is asked for: ``PrunedLlamaConfig``, ``PrunedLlamaModel`` and so on.
 """
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import (
-    MistralAttention,
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-)
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig
+
+NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the names of a family's classes
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "internlm3": "InternLM3",
+    "ministral": "Ministral",
+    "cwm": "Cwm",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "seed_oss": "SeedOss",
+    "hunyuan_v1_dense": "HunYuanDenseV1",
+    "arcee": "Arcee",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "glm4": "Glm4",
+    "exaone4": "Exaone4",
+}
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
 
 
 def layer_config(config: Any, layer_idx: int) -> Any:
@@ -68,21 +83,50 @@ def _rebuilt(config_class: Any) -> Any:
 
 
 class _PrunedConfig:
-    """Writes the rotary settings in the words of transformers 4 as well, which reads no ``rope_parameters``."""
+    """Holds what a pruned model may be, and says it in the words of transformers 4 as well."""
+
+    def validate_architecture(self) -> None:
+        """Checks nothing: a pruned hidden width need not be a multiple of the number of heads."""
 
     def validate_rope(self) -> None:
-        """Checks the rotary settings, some of which are held against the global widths."""
+        """Checks the rotary settings as for any model: a family's own check holds them against the dense widths."""
         with _globals_readable(self):
-            super().validate_rope()  # type: ignore[misc]
+            PretrainedConfig.validate_rope(self)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain values."""
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        rope = dict(values.get("rope_parameters") or {})
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope.pop("rope_theta")
-            values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-        return values
+        return values | rope_of_transformers_4(values.get("rope_parameters") or {})
+
+
+def rope_of_transformers_4(rope: dict[str, Any]) -> dict[str, Any]:
+    """Returns rotary settings by the keys that transformers 4 reads: at the top, and one set for all full layers.
+
+    Args:
+        rope: ``rope_parameters`` of transformers 5: the settings, or those of each type of layer.
+    """
+    full = dict(rope.get("full_attention") or rope)
+    if "rope_theta" not in full:
+        return {}
+    values = {"rope_theta": full.pop("rope_theta")}
+    values["rope_scaling"] = None if full.get("rope_type", "default") == "default" else full
+    if "partial_rotary_factor" in full:
+        values["partial_rotary_factor"] = full["partial_rotary_factor"]
+    if "sliding_attention" in rope:
+        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    return values
+
+
+class _OwnWidths:
+    """The model's config, but the widths are a layer's own."""
+
+    def __init__(self, config: Any, layer: Any) -> None:
+        self.__dict__ |= {"config": config, "layer": layer}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by copy and pickle before there is anything to answer with
+            raise AttributeError(name)
+        return getattr(self.layer if name in WIDTHS else self.config, name)
 
 
 class _PrunedLayer(nn.Module):
@@ -91,8 +135,10 @@ class _PrunedLayer(nn.Module):
     self_attn: Any
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(layer_config(config, layer_idx), layer_idx)
-        self.self_attn.config = config  # the copy would miss a later set_attn_implementation
+        own = layer_config(config, layer_idx)
+        super().__init__(own, layer_idx)
+        asks = config.model_type.removeprefix("pruned_") in ASKS_FOR_WIDTHS
+        self.self_attn.config = _OwnWidths(config, own) if asks else config  # a copy misses set_attn_implementation
 
 
 class _PrunedModel(nn.Module):
@@ -123,116 +169,45 @@ class _PrunedForCausalLM(nn.Module):
         self.post_init()
 
 
-@_rebuilt
-class PrunedLlamaConfig(_PrunedConfig, LlamaConfig):
-    """Llama with per-layer widths."""
+def classes_of(model_type: str) -> tuple[Any, Any, Any]:
+    """Returns the config, the decoder and the language model of a family, each a subclass of the stock one.
 
-    model_type = "pruned_llama"
-
-    def validate_architecture(self) -> None:
-        """Checks nothing: a pruned hidden width need not be a multiple of the number of heads."""
-
-
-class PrunedLlamaDecoderLayer(_PrunedLayer, LlamaDecoderLayer):
-    """A Llama layer at its own widths."""
-
-
-class PrunedLlamaModel(_PrunedModel, LlamaModel):
-    """The decoder."""
-
-    config_class = PrunedLlamaConfig
-    layer_class = PrunedLlamaDecoderLayer
-    _no_split_modules = ["PrunedLlamaDecoderLayer"]
-    _can_record_outputs = {"hidden_states": PrunedLlamaDecoderLayer, "attentions": LlamaAttention}
+    Args:
+        model_type: That of the stock config.
+    """
+    name = f"Pruned{NAMES[model_type]}"
+    if f"{name}Config" not in globals():
+        _make(model_type, name)
+    config, model, causal = (globals()[name + kind] for kind in ("Config", "Model", "ForCausalLM"))
+    return config, model, causal
 
 
-class PrunedLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
-    """The language model."""
+def _make(model_type: str, name: str) -> None:
+    """Derives a family's classes and puts them into this module."""
+    config = CONFIG_MAPPING[model_type]
+    model: Any = MODEL_MAPPING[config]
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    module, stem = sys.modules[causal.__module__], causal.__name__.removesuffix("ForCausalLM")
+    layer, attention = (getattr(module, stem + kind) for kind in ("DecoderLayer", "Attention"))
 
-    config_class = PrunedLlamaConfig
-    model_class = PrunedLlamaModel
-    _no_split_modules = ["PrunedLlamaDecoderLayer"]
+    def derive(kind: str, *bases: Any, **attributes: Any) -> Any:
+        doc = f"{bases[-1].__name__} with per-layer widths."
+        made = type(name + kind, bases, {"__module__": __name__, "__doc__": doc} | attributes)
+        globals()[made.__name__] = made if kind != "Config" else _rebuilt(made)
+        return globals()[made.__name__]
 
-
-@_rebuilt
-class PrunedMistralConfig(_PrunedConfig, MistralConfig):
-    """Mistral with per-layer widths."""
-
-    model_type = "pruned_mistral"
-
-
-class PrunedMistralDecoderLayer(_PrunedLayer, MistralDecoderLayer):
-    """A Mistral layer at its own widths."""
-
-
-class PrunedMistralModel(_PrunedModel, MistralModel):
-    """The decoder."""
-
-    config_class = PrunedMistralConfig
-    layer_class = PrunedMistralDecoderLayer
-    _no_split_modules = ["PrunedMistralDecoderLayer"]
-    _can_record_outputs = {"hidden_states": PrunedMistralDecoderLayer, "attentions": MistralAttention}
+    own_config = derive("Config", _PrunedConfig, config, model_type=f"pruned_{model_type}")
+    own_layer = derive("DecoderLayer", _PrunedLayer, layer)
+    common = {"config_class": own_config, "_no_split_modules": [own_layer.__name__]}
+    records = {"hidden_states": own_layer, "attentions": attention}
+    own_model = derive("Model", _PrunedModel, model, layer_class=own_layer, _can_record_outputs=records, **common)
+    derive("ForCausalLM", _PrunedForCausalLM, causal, model_class=own_model, **common)
 
 
-class PrunedMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
-    """The language model."""
-
-    config_class = PrunedMistralConfig
-    model_class = PrunedMistralModel
-    _no_split_modules = ["PrunedMistralDecoderLayer"]
-
-
-@_rebuilt
-class PrunedQwen2Config(_PrunedConfig, Qwen2Config):
-    """Qwen2 with per-layer widths."""
-
-    model_type = "pruned_qwen2"
-
-
-class PrunedQwen2DecoderLayer(_PrunedLayer, Qwen2DecoderLayer):
-    """A Qwen2 layer at its own widths."""
-
-
-class PrunedQwen2Model(_PrunedModel, Qwen2Model):
-    """The decoder."""
-
-    config_class = PrunedQwen2Config
-    layer_class = PrunedQwen2DecoderLayer
-    _no_split_modules = ["PrunedQwen2DecoderLayer"]
-    _can_record_outputs = {"hidden_states": PrunedQwen2DecoderLayer, "attentions": Qwen2Attention}
-
-
-class PrunedQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
-    """The language model."""
-
-    config_class = PrunedQwen2Config
-    model_class = PrunedQwen2Model
-    _no_split_modules = ["PrunedQwen2DecoderLayer"]
-
-
-@_rebuilt
-class PrunedQwen3Config(_PrunedConfig, Qwen3Config):
-    """Qwen3 with per-layer widths."""
-
-    model_type = "pruned_qwen3"
-
-
-class PrunedQwen3DecoderLayer(_PrunedLayer, Qwen3DecoderLayer):
-    """A Qwen3 layer at its own widths."""
-
-
-class PrunedQwen3Model(_PrunedModel, Qwen3Model):
-    """The decoder."""
-
-    config_class = PrunedQwen3Config
-    layer_class = PrunedQwen3DecoderLayer
-    _no_split_modules = ["PrunedQwen3DecoderLayer"]
-    _can_record_outputs = {"hidden_states": PrunedQwen3DecoderLayer, "attentions": Qwen3Attention}
-
-
-class PrunedQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
-    """The language model."""
-
-    config_class = PrunedQwen3Config
-    model_class = PrunedQwen3Model
-    _no_split_modules = ["PrunedQwen3DecoderLayer"]
+def __getattr__(name: str) -> Any:
+    """Makes the classes of a family when one of them is asked for by its name."""
+    for model_type, stem in NAMES.items():
+        if name in {f"Pruned{stem}{kind}" for kind in ("Config", "DecoderLayer", "Model", "ForCausalLM")}:
+            classes_of(model_type)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,7 +65,8 @@ def total_parameters(hidden: int, kv_heads: Sequence[int], channels: Sequence[in
     for k, c in zip(kv_heads, channels, strict=True):
         total += shape.qkv_bias * k * shape.head_dim * (2 + shape.group_size) + shape.output_bias * hidden
         total += shape.mlp_bias * ((1 + shape.gated_mlp) * c + hidden)
-        total += shape.head_norm * 2 * shape.head_dim * (k > 0)
+        normed = k * (1 + shape.group_size) if shape.norms_all_heads else 2 * (k > 0)  # heads
+        total += shape.head_norm * shape.head_dim * normed
     return total
 
 

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import PREFIX, base_type
 
+MISTRALS = ("llama", "internlm3")  # are Mistrals without a window, where they have no biases
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -49,17 +51,19 @@ def config_of_widths(
 
 
 def _stock_type(model_type: str, values: dict[str, Any]) -> str:
-    """Returns the stock type of uniform widths.
+    """Returns the stock type of uniform widths, or the pruned one where no stock config takes them.
 
-    transformers 5 refuses a Llama config whose hidden width is no multiple of its heads, even with ``head_dim`` given.
-    Mistral's takes it: without a window and without biases the two are one model, down to the names of the weights.
+    Some configs of transformers 5 want a hidden width that is a multiple of the heads, even with ``head_dim`` given.
+    Mistral's does not: without a window and without biases Llama and it are one model, down to the weights' names.
     """
-    if model_type != "llama" or values["hidden_size"] % values["num_attention_heads"] == 0:
-        return model_type
-    if values.get("attention_bias") or values.get("mlp_bias"):
-        return PREFIX + model_type
-    values["sliding_window"] = None
-    return "mistral"
+    try:
+        CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
+    except StrictDataclassClassValidationError:
+        if model_type not in MISTRALS or values.get("attention_bias") or values.get("mlp_bias"):
+            return PREFIX + model_type
+        values["sliding_window"] = None
+        return "mistral"
+    return model_type
 
 
 def empty_model(config: PretrainedConfig, like: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:

@@ -18,7 +18,8 @@ class ModelShape:
         group_size: Query heads per KV head.
         intermediate_size: MLP channels per layer; 0: the layer has no MLP.
         qkv_bias: Whether q, k and v carry biases; so the other biases.
-        head_norm: Whether q and k are normalised per head.
+        head_norm: Whether q and k are normalised.
+        norms_all_heads: Whether they are so over all heads, not each head by itself.
         gated_mlp: Whether the MLP has a gate beside its up projection.
         layer_norms: Norms of each layer that are ``hidden_size`` wide; none told: two.
     """
@@ -34,6 +35,7 @@ class ModelShape:
     output_bias: bool = False
     mlp_bias: bool = False
     head_norm: bool = False
+    norms_all_heads: bool = False
     gated_mlp: bool = True
     layer_norms: tuple[int, ...] = ()
 
@@ -81,7 +83,6 @@ def shape_of(config: Any) -> ModelShape:
     groups = {layer.num_attention_heads // count for layer, count in zip(layers, heads, strict=True) if count}
     if len(groups) != 1:
         raise InputError(f"the layers have {sorted(groups)} query heads per KV head, one number is needed: mend config")
-    attention_bias = bool(getattr(config, "attention_bias", False))
     channels = tuple(layer.intermediate_size for layer in layers)
     attention_norms, mlp_norms = (
         2 - norms.count(None)
@@ -95,15 +96,21 @@ def shape_of(config: Any) -> ModelShape:
         intermediate_size=channels,
         vocab_size=config.vocab_size,
         tie_word_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=family.has_qkv_bias or attention_bias,
-        output_bias=attention_bias and not family.has_qkv_bias,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        head_norm=family.has_head_norm,
+        qkv_bias=_told(config, family.qkv_bias),
+        output_bias=_told(config, family.output_bias),
+        mlp_bias=_told(config, family.mlp_bias),
+        head_norm=family.query_norm is not None,
+        norms_all_heads=family.norms_all_heads,
         gated_mlp=family.gate is not None,
         layer_norms=tuple(
             attention_norms * (k > 0) + mlp_norms * (c > 0) for k, c in zip(heads, channels, strict=True)
         ),
     )
+
+
+def _told(config: Any, value: bool | str) -> bool:
+    """Returns what a family's row says, or the entry of the config that it names."""
+    return bool(getattr(config, value, False)) if isinstance(value, str) else value
 
 
 def _kv_heads(layer: Any) -> int:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
 
 from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import write_json
+from tvaprune.models.families import FAMILIES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -132,6 +134,11 @@ def check_config(config: dict[str, Any], named: str) -> None:
                 f"{f', {quoted(method)}' if method else ''}), and pruning needs plain ones: give the unquantised "
                 "checkpoint, or dequantise this one first"
             )
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise InputError(
+            f"{named}: its type {quoted(config.get('model_type'))} is code of its own (auto_map in config.json), which "
+            f"is never run; give a checkpoint of a type that transformers itself knows, of {', '.join(FAMILIES)}"
+        )
     for key, most in _SIZES.items():
         value = config.get(key)
         if value is None and (key in _MAY_BE_NULL or key not in config):

@@ -156,6 +156,8 @@ def _block(
     edits[f"{block.writer}.weight"] = Edit(stream.kept, columns, written, means if len(means) else None, constant)
     if writes_with_bias:
         edits[f"{block.writer}.bias"] = Edit(stream.kept, row_factors=written)
+    for role, norm in block.head_norms.items():
+        edits[f"{norm}.weight"] = Edit(rows[role])
     if block.norm is not None:
         edits[f"{block.norm}.weight"] = Edit(stream.kept)
     if block.post_norm is not None:

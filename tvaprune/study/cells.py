@@ -52,7 +52,7 @@ class Measurement:
             self.tasks = ZeroShot([OFFLINE_GROUP], data.data_dir, limit=self.args.zero_eval_limit)
         self.texts = {
             name: token_blocks(self.base.tokenizer, name, self.args.split, self.base.window, data.max_eval_samples,
-                               data_dir=data.data_dir)
+                               data_dir=data.data_dir, bos=self.base.bos)
             for name in (self.args.dataset, self.args.second_text)
         }  # fmt: skip
 

@@ -35,12 +35,14 @@ def token_blocks(
     max_blocks: int | None = None,
     seed: int = 0,
     data_dir: str | Path = "data",
+    bos: int | None = None,
 ) -> Dataset:
     """Returns a split as non-overlapping blocks of tokens, tokenised once and cached.
 
     Args:
         max_blocks: How many blocks to draw (without repeats, by ``seed``, in the text's order, of a large text in the
             drawn documents' order); ``None`` keeps all.
+        bos: The token that every block begins with, for a model that needs it; None: none does.
 
     Returns:
         A dataset of ``input_ids`` of shape ``(block_size,)``, formatted as torch tensors.
@@ -56,13 +58,11 @@ def token_blocks(
         documents = [documents[place] for place in order]
     else:
         tokens = None  # of the whole text blocks are drawn
-    identity = [block_size, tokenizer.eos_token_id, _rules(tokenizer), *([] if tokens is None else [tokens])]
-    digest = hashlib.sha256(json.dumps(identity).encode())
-    for document in documents:
-        digest.update(document.encode() + b"\0")
+    drawn, begun = [] if tokens is None else [tokens], [] if bos is None else ["bos", bos]
+    digest = _digest([block_size, tokenizer.eos_token_id, _rules(tokenizer), *drawn, *begun], documents)
 
     def build(target: Path) -> None:
-        cut = _cut(tokenizer, documents, block_size, tokens)
+        cut = _cut(tokenizer, documents, block_size, tokens, bos)
         if not len(cut):
             raise InputError(
                 f"--dataset_name {dataset_name}: its {split} split is shorter than one block of {block_size} tokens; "
@@ -70,11 +70,24 @@ def token_blocks(
             )
         Dataset.from_dict({"input_ids": cut}).save_to_disk(target)
 
-    blocks = _cached(cache_folder() / f"blocks-{digest.hexdigest()[:16]}", build)
+    blocks = _cached(cache_folder() / f"blocks-{digest}", build)
     if max_blocks is not None and max_blocks < len(blocks):
         chosen = np.random.default_rng(seed).permutation(len(blocks))[:max_blocks]
         blocks = blocks.select(np.sort(chosen))
     return blocks.with_format("torch")
+
+
+def _digest(identity: list[object], documents: list[str]) -> str:
+    """Returns what tells a text's blocks from another's."""
+    digest = hashlib.sha256(json.dumps(identity).encode())
+    for document in documents:
+        digest.update(document.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def with_bos(windows: np.ndarray, bos: int) -> np.ndarray:
+    """Puts a token before each row of tokens, shape ``(windows, tokens)``."""
+    return np.pad(windows, ((0, 0), (1, 0)), constant_values=bos)
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -96,12 +109,17 @@ def _is_large(documents: list[str], tokens: int, is_streamed: bool) -> bool:
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], block_size: int, tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    block_size: int,
+    tokens: int | None = None,
+    bos: int | None = None,
 ) -> np.ndarray:
     """Tokenises, joins by the end-of-text token and cuts, shape ``(blocks, block_size)``; an incomplete end is dropped.
 
     Args:
         tokens: How many are enough; ``None``: all.
+        bos: What each block begins with; ``None``: nothing.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     pieces, count = [np.empty(0, dtype=np.int64)], 0
@@ -111,5 +129,6 @@ def _cut(
         count += len(pieces[-1])
         if tokens is not None and count >= tokens:
             break
-    stream = np.concatenate(pieces)[:tokens]
-    return stream[: len(stream) // block_size * block_size].reshape(-1, block_size)
+    stream, width = np.concatenate(pieces)[:tokens], block_size - (bos is not None)
+    blocks = stream[: len(stream) // width * width].reshape(-1, width)
+    return blocks if bos is None else with_bos(blocks, bos)

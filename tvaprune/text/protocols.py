@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tvaprune.errors import InputError
+from tvaprune.text.blocks import with_bos
 from tvaprune.text.sources import HUB_SETS, hub_rows
 
 OWN = "own"
@@ -55,6 +56,7 @@ class EvaluationText:
         end: What ends each document; None: nothing does.
         bos: Whether the first window begins with BOS.
         window: Tokens of a window.
+        every_bos: Whether every window does.
     """
 
     name: str
@@ -65,13 +67,14 @@ class EvaluationText:
     bos: bool
     window: int
     num_windows: int
+    every_bos: bool = False
 
     @property
     def line(self) -> str:
         """How the text became windows, in a line."""
         joined = "" if self.join is None else f"rows joined by {self.join!r}, "
         ended = "" if self.end is None else f"documents ended by {self.end}, "
-        bos = "one BOS at the start" if self.bos else "no BOS"
+        bos = "a BOS before each window" if self.every_bos else "one BOS at the start" if self.bos else "no BOS"
         return f"{self.name}: {joined}{ended}{bos}, {self.num_windows} windows"
 
 
@@ -83,8 +86,13 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-def protocol_windows(tokenizer: PreTrainedTokenizerBase, name: str, data_dir: str | Path = "data") -> Dataset:
+def protocol_windows(
+    tokenizer: PreTrainedTokenizerBase, name: str, data_dir: str | Path = "data", bos: int | None = None
+) -> Dataset:
     """Returns the windows of a protocol of `PROTOCOLS`: ``input_ids`` of shape ``(window,)``, as torch tensors.
+
+    Args:
+        bos: The token that every window begins with, the first among its tokens; None: only the text does, if at all.
 
     Raises:
         InputError: If the text cannot be had or is shorter than one window.
@@ -92,27 +100,36 @@ def protocol_windows(tokenizer: PreTrainedTokenizerBase, name: str, data_dir: st
     protocol = PROTOCOLS[name]
     rows = hub_rows(protocol.dataset_name, SPLIT, data_dir)
     text = protocol.join.join(islice(rows, protocol.rows))
-    stream = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
-    count = min(len(stream) // protocol.window, protocol.num_windows or len(stream))
+    ids = tokenizer(text, verbose=False, add_special_tokens=bos is None)["input_ids"]
+    stream, width = np.asarray(ids, dtype=np.int64), protocol.window - (bos is not None)
+    count = min(len(stream) // width, protocol.num_windows or len(stream))
     if not count:
         raise InputError(
             f"--protocol {name}: the text has {len(stream)} tokens, less than one window of {protocol.window}: the "
             f"copy of {protocol.dataset_name} is not whole; replace it"
         )
-    windows = stream[: count * protocol.window].reshape(count, protocol.window)
+    windows = stream[: count * width].reshape(count, width)
+    windows = windows if bos is None else with_bos(windows, bos)
     return Dataset.from_dict({"input_ids": windows}).with_format("torch")
 
 
 def evaluation_text(
-    tokenizer: PreTrainedTokenizerBase, name: str, dataset_name: str, split: str, windows: Dataset
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    dataset_name: str,
+    split: str,
+    windows: Dataset,
+    bos: int | None = None,
 ) -> EvaluationText:
     """Returns what windows are of: a protocol of `PROTOCOLS`, or a split of a text by `OWN`."""
-    sizes = len(windows[0]["input_ids"]), len(windows)
+    sizes, every = (len(windows[0]["input_ids"]), len(windows)), bos is not None
     if name == OWN:
         join = HUB_SETS[dataset_name].join if dataset_name in HUB_SETS else None
-        return EvaluationText(name, dataset_name, split, join, tokenizer.eos_token, False, *sizes)
+        return EvaluationText(name, dataset_name, split, join, tokenizer.eos_token, every, *sizes, every)
     text = PROTOCOLS[name]
-    return EvaluationText(name, text.dataset_name, SPLIT, text.join, None, starts_with_bos(tokenizer), *sizes)
+    return EvaluationText(
+        name, text.dataset_name, SPLIT, text.join, None, every or starts_with_bos(tokenizer), *sizes, every
+    )
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
