@@ -9,4 +9,5 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 # The slow tests too, unless the arguments choose: a bare pytest leaves them out.
-"$PYTHON" -m pytest -m "not gpu and not network" "$@"
+# A file's tests stay in one process: they share what they made.
+"$PYTHON" -m pytest -n 2 --dist loadfile -m "not gpu and not network" "$@"
