@@ -36,16 +36,24 @@ def wants_rotation(run: Run) -> bool:
     return asked == "on"
 
 
-@torch.enable_grad()
 def learn_rotation(run: Run) -> torch.Tensor:
     """Returns the eigenvectors of ``C^(1/2) G C^(1/2)``, largest first, shape ``(hidden_size, hidden_size)``, float32.
 
-    ``C`` is the second moment of what the norms hand on, gains left out, over all norms; ``G`` that of the gradients of
-    the predictions' log-likelihood there, of tokens drawn from the predictions (so it is Fisher's): a direction counts
-    by what it carries and by what the readers make of it.
+    A direction counts by what it carries and by what the readers make of it; `moments_of` says what C and G are.
 
     Raises:
         InputError: If a moment is no number.
+    """
+    carried, needed = moments_of(run)
+    return ranks.on_main(_directions, carried, needed)
+
+
+@torch.enable_grad()
+def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``C`` and ``G``, shapes ``(hidden_size, hidden_size)``, float64.
+
+    ``C`` is the second moment of what the norms hand on, gains left out, over all norms; ``G`` that of the gradients of
+    the predictions' log-likelihood there, of tokens drawn from the predictions (so it is Fisher's).
     """
     blocks = run.train_blocks(BLOCKS)
     rows = blocks[: min(BLOCKS, len(blocks))]["input_ids"]
@@ -57,7 +65,7 @@ def learn_rotation(run: Run) -> torch.Tensor:
     finally:
         moments.stop()
     ranks.add_up(moments.carried, moments.needed)
-    return ranks.on_main(_directions, moments.carried, moments.needed)
+    return moments.carried, moments.needed
 
 
 def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,81 @@
+"""What a basis is worth: hidden dims cut by hand, in the checkpoint's basis and in turned ones, no gates, no update.
+
+    python -m benchmarks.basis mistral_saves_tva/mini_mistral llama3_saves_tva/mini_llama3
+
+Prints perplexity on the validation blocks that masks are chosen on, where everything that is written to the residual
+stream beyond the first dims is dropped and norms go on dividing by the dense width.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from tvaprune.choose.rotation import learn_rotation, moments_of
+from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.perplexity import perplexity
+from tvaprune.models.families import family_of
+from tvaprune.models.rotate import rotate, turns_of
+from tvaprune.models.shape import shape_of
+from tvaprune.run import Run
+
+SHARES = (1.0, 0.875, 0.75, 0.6875, 0.5)
+
+
+def bases(run: Run) -> dict[str, torch.Tensor]:
+    """Returns orthogonal matrices by name, each with its weightiest direction first."""
+    carried, needed = moments_of(run)
+    order = carried.diagonal().argsort(descending=True)
+    vectors = {name: torch.linalg.eigh(moment).eigenvectors.flip(1) for name, moment in
+               (("by what is carried (PCA)", carried), ("by what is needed (Fisher)", needed))}  # fmt: skip
+    return {
+        "the checkpoint's, by what is carried": torch.eye(len(carried), dtype=torch.float64)[:, order],
+        **vectors,
+        "by both (--rotate)": learn_rotation(run),
+    }
+
+
+@contextmanager
+def cut(model: PreTrainedModel, keep: int) -> Iterator[None]:
+    """Drops what is written to all dims of the stream but the first, for a while."""
+    family, shape = family_of(model.config), shape_of(model.config)
+    writers = [name.removesuffix(".weight") for name, turn in turns_of(family, shape).items() if turn.writes]
+    there = (torch.arange(shape.hidden_size) < keep).to(model.dtype)
+
+    def drop(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output * there
+
+    modules = [model.get_submodule(name) for name in (family.embedding, *writers)]
+    handles = [module.register_forward_hook(drop) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def main() -> None:
+    """Prints a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="checkpoints with untied embeddings")
+    for path in parser.parse_args().models:
+        flags = (
+            f"--model_name_or_path {path} --dataset_name python_docs --block_size 256 --output_dir out/basis --use_cpu"
+        )
+        run = Run.load(Arguments.parse(flags.split(), "prune"))
+        size, blocks = run.shape.hidden_size, run.choice_blocks()
+        kept = [round(share * size) for share in SHARES]
+        print(f"\n| {path}: hidden dims kept of {size} | {' | '.join(map(str, kept))} |\n|---|{'---|' * len(kept)}")
+        for name, basis in bases(run).items():
+            model, found = rotate(copy.deepcopy(run.model), basis), []
+            for keep in kept:
+                with cut(model, keep):
+                    found.append(f"{perplexity(model, blocks, 0):.2f}")
+            print(f"| {name} | {' | '.join(found)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
