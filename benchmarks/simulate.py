@@ -341,6 +341,7 @@ class Scene:
         if work.checkpointing:
             student.activation_checkpointing_enable()
         teacher = LiveTeacher(self.dense, 1.0) if work.distill else None
+        del self.dense  # without a teacher it leaves the memory
         trainer = FinetuneTrainer.__new__(FinetuneTrainer)  # its loss alone: no accelerator, no files
         trainer.teacher, trainer.weights, trainer._sums, trainer._count = teacher, {"ce": 1.0, "kl": 0.01}, {}, 0
         trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)

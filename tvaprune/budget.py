@@ -1,32 +1,30 @@
-"""``--memory``: what must go in together, from sizes alone, and which settings make it fit.
+"""What a run of these flags is to do, and which settings make it fit ``--memory``: from the config alone.
 
 The settings change how much is there at a time, and not what is computed: activations that are computed again, smaller
 passes and as many more of them in a step, the unpruned model on the host during the refit, no timing of two models that
-do not fit beside each other. What the user set stays as it is.
-
-The bytes are those of the code, counted on fake tensors at the shapes of Llama-2-7B, Mistral-7B and Llama-3-8B, rounded
-up. Letters: h hidden size, f MLP channels, v vocabulary, b bytes of a number.
+do not fit beside each other. What the user set stays as it is. What each needs, `tvaprune.measure.cost` says.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from tvaprune.flags.arguments import Arguments
-from tvaprune.losses import CHUNK_TOKENS
-from tvaprune.measure.perplexity import CHUNK_TOKENS as EVALUATION_CHUNK
-from tvaprune.measure.perplexity import FORWARD_TOKENS
-from tvaprune.models.parameters import dense_layers, dense_parameters
-from tvaprune.models.shape import ModelShape
+from tvaprune.measure import cost
+from tvaprune.measure.cost import GIB, Work, narrower
+from tvaprune.models.load import load_config, precision
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.plan.masks import Masks
+from tvaprune.run import CHOICE_SAMPLES, plan_of, window_of
+from tvaprune.text.protocols import C4_WINDOWS
 
-GIB = 2**30
 DEFAULT_MEMORY = 40.0  # GiB
-RESERVED = 2.0  # GiB: the context, workspaces, fragmentation
-STEP_BYTES = 16  # of a trained number: itself, its gradient and AdamW's two moments, in float32
-REFIT_SAMPLES = 128  # blocks that choose among fits
+RESERVED = 2.0  # GiB of them: what settings leave free, `cost.OVERHEAD` and fragmentation
+
+_BATCH_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing")
 
 
 def memory_of(args: Arguments) -> float:
@@ -39,215 +37,144 @@ def memory_of(args: Arguments) -> float:
     return min(DEFAULT_MEMORY, torch.cuda.get_device_properties(device).total_memory / GIB)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a run holds, in numbers.
-
-    Attributes:
-        shape: The unpruned model's sizes.
-        pruned: The narrower model's parameters.
-        itemsize: Bytes of a number of both.
-    """
-
-    shape: ModelShape
-    pruned: int
-    itemsize: int
-
-    @classmethod
-    def at_sparsity(cls, shape: ModelShape, sparsity: float, itemsize: int) -> "Sizes":
-        """Returns the sizes before it is known what is kept."""
-        return cls(shape, round(dense_parameters(shape) - sparsity * dense_layers(shape)), itemsize)
-
-    @property
-    def share(self) -> float:
-        """Of the dense layers' parameters, those that are left."""
-        return max(0.0, 1 - (dense_parameters(self.shape) - self.pruned) / dense_layers(self.shape))
-
-    @property
-    def dense_bytes(self) -> float:
-        """Bytes of the unpruned model."""
-        return dense_parameters(self.shape) * self.itemsize
-
-    @property
-    def pruned_bytes(self) -> float:
-        """Bytes of the narrower model."""
-        return self.pruned * self.itemsize
-
-    @property
-    def pass_bytes(self) -> float:
-        """Bytes of an evaluation's pass: the widest layer's activations and residual streams, or a chunk's logits."""
-        layer = FORWARD_TOKENS * (3 * max(self.shape.intermediate_size) + 4 * self.shape.hidden_size) * self.itemsize
-        chunk = EVALUATION_CHUNK * self.shape.vocab_size * (self.itemsize + 8)
-        return max(layer, chunk + FORWARD_TOKENS * self.shape.hidden_size * self.itemsize)
-
-    def activations(self, tokens: int, checkpointing: bool, share: float = 1.0) -> float:
-        """Returns the bytes of a training pass beside weights: what the backward pass needs, and a chunk of logits.
-
-        Args:
-            share: Of the dense model's MLP channels that are there.
-        """
-        shape = self.shape
-        layer = self.itemsize * (21 * shape.hidden_size + 5.2 * share * max(shape.intermediate_size))
-        each = self.itemsize * shape.hidden_size if checkpointing else layer
-        logits = min(tokens, CHUNK_TOKENS) * shape.vocab_size * (14 + 4 * self.itemsize)
-        return tokens * (shape.num_hidden_layers * each + layer * checkpointing) + logits
-
-    def refit_bytes(self, offload: bool, tokens: int) -> float:
-        """Returns the bytes of the refit: both models, both residual streams, and the moments of the widest layer."""
-        widest, h = max(max(self.shape.intermediate_size), self.shape.hidden_size), self.shape.hidden_size
-        moments = 8 * (5 * widest**2 + 4 * widest * h)
-        layer = self.dense_bytes / self.shape.num_hidden_layers
-        streams = 2 * tokens * h * self.itemsize
-        return self.pruned_bytes + moments + (2 * layer if offload else self.dense_bytes + streams)
-
-    def both_bytes(self) -> float:
-        """Returns the bytes of timing both models side by side."""
-        whole = FORWARD_TOKENS * self.shape.vocab_size * self.itemsize  # a plain forward pass gives all logits
-        return self.dense_bytes + self.pruned_bytes + self.pass_bytes + whole
-
-    def trained_bytes(self, rank: int | None, with_head: bool, share: float) -> float:
-        """Returns the bytes of what is trained: float32, with its gradient and AdamW's moments.
-
-        Args:
-            rank: Of LoRA; None: all weights are trained, in their own precision.
-            with_head: Whether a copy of the lm_head is trained; its gradient is there twice while it is added up.
-            share: Of the dense model's heads and channels that are there.
-        """
-        if rank is None:
-            return self.pruned * 4 * self.itemsize - self.pruned_bytes
-        h, shape = self.shape.hidden_size, self.shape
-        sums = 0.0
-        for heads, channels in zip(shape.num_key_value_heads, shape.intermediate_size, strict=True):
-            keys = heads * shape.head_dim
-            sums += 4 * h + share * (2 * keys * (1 + shape.group_size)) + (2 + shape.gated_mlp) * (h + share * channels)
-        return STEP_BYTES * rank * sums + with_head * (STEP_BYTES + 4 - self.itemsize) * h * shape.vocab_size
-
-
-@dataclass(frozen=True)
-class _Option:
-    """One way to run a training pass."""
-
-    batch: int
-    checkpointing: bool
-
-
-def fit_gates(args: Arguments, sizes: Sizes) -> None:
-    """Sets what lets gate training and what follows it fit, in place; says what it set."""
-
-    def needs(option: _Option) -> float:
-        return sizes.dense_bytes + sizes.activations(option.batch * args.data.block_size, option.checkpointing)
-
-    lines = _fit_training(args, needs)
-    _tell(args, [*lines, *_fit_refit(args, sizes)])
-
-
-def fit_cut(args: Arguments, sizes: Sizes) -> None:
-    """Sets what lets the cut fit."""
-    _tell(args, _fit_refit(args, sizes))
-
-
-def fit_tuning(args: Arguments, sizes: Sizes, rank: int | None, with_head: bool) -> None:
-    """Sets what lets fine-tuning and the cut before it fit.
+def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: bool | None = None) -> Work:
+    """Returns what a run of these flags is to do; the passes of a training are not counted here.
 
     Args:
-        rank: Of LoRA; None: all weights are trained.
-        with_head: Whether the lm_head is trained whole.
+        units: What is kept; None: every layer loses the same share, ``--target_sparsity``.
+        on_card: Whether it runs on a GPU; None: as the flags and the machine say.
     """
-    tokens, live = args.data.block_size, args.distill.distill and args.finetune.teacher_cache is None
-    static = sizes.pruned_bytes + sizes.trained_bytes(rank, with_head, sizes.share) + live * sizes.dense_bytes
+    training, finetune, config = args.training, args.finetune, load_config(args.source.model_name_or_path)
+    on_card = training.device.type == "cuda" if on_card is None else on_card
+    plan = None if units is None else plan_of(args, units)
+    shape = shape_of(config) if plan is None else plan.shape
+    device = torch.device("cuda" if on_card else "cpu")
+    asked = finetune.train_lm_head
+    return Work(
+        dense=shape,
+        pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_after,
+        weight_bytes=precision(args.source.dtype, device, config.dtype, _step(args) is not None).itemsize,
+        sliding_window=getattr(config, "sliding_window", None),
+        block=args.data.block_size,
+        batch=training.per_device_train_batch_size,
+        checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
+        redraws=on_card,
+        distill=args.distill.distill and finetune.teacher_cache is None,
+        window=window_of(args, config),
+        windows=args.data.max_eval_samples or C4_WINDOWS,
+        eval_batch=training.per_device_eval_batch_size,
+        choice_blocks=CHOICE_SAMPLES,
+        refits=args.prune.weight_update == "refit",
+        refit_blocks=args.prune.refit_samples,
+        refit_offload=args.prune.refit_offload,
+        lora_r=0 if finetune.full_ft else finetune.lora_r,
+        train_lm_head=not shape.tie_word_embeddings if asked is None else asked,
+    )
 
-    def needs(option: _Option) -> float:
-        return static + sizes.activations(option.batch * tokens, option.checkpointing, sizes.share)
 
-    hint = "; --teacher_cache DIR leaves the unpruned model out" if live else ""
-    lines = _fit_training(args, needs, hint)
-    _tell(args, [*lines, *_fit_refit(args, sizes)])
+def fitted(args: Arguments, work: Work, memory: float | None = None) -> Work:
+    """Returns a work as it is done to fit: the quickest way of those that the user's flags leave.
+
+    Args:
+        memory: In place of ``--memory``, in GiB.
+    """
+    step, room = _step(args), _room(args, memory)
+    if step is not None:
+        ways = list(_ways(args, work))
+        work = next((way for way in ways if step(way) <= room), ways[-1])
+    if work.refits and cost.refit(work) > room and "refit_offload" not in args.recipe:
+        work = replace(work, refit_offload=True)
+    teaches = args.recipe["verb"] == "finetune" and work.distill
+    return replace(work, keep_dense=args.evaluation.compare_dense or teaches or _times(args, work, room))
 
 
-def blocks_that_fit(args: Arguments, sizes: Sizes, most: int) -> int:
+def changes(args: Arguments, work: Work) -> dict[str, bool | int]:
+    """Returns the flags, by name, in which a work differs from what the flags say."""
+    training, found = args.training, dict[str, bool | int]()
+    if work.checkpointing and not (training.activation_checkpointing or training.gradient_checkpointing):
+        found["activation_checkpointing"] = True
+    if work.batch != training.per_device_train_batch_size:
+        blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        found |= {"per_device_train_batch_size": work.batch, "gradient_accumulation_steps": blocks // work.batch}
+    if work.refit_offload and not args.prune.refit_offload:
+        found["refit_offload"] = True
+    return found
+
+
+def in_flags(settings: dict[str, bool | int]) -> str:
+    """Returns settings as they are given."""
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
+
+
+def fit(args: Arguments, units: Masks | KeepPlan | None = None) -> None:
+    """Sets what lets a run fit, in place; says what it set, and what does not fit all the same."""
+    work = fitted(args, work_of(args, units))
+    settings = changes(args, work)
+    for name, value in settings.items():
+        setattr(args.prune if name == "refit_offload" else args.training, name, value)
+    for line in _over(args, work):
+        print(f"note: {line}")
+    if settings:
+        print(f"note: to fit --memory {memory_of(args):g}: {in_flags(settings)}")
+
+
+def times(args: Arguments, units: Masks | KeepPlan | None = None) -> bool:
+    """Tells whether both models are timed: asked for, and they fit beside each other."""
+    return _times(args, work_of(args, units), _room(args))
+
+
+def times_training(args: Arguments, units: Masks | KeepPlan | None = None) -> bool:
+    """Tells whether training steps of both models are timed, likewise."""
+    return times(args, units) and cost.training_timing(work_of(args, units)) <= _room(args)
+
+
+def blocks_with_gradients(args: Arguments, most: int) -> int:
     """Returns how many blocks, halved from ``most`` on, a pass with gradients of the unpruned model may take."""
-    while most > 1 and sizes.dense_bytes + sizes.activations(most * args.data.block_size, False) > _room(args):
+    work = work_of(args)
+    while most > 1 and cost.gradient_pass(replace(work, batch=most)) > _room(args):
         most //= 2
     return most
 
 
-def both_fit(args: Arguments, sizes: Sizes) -> bool:
-    """Tells whether the unpruned and the narrower model fit beside each other, as timing needs."""
-    return sizes.both_bytes() <= _room(args)
+def _step(args: Arguments) -> Callable[[Work], float] | None:
+    """Returns what tells the bytes of a step of the run's training; None: it trains nothing."""
+    if args.recipe["verb"] == "finetune":
+        return cost.finetuning_step
+    gates = args.recipe["verb"] == "prune" and args.prune.prune_method == "vib"
+    return cost.gate_step if gates else None
 
 
-def both_train(args: Arguments, sizes: Sizes, rank: int | None, with_head: bool) -> bool:
-    """Tells whether training steps of both models fit beside each other, as timing them needs."""
-    training, share = args.training, sizes.share
-    tokens = training.per_device_train_batch_size * args.data.block_size
-    trained = sum(sizes.trained_bytes(rank, with_head, part) for part in (1.0, share))
-    step = sizes.activations(tokens, bool(training.activation_checkpointing))
-    return sizes.dense_bytes + sizes.pruned_bytes + trained + step <= _room(args)
-
-
-def _room(args: Arguments) -> float:
+def _room(args: Arguments, memory: float | None = None) -> float:
     if args.source.shard or args.source.device_map == "auto":  # spread over devices: what each holds is not told here
         return math.inf
-    return (memory_of(args) - RESERVED) * GIB
+    return ((memory_of(args) if memory is None else memory) - RESERVED) * GIB
 
 
-def _fit_training(args: Arguments, needs: Callable[[_Option], float], hint: str = "") -> list[str]:
-    """Takes the first way to run a pass that fits; the user's flags leave out the others."""
-    training, given = args.training, args.recipe
-    blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    before = _Option(training.per_device_train_batch_size, bool(training.activation_checkpointing))
-    options = list(_options(before, given))
-    option = next((option for option in options if needs(option) <= _room(args)), options[-1])
-    lines = []
-    if option.checkpointing != before.checkpointing:
-        training.activation_checkpointing = True
-        lines.append("--activation_checkpointing True")
-    if option.batch != before.batch:
-        training.per_device_train_batch_size = option.batch
-        training.gradient_accumulation_steps = blocks // option.batch
-        lines.append(f"--per_device_train_batch_size {option.batch}")
-        lines.append(f"--gradient_accumulation_steps {training.gradient_accumulation_steps}")
-    if needs(option) > _room(args):
-        kept = [f"--{name} {given[name]}" for name in _BATCH_FLAGS if name in given]
-        asked = f" with {' and '.join(kept)}, as you gave" if kept else ""
-        print(
-            f"note: training needs about {needs(option) / GIB:.0f} GiB{asked}, and --memory {memory_of(args):g} leaves "
-            f"{_room(args) / GIB:.0f}{hint}"
-        )
-    return lines
+def _times(args: Arguments, work: Work, room: float) -> bool:
+    return args.evaluation.speed_batches > 0 and not args.prune.stream and cost.timing(work) <= room
 
 
-_BATCH_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing")
-
-
-def _options(before: _Option, given: dict[str, Any]) -> Iterator[_Option]:
-    """Yields the ways to run a pass, the quickest first."""
-    batches = [before.batch]
-    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & given.keys():
+def _ways(args: Arguments, work: Work) -> Iterator[Work]:
+    """Yields the ways to run a training's pass, the quickest first."""
+    batches, given = [work.batch], args.recipe.keys()
+    if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         while batches[-1] % 2 == 0:
             batches.append(batches[-1] // 2)
-    settled = before.checkpointing or {"activation_checkpointing", "gradient_checkpointing"} & given.keys()
-    for checkpointing in [before.checkpointing] if settled else [False, True]:
+    settled = work.checkpointing or given & {"activation_checkpointing", "gradient_checkpointing"}
+    for checkpointing in [work.checkpointing] if settled else [False, True]:
         for batch in batches:
-            yield _Option(batch, checkpointing)
+            yield replace(work, batch=batch, checkpointing=checkpointing)
 
 
-def _fit_refit(args: Arguments, sizes: Sizes) -> list[str]:
-    prune = args.prune
-    if prune.weight_update != "refit":
-        return []
-    tokens = (prune.refit_samples + REFIT_SAMPLES) * args.data.block_size
-    if sizes.refit_bytes(prune.refit_offload, tokens) <= _room(args):
-        return []
-    if prune.refit_offload or "refit_offload" in args.recipe:
-        needed = sizes.refit_bytes(prune.refit_offload, tokens) / GIB
-        print(f"note: the refit needs about {needed:.0f} GiB, and --memory {memory_of(args):g} leaves "
-              f"{_room(args) / GIB:.0f}; --weight_update fold needs less")  # fmt: skip
-        return []
-    prune.refit_offload = True
-    return ["--refit_offload True"]
-
-
-def _tell(args: Arguments, lines: list[str]) -> None:
-    if lines:
-        print(f"note: to fit --memory {memory_of(args):g}: {' '.join(lines)}")
+def _over(args: Arguments, work: Work) -> Iterator[str]:
+    """Yields what does not fit, and what the user's flags have to do with it."""
+    step, room = _step(args), _room(args)
+    leaves = f"and --memory {memory_of(args):g} leaves {room / GIB:.0f}"
+    if step is not None and (needed := step(work)) > room:
+        kept = [in_flags({name: args.recipe[name]}) for name in _BATCH_FLAGS if name in args.recipe]
+        asked = f" with {' and '.join(kept)}, as you gave" if kept else ""
+        teaches = step == cost.finetuning_step and work.distill
+        hint = "; --teacher_cache DIR leaves the unpruned model out" if teaches else ""
+        yield f"training needs about {needed / GIB:.0f} GiB{asked}, {leaves}{hint}"
+    if work.refits and (needed := cost.refit(work)) > room:
+        yield f"the refit needs about {needed / GIB:.0f} GiB, {leaves}; --weight_update fold needs less"

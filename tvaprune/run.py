@@ -17,7 +17,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tvaprune import ranks
-from tvaprune.budget import Sizes, blocks_that_fit, both_fit, fit_cut, fit_gates
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import EVALUATING, InputError, quoted, reason, running_out_in
 from tvaprune.files import check_apart, check_output
@@ -30,7 +29,7 @@ from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.families import family_of
 from tvaprune.models.layers import Streamed
-from tvaprune.models.load import Where, load_config, load_model, open_model, precision
+from tvaprune.models.load import Where, load_config, load_model, open_model
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.placement import place_of, put
 from tvaprune.models.published import located
@@ -141,24 +140,6 @@ class Run:
         if place_of(self.model) == _CPU and not self.args.source.shard:
             put(self.model, self.args.training.device)
         return self.model
-
-    def times(self, plan: KeepPlan) -> bool:
-        """Tells whether both models are timed: asked for, and they fit beside each other."""
-        asked = self.args.evaluation.speed_batches > 0 and self.streamed is None
-        return asked and both_fit(self.args, self.sizes(plan))
-
-    def sizes(self, plan: KeepPlan) -> Sizes:
-        """Returns what the run holds, whether the unpruned model is still there or used up."""
-        return Sizes(plan.shape, plan.num_parameters, self._itemsize)
-
-    def blocks_with_gradients(self, most: int) -> int:
-        """Returns how many blocks of a pass with gradients fit, of the unpruned model alone."""
-        return blocks_that_fit(self.args, Sizes(self.shape, self.dense_parameters, self._itemsize), most)
-
-    @property
-    def _itemsize(self) -> int:
-        dtype: Any = self.model.config.dtype or torch.float32
-        return int(dtype.itemsize)
 
     @property
     def shape(self) -> ModelShape:
@@ -301,15 +282,6 @@ class Run:
             "versions": hardware.versions(),
             "command": hardware.command_line(),
         }
-
-
-def fit_prune(args: Arguments) -> None:
-    """Sets what lets mask learning fit ``--memory``, before the weights are loaded."""
-    config = load_config(args.source.model_name_or_path)
-    trains = args.prune.prune_method == "vib"
-    itemsize = precision(args.source.dtype, args.training.device, config.dtype, trains).itemsize
-    sizes = Sizes.at_sparsity(shape_of(config), min(args.prune.target_sparsity), itemsize)
-    (fit_gates if trains else fit_cut)(args, sizes)
 
 
 def window_of(args: Arguments, config: PretrainedConfig) -> int:

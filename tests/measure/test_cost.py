@@ -33,6 +33,8 @@ CASES = [
     ("Llama-2-7B", "gate_step", {"batch": 4, "checkpointing": True}),
     ("Llama-2-7B", "refit", {}),
     ("Llama-2-7B", "finetuning_step", {"batch": 8}),
+    ("Llama-2-7B", "finetuning_step", {"batch": 8, "distill": False}),
+    ("Llama-2-7B", "finetuning_step", {"lora_r": 0}),
     ("Mistral-7B", "dense_perplexity", {}),
     ("Mistral-7B", "gate_step", {"batch": 4}),
     ("Mistral-7B", "refit", {"refit_offload": True}),

@@ -67,6 +67,18 @@ def test_an_estimate_needs_the_config_alone_and_follows_the_flags(large):
     assert list(folded) == ["dense perplexity", "cut", "pruned perplexity"]
 
 
+def test_masks_are_scored_as_often_as_a_run_scores_them(large):
+    found = estimate(large, "prune")
+    assert (found.work.steps, found.work.scorings) == (4500, 26)  # every 174 steps, a quarter of the training's work
+    often = estimate(large, "prune", eval_steps=50)
+    assert often.work.scorings == 90
+    scored = [phases(each)["gate training"].flops for each in (found, often)]
+    one = cost.forward_flops(found.work.dense, 128 * 512, 512)
+    assert scored[1] - scored[0] == pytest.approx(64 * one)
+    assert estimate(large, "prune", eval_strategy="no").work.scorings == 0
+    assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
+
+
 def test_dtype_on_a_gpu_is_the_checkpoints_and_on_a_cpu_float32(large):
     on_card, on_cpu = (estimate(large, "apply", use_cpu=cpu) for cpu in (False, True))
     assert on_card.work.weight_bytes == 2 and on_cpu.work.weight_bytes == 4

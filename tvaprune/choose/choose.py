@@ -107,17 +107,14 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     """Trains the gates and returns the best mask's file and the log."""
     args, training = run.args, run.args.training
     train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES)
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    steps_per_epoch = math.ceil(len(train_blocks) / batch)
-    num_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
-    num_tokens = num_steps * batch * args.data.block_size
+    choice_blocks = run.choice_blocks()
+    cadence = Cadence.of(args, training.num_train_epochs, len(train_blocks), len(choice_blocks))
+    steps_per_epoch = math.ceil(len(train_blocks) * args.data.block_size / cadence.step_tokens)
+    num_steps, num_tokens = cadence.num_steps, cadence.num_tokens
     beta = family_of(run.model.config).beta
     settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, num_tokens, beta, run.rules)
     print(describe(settings, num_steps, num_tokens))
-    choice_blocks = run.choice_blocks()
     if training.eval_strategy == "steps":
-        scored_tokens = len(choice_blocks) * args.data.block_size
-        cadence = Cadence(num_steps, batch * args.data.block_size, scored_tokens, args.distill.distill)
         print(cadence.describe(training.eval_steps if training.eval_steps_given else None, EVAL_STEPS))
         if not training.eval_steps_given:
             training.eval_steps = cadence.interval(EVAL_STEPS)

@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tvaprune import ranks
+from tvaprune.budget import blocks_with_gradients
 from tvaprune.errors import InputError
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.families import family_of
@@ -59,7 +60,8 @@ def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     rows = blocks[: min(BLOCKS, len(blocks))]["input_ids"]
     moments = _Moments(run)
     try:
-        batch = run.args.training.per_device_eval_batch_size or run.blocks_with_gradients(windows_per_pass(blocks))
+        most = windows_per_pass(blocks)
+        batch = run.args.training.per_device_eval_batch_size or blocks_with_gradients(run.args, most)
         for start in tqdm(ranks.share(range(0, len(rows), batch)), desc="rotation", leave=False, unit="batch"):
             moments.add(rows[start : start + batch].to(run.model.device), seed=run.args.training.seed + start)
     finally:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from tvaprune.errors import InputError
+from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import SHORT_RUN_TOKENS, DistillSettings, PruneSettings
 from tvaprune.plan.widths import WidthRules
 
@@ -122,10 +123,34 @@ class Cadence:
     scored_tokens: int
     distill: bool
 
+    @classmethod
+    def of(cls, args: Arguments, epochs: float, train_blocks: int, scored_blocks: int) -> "Cadence":
+        """Returns that of a run's training."""
+        training, block = args.training, args.data.block_size
+        batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        num_steps = math.ceil(epochs * math.ceil(train_blocks / batch))
+        num_steps = training.max_steps if training.max_steps > 0 else num_steps
+        return cls(num_steps, batch * block, scored_blocks * block, args.distill.distill)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the training."""
+        return self.num_steps * self.step_tokens
+
+    def steps(self, given: float | None, least: int) -> float:
+        """Returns the steps between two scorings.
+
+        Args:
+            given: The user's own, in steps or below 1 as a share of all; None: there is none.
+        """
+        if given is None:
+            return self.interval(least)
+        return math.ceil(given * self.num_steps) if given < 1 else given
+
     def share(self, interval: float) -> float:
         """Returns the most that scoring every so many steps, and at the last, takes of the training's work."""
         scorings = math.ceil(self.num_steps / interval)
-        return scorings * self.scored_tokens / (self.num_steps * self.step_tokens * (2 + self.distill))
+        return scorings * self.scored_tokens / (self.num_tokens * (2 + self.distill))
 
     def interval(self, least: int) -> int:
         """Returns the smallest interval of at least ``least`` steps that keeps to `SCORING_SHARE`, or all steps."""
@@ -133,18 +158,10 @@ class Cadence:
         return max(least, math.ceil(self.num_steps / affordable)) if affordable else max(least, self.num_steps)
 
     def describe(self, given: float | None, least: int) -> str:
-        """Returns the line that says which interval is taken, and why.
-
-        Args:
-            given: The user's own, in steps or below 1 as a share of them; None: there is none.
-        """
-        if given is not None:
-            steps = math.ceil(given * self.num_steps) if given < 1 else given
-            why = "as given"
-        else:
-            steps = self.interval(least)
-            every = f"every {least} would cost {self.share(least):.0%}"
-            why = f"{every}, the limit is {SCORING_SHARE:.0%}" if steps > least else "the default"
+        """Returns the line that says which interval `steps` takes, and why."""
+        steps, why = self.steps(given, least), "the default" if given is None else "as given"
+        if given is None and steps > least:
+            why = f"every {least} would cost {self.share(least):.0%}, the limit is {SCORING_SHARE:.0%}"
         return (
             f"scoring: --eval_steps {steps:g}, {why}; it costs {self.share(steps):.0%} of the training's work at most"
         )

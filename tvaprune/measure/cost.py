@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
 from tvaprune.measure.perplexity import CHUNK_TOKENS, FORWARD_TOKENS, FORWARD_WINDOWS
-from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.parameters import dense_layers, dense_parameters
 from tvaprune.models.shape import ModelShape
 
 GIB = 2**30
@@ -136,7 +136,7 @@ def evaluation(shape: ModelShape, work: Work, window: int) -> int:
     return max(layer, (b + 8) * shape.vocab_size * min(CHUNK_TOKENS, tokens) + b * tokens * h)
 
 
-def _training(work: Work, shape: ModelShape, per_layer: Sequence[float], loss: float, trained: float) -> float:
+def _training(work: Work, shape: ModelShape, per_layer: Sequence[float], loss: float, gradients: float) -> float:
     """Returns what a training pass takes beside the weights and what is trained of them.
 
     Backward the loss's chunk goes first, while all layers' activations are there; checkpointing keeps a layer's input
@@ -145,13 +145,13 @@ def _training(work: Work, shape: ModelShape, per_layer: Sequence[float], loss: f
     Args:
         per_layer: Bytes a token that each layer keeps for the backward pass.
         loss: Bytes of the loss's chunk at its peak.
-        trained: Numbers that are trained.
+        gradients: Bytes of those of what is trained.
     """
     tokens, b = work.tokens, work.weight_bytes
     kept = [b * shape.hidden_size] * len(per_layer) if work.checkpointing else per_layer
     again = max(per_layer) * tokens if work.checkpointing else 0.0
     stream = 3 * b * shape.hidden_size * tokens
-    return max(sum(kept) * tokens + stream + max(loss, again), 4 * trained)
+    return max(sum(kept) * tokens + stream + max(loss, again), gradients)
 
 
 def _backward_flops(shape: ModelShape, work: Work) -> float:
@@ -176,7 +176,7 @@ def gate_flops(work: Work) -> float:
 def finetuning_flops(work: Work) -> float:
     """Returns the operations of a pass of fine-tuning: both losses call the student's head."""
     again, shape, tokens = work.tokens > LOSS_TOKENS, work.pruned, work.tokens
-    layers = (lora_parameters(work) if work.lora_r else dense_parameters(shape)) * tokens
+    layers = (lora_parameters(work) if work.lora_r else dense_layers(shape)) * tokens
     updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
     student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
     losses = 1 + work.distill
@@ -199,7 +199,17 @@ def gate_step(work: Work) -> float:
     chunk = min(LOSS_TOKENS, work.tokens)
     loss = (21 + 2 * b if work.distill else 12 + b) * shape.vocab_size * chunk
     units = h + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
-    return weights(shape, work) + 32 * units + _training(work, shape, per_layer, loss, 2 * units)
+    return weights(shape, work) + 32 * units + _training(work, shape, per_layer, loss, 8 * units)
+
+
+def gradient_pass(work: Work) -> float:
+    """Returns the bytes of a pass of `tvaprune.choose.rotation`: as gates keep, and of all tokens the logits.
+
+    These as float32, log-probabilities and probabilities, and two gradients.
+    """
+    b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
+    per_layer = [b * (4 * h + 2 * q + 2 * k + 4 * f) for q, k, f in _layers(shape)]
+    return weights(shape, work) + _training(work, shape, per_layer, (16 + b) * shape.vocab_size * work.tokens, 0)
 
 
 def lora_parameters(work: Work) -> int:
@@ -216,14 +226,23 @@ def trained_parameters(work: Work) -> int:
     return lora_parameters(work) + work.train_lm_head * work.pruned.vocab_size * work.pruned.hidden_size
 
 
+def _tuned(work: Work) -> int:
+    """Returns the bytes of a model that is tuned, throughout: weights, what is trained beside them, two moments."""
+    b, shape, r = work.weight_bytes, work.pruned, work.lora_r
+    if not r:
+        return weights(shape, work) + 2 * b * trained_parameters(work)
+    replaced = work.train_lm_head and not shape.tie_word_embeddings  # the head, by the one that is trained
+    return weights(shape, work) + 12 * trained_parameters(work) - replaced * b * shape.hidden_size * shape.vocab_size
+
+
 def finetuning_step(work: Work) -> float:
     """Returns the bytes on the card in fine-tuning.
 
-    What is trained, in float32, and its two moments are there throughout, its gradients at the end. A linear with LoRA
-    keeps its input after dropout in float32 and the dropout's mask.
+    LoRA and a head beside it are trained in float32, all weights in their own precision; what is trained and its two
+    moments are there throughout, its gradients at the end. A linear with LoRA keeps its input after dropout in float32
+    and the dropout's mask.
     """
     b, shape, h, r = work.weight_bytes, work.pruned, work.pruned.hidden_size, work.lora_r
-    trained = trained_parameters(work)
     own = [8 * h + b * (2 * q + 2 * k + 3 * f) for q, k, f in _layers(shape)]
     if r:
         each = [5 * (5 * h + q + f) + 7 * 4 * r for q, _, f in _layers(shape)]
@@ -231,11 +250,22 @@ def finetuning_step(work: Work) -> float:
         each = [b * (2 * h + q + f) for q, _, f in _layers(shape)]  # what a linear reads: norms', attention's, product
     per_layer = [mine + more for mine, more in zip(own, each, strict=True)]
     held = 33 * work.tokens if work.tokens <= LOSS_TOKENS else 18 * LOSS_TOKENS  # both losses' graphs, or one's
-    loss = held * shape.vocab_size + 8 * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient, twice
-    static = weights(shape, work) + (12 if r else 8) * trained + work.distill * weights(work.dense, work)
-    if r and work.train_lm_head and not shape.tie_word_embeddings:
-        static -= b * h * shape.vocab_size  # what the trained head replaces
-    return static + _training(work, shape, per_layer, loss, trained)
+    number = 4 if r else b  # of what is trained
+    head = 2 * number * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient, twice
+    step = _training(work, shape, per_layer, held * shape.vocab_size + head, number * trained_parameters(work))
+    return _tuned(work) + work.distill * weights(work.dense, work) + step
+
+
+def timing(work: Work) -> float:
+    """Returns the bytes of timing both models beside each other: an evaluation's, or all logits of a plain pass."""
+    b, shape, tokens = work.weight_bytes, work.dense, work.pass_tokens(work.window)
+    logits = b * tokens * (shape.vocab_size + 2 * shape.hidden_size)
+    return weights(shape, work) + weights(work.pruned, work) + max(evaluation(shape, work, work.window), logits)
+
+
+def training_timing(work: Work) -> float:
+    """Returns the bytes of timing training steps of both models, each trained in the same way, without a teacher."""
+    return _tuned(work) + finetuning_step(replace(work, pruned=work.dense, distill=False))
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,12 @@ class KeepPlan:
         return tuple(len(indices) for indices in self.kept.inter)
 
     @property
+    def shape_after(self) -> ModelShape:
+        """The narrower model's sizes."""
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "num_key_value_heads", "intermediate_size")}
+        return replace(self.shape, **sizes)
+
+    @property
     def sparsity(self) -> float:
         """Share of the decoder layers' parameters that goes."""
         return float(decoder_sparsity(self.hidden_size, self.num_key_value_heads, self.intermediate_size, self.shape))

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from tvaprune.budget import fit_tuning
+from tvaprune.budget import fit, times
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
 from tvaprune.errors import InputError
@@ -52,7 +52,7 @@ class Job:
         windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
         job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype, run.stored_dtype)
-        fit_tuning(run.args, run.sizes(job.plan), job.rank, job.copies_head)
+        fit(run.args, job.plan)
         job.identity = _identity(job)
         if checkpoint is not None:
             check_identity("checkpoint", checkpoint, job.identity)
@@ -103,21 +103,11 @@ class Job:
         return self.run.args.source.shard
 
     @property
-    def rank(self) -> int | None:
-        """LoRA's; None: all weights are trained."""
-        return None if self.lora is None else self.lora.r
-
-    @property
-    def copies_head(self) -> bool:
-        """Whether a copy of the lm_head is trained beside LoRA."""
-        return self.lora is not None and self.train_lm_head
-
-    @property
     def needs_dense(self) -> bool:
         """Whether the unpruned model is wanted once the narrower one is there."""
         args = self.run.args
         live = args.distill.distill and args.finetune.teacher_cache is None
-        return live or self.run.times(self.plan) or args.evaluation.compare_dense
+        return live or times(args, self.plan) or args.evaluation.compare_dense
 
     def load_pruned(self) -> PreTrainedModel:
         """Loads the pruned checkpoint in the run's precision and on its device; one to be sharded, on the CPU."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from tvaprune.budget import both_train
+from tvaprune.budget import times_training
 from tvaprune.errors import TRAINING, running_out_in
 from tvaprune.measure.speed import SpeedUp, training_speed_up
 from tvaprune.recover.job import Job
@@ -73,8 +73,7 @@ def prepare_student(job: Job, pruned: PreTrainedModel) -> Student:
 def training_speed(job: Job, student: Student) -> SpeedUp | None:
     """Times a training step beside that of the dense model, trained in the same way; None: not asked, or no memory."""
     args = job.run.args
-    sizes = job.run.sizes(job.plan)
-    if not (job.run.times(job.plan) and both_train(args, sizes, job.rank, job.copies_head)):
+    if not times_training(args, job.plan):
         if args.evaluation.speed_batches:
             print(_NO_SPEED)
         return None

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tvaprune import ranks
+from tvaprune.budget import times
 from tvaprune.errors import EVALUATING, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
@@ -62,7 +63,7 @@ def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Datase
     """Times both models; None, and a note: they do not fit beside each other. What was measured before is kept."""
     timed = windows_per_pass(windows, run.args.training.per_device_eval_batch_size)
     try:
-        if run.times(plan):
+        if times(run.args, plan):
             return speed_up(run.dense_model(), pruned, windows, timed, run.args.evaluation.speed_batches)
     except torch.OutOfMemoryError:
         pass

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from tvaprune import ranks
-from tvaprune.budget import fit_cut
+from tvaprune.budget import fit, times
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
@@ -72,7 +72,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     run = Run.load(args, scratch)
     plan = None if units is None else run.plan(units)
     if plan is not None and run.streamed is None:
-        fit_cut(run.args, run.sizes(plan))
+        fit(run.args, plan)
     results = Results.begin(run, plan, args.prune.mask_loc)
     earlier = ranks.on_main(_joined, args, results) if measures else None
     if plan is None:
@@ -85,12 +85,12 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         dense = run.dense_perplexity(windows)
     if measures:
         write_plan(run, plan, args.save_loc)
-    times = windows is not None and run.times(plan)
+    timed = windows is not None and times(run.args, plan)
     pruned: PreTrainedModel | Streamed
     if run.streamed is not None:
         pruned, update = narrow_streamed(run, run.streamed, plan)
     else:
-        pruned, update = narrow(run, plan, keep_dense=times or evaluation.compare_dense)
+        pruned, update = narrow(run, plan, keep_dense=timed or evaluation.compare_dense)
     results.note_update(update)
     if windows is not None and dense is not None:
         results.zero_shot = None if earlier is None else earlier.zero_shot

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from tvaprune.budget import changes, in_flags
 from tvaprune.errors import InputError
 from tvaprune.estimates import TFLOPS, Estimate, estimate_of, in_gib
 from tvaprune.files import as_json
@@ -51,14 +52,8 @@ def _verdict(args: Arguments, found: Estimate, there: float) -> str:
     over = [phase for phase in found.phases if phase.device + cost.OVERHEAD > there]
     if over:
         return "; ".join(f"too small for {phase.name}: {phase.helps}" for phase in over)
-    training, work, flags = args.training, found.work, []
-    if work.checkpointing and not (training.activation_checkpointing or training.gradient_checkpointing):
-        flags.append("--activation_checkpointing True")
-    if work.batch != training.per_device_train_batch_size:
-        flags.append(f"--per_device_train_batch_size {work.batch}")
-    if work.refit_offload and not args.prune.refit_offload:
-        flags.append("--refit_offload True")
-    return f"fits, {in_gib(found.largest.device)}" + (f" with {' '.join(flags)}" if flags else "")
+    settings = in_flags(changes(args, found.work))
+    return f"fits, {in_gib(found.largest.device)}" + (f" with {settings}" if settings else "")
 
 
 def parser() -> argparse.ArgumentParser:

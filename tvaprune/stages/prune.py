@@ -6,6 +6,7 @@ from dataclasses import replace
 from datasets import Dataset
 
 from tvaprune import ranks
+from tvaprune.budget import fit, times
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.choose.choose import Chosen, choose_masks, gate_checkpoint, in_basis
 from tvaprune.cut.narrow import narrow
@@ -24,7 +25,6 @@ from tvaprune.run import (
     check_results,
     check_save,
     check_training,
-    fit_prune,
     goes_on,
     settle_multiple,
     zero_shot_tasks,
@@ -40,7 +40,7 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     """
     tasks, checkpoint = zero_shot_tasks(args), ranks.on_main(_prepared, args)
     settle_multiple(args)
-    fit_prune(args)
+    fit(args)
     check_training(args)
     announce(args)
     run = Run.load(args, trains=args.prune.prune_method == "vib")
@@ -70,7 +70,7 @@ def _measured(run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset
         plan = part.plan(load_masks(chosen.masks[target]))
         write_plan(part, plan, one.save_loc)
         found[target] = results = Results.begin(part, plan, str(chosen.masks[target]), target)
-        keeps = part.times(plan) or args.evaluation.compare_dense or target != max(targets)
+        keeps = times(one, plan) or args.evaluation.compare_dense or target != max(targets)
         pruned, update = narrow(part, plan, keep_dense=keeps)
         results.note_update(update)
         measure(part, plan, pruned, windows, dense, results)
