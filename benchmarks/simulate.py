@@ -34,6 +34,7 @@ from transformers import (
 
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
+from tvaprune.choose.rotation import _Moments
 from tvaprune.choose.settings import gate_settings
 from tvaprune.cut import narrow
 from tvaprune.flags.settings import DistillSettings, PruneSettings
@@ -293,6 +294,25 @@ class Scene:
     def pruned_perplexity(self) -> Taken:
         """The narrower model's, the dense one beside it."""
         return self.perplexity(self.pruned())
+
+    def timing(self) -> Taken:
+        """A plain forward pass of the dense model, the narrower one beside it."""
+        pruned, ids = self.pruned(), self.windows[:]["input_ids"].to(self.device)
+        self.card.restart()
+        with torch.inference_mode():
+            self.dense(input_ids=ids, use_cache=False)
+        del pruned
+        return self.card.taken
+
+    def gradient_pass(self) -> Taken:
+        """A pass of what learns a rotation."""
+        moments = _Moments(SimpleNamespace(model=self.dense, shape=self.work.dense))  # type: ignore[arg-type]
+        ids = torch.zeros(self.work.batch, self.work.block, dtype=torch.int64, device=self.device)
+        self.card.restart()
+        with mock.patch.object(torch, "Generator"):  # a simulated card has none
+            torch.Generator.return_value.manual_seed.return_value = None  # type: ignore[attr-defined]
+            moments.add(ids, 0)
+        return self.card.taken
 
     def gate_step(self) -> Taken:
         """The second step of gate training: the optimiser's state is there."""

@@ -55,6 +55,18 @@ def test_the_formulas_give_what_the_simulation_counts(name, phase, settings):
     assert not is_near(other, taken.card) and not is_near(more, taken.flops)  # control: six layers more
 
 
+@pytest.mark.parametrize(
+    ("name", "phase", "settings"),
+    [("Llama-2-7B", "timing", {}), ("Llama-3-8B", "timing", {}), ("Llama-2-7B", "gradient_pass", {"batch": 8}),
+     ("Llama-3-8B", "gradient_pass", {})],
+)  # fmt: skip
+def test_so_they_do_of_what_settings_alone_ask_for(name, phase, settings):
+    config, work = work_of(name, 2, **settings)
+    counted = simulate(config, work, phase).card
+    assert is_near(getattr(cost, phase)(work), counted)
+    assert not is_near(getattr(cost, phase)(work_of(name, 8, **settings)[1]), counted)  # control: six layers more
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", CONFIGS)
