@@ -93,6 +93,8 @@ def estimate_of(
 
 def _counted(args: Arguments, work: Work) -> Work:
     """Returns a work with the passes of its training, and how often what is trained is scored."""
+    if args.recipe["verb"] == "prune" and args.prune.prune_method != "vib":
+        return replace(work, steps=0, scorings=1)  # units are scored in a pass or some, which are not counted
     training = args.training
     epochs, blocks = args.finetune.epoch_f or training.num_train_epochs, args.data.max_train_samples
     cadence = Cadence.of(args, epochs, blocks or DEFAULT_TRAIN_SAMPLES, work.choice_blocks)

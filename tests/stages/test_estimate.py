@@ -76,6 +76,7 @@ def test_masks_are_scored_as_often_as_a_run_scores_them(large):
     one = cost.forward_flops(found.work.dense, 128 * 512, 512)
     assert scored[1] - scored[0] == pytest.approx(64 * one)
     assert estimate(large, "prune", eval_strategy="no").work.scorings == 0
+    assert "gate training" not in phases(estimate(large, "prune", PruneSettings(prune_method="flap")))
     assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
 
 

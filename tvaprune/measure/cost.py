@@ -367,7 +367,8 @@ def phases(verb: str, work: Work) -> list[Phase]:
     if verb == "prune":
         scored = work.scorings * forward_flops(work.dense, work.choice_blocks * work.block, work.block)
         flops = work.steps * gate_flops(work) + scored
-        found.append(Phase("gate training", gate_step(work), 0, flops, _SMALLER_STEP))
+        if work.steps:
+            found.append(Phase("gate training", gate_step(work), 0, flops, _SMALLER_STEP))
     found.append(_cut(work))
     beside = weights(work.dense, work) if work.keep_dense else 0
     found.append(_evaluated("pruned perplexity", work, work.pruned, beside))
