@@ -270,7 +270,7 @@ class Scene:
         """Returns a frozen model on the card."""
         with self.device:
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="sdpa"
+                config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False
             )
         return built.requires_grad_(False).eval()
 

@@ -165,6 +165,8 @@ def test_gguf_is_written_for_the_families_that_have_an_architecture_and_refused_
 def test_onnx_runtime_gives_the_same_logits(model, make_masks, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    if not tiny.EVERY and base_type(model.config) not in ("gemma3_text", "olmo2", "phi3"):
+        pytest.skip("TVAPRUNE_EVERY=1 exports all families")
     plan = make_plan(model, make_masks, empty_layer=1)
     folder = save_pruned(sliced(model, plan), plan, None, tmp_path / "pruned")
     if base_type(model.config) == "phi3":

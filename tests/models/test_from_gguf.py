@@ -155,7 +155,7 @@ def lie(kind):
         "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-2000]), "cannot be loaded"),
         "no GGUF": (lambda file: file.write_bytes(b"x" * 999), "is not a GGUF file"),
         "another family": (lambda file: swap(file, ARCHITECTURE + b"llama", ARCHITECTURE + b"bloom"),
-                           "the model's type is 'bloom', supported are llama"),
+                           "the model's type is 'bloom', which has no row in"),
         "another architecture": (lambda file: swap(file, ARCHITECTURE + b"llama", ARCHITECTURE + b"other"),
                                  "GGUF model with architecture other is not supported"),
         "an unknown split": (lambda file: swap(file, b"gpt-2", b"gpt-9"),

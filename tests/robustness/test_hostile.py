@@ -22,6 +22,7 @@ from support.in_process import half_written, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.errors import quoted
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks, save_masks
@@ -313,7 +314,7 @@ def test_the_best_checkpoint_is_one_of_the_run(best, folder, tmp_path, monkeypat
     if best == "checkpoint-1":  # control: it goes on to what is wrong next
         refused(ended, "--dataset_name")
     else:
-        refused(ended, f"its best_model_checkpoint is {named!r}, outside --output_dir {output}")
+        refused(ended, f"its best_model_checkpoint is {quoted(named)}, outside --output_dir {output}")
         moved = json.dumps({"best_model_checkpoint": "/gone/out/checkpoint-1", "epoch": 1.5})
         state.write_text(moved)
         ended = run("prune", "--model_name_or_path", folder, "--output_dir", output, "--use_cpu",

@@ -35,7 +35,7 @@ def test_a_run_reports_on_the_protocols_text_and_says_so(source, tmp_path, comma
     results = tiny.read_json(tmp_path / "out" / "results.json")
     # 8 rows of 17 words: 136 tokens, 4 windows of 32; the tokenizer adds no BOS
     told = {"name": "wikitext2-2048", "dataset_name": "wikitext2", "split": "test", "join": "\n\n", "end": None,
-            "bos": False, "window": 32, "num_windows": 4}  # fmt: skip
+            "bos": False, "every_bos": False, "window": 32, "num_windows": 4}  # fmt: skip
     assert results["protocol"] == told
     assert results["dataset_name"].endswith("text.txt")  # the text that units were chosen on
     assert "perplexity (wikitext2 test, windows of 32)" in out

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
+EVERY = bool(os.environ.get("TVAPRUNE_EVERY"))  # the slow tests in all their cases, and not in some of each kind
 WORDS = "the gate of a unit keeps or drops what it carries while narrow models answer nearly as well".split()
 
 
