@@ -59,7 +59,6 @@ class GateTrainer(CheckpointedTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.gated, self.settings, self.record = gated, settings, record
         self.best_folder = Path(str(args.output_dir)) / "best"
-        self._scored_step: int | None = None
         self.best: Path | None = None  # what lies in the folder may be another run's
         with torch.no_grad():
             self.start = float(expected_sparsity(gated.log_alpha(), settings.beta_start, gated.shape))
@@ -147,7 +146,8 @@ class GateTrainer(CheckpointedTrainer):
 
     def score_last_mask(self) -> None:
         """Scores the mask that training ended with, unless its last step was one at which masks are scored."""
-        if self._scored_step != self.state.global_step:
+        rows = [row for row in self.state.log_history if row.get("step") == self.state.global_step]
+        if not any("eval_perplexity" in row for row in rows):  # the log knows it, in a run that went on too
             self.score_mask()
 
     def score_mask(self) -> dict[str, float]:
@@ -164,7 +164,6 @@ class GateTrainer(CheckpointedTrainer):
         record = self.record | describe_widths(plan) | context
         self.best = ranks.on_main(keep_best, self.best_folder, masks, value, record, self.best)
         self.log(dict(metrics))
-        self._scored_step = self.state.global_step
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
