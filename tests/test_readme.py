@@ -191,7 +191,7 @@ def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
     ppl, told = results["perplexity"], results["finetune"]
     # Fewer blocks than the script's own, for CI's sake: less of the gap is closed.
     assert math.log(ppl["finetuned"] / ppl["dense"]) < 0.7 * math.log(ppl["pruned"] / ppl["dense"])
-    assert told["adapter_merged_difference"] < 1e-4
+    assert told["adapter_merged_difference"] < 0.2  # bfloat16's rounding; tests/stages/test_finetune.py has float32
     assert results["training_speed_up"]["whole_set"] > 1.0
     assert (output / "adapter" / "adapter_config.json").is_file()
     assert (output / "merged" / "modeling_pruned.py").is_file()

@@ -1,6 +1,7 @@
 """A turned model is the same function, a stock model of its class, for every family whose norms allow it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tvaprune.errors import InputError
 from tvaprune.models.families import family_of
 from tvaprune.models.rotate import norms_of, rotate, turns_of, why_not
 from tvaprune.models.shape import shape_of
-from tvaprune.plan.rotation import Rotation, read_rotation
+from tvaprune.plan.rotation import Rotation, drop_rotations, read_rotation
 
 pytestmark = pytest.mark.usefixtures("other_families")
 
@@ -92,3 +93,18 @@ def test_a_rotation_is_read_only_where_it_is_the_one_that_is_named(tmp_path):
     path.write_bytes(b"\x08\x00")
     with pytest.raises(InputError, match="is no rotation"):
         read_rotation(mask, first.digest, 8)
+
+
+def test_only_rotations_that_nothing_names_are_removed(tmp_path):
+    """Several masks may lie in a folder, each with its rotation; one may be written over."""
+    first, second, third = (Rotation(random_rotation(8, seed=seed)) for seed in range(3))
+    paths = [rotation.save(tmp_path) for rotation in (first, second, third)]
+    (tmp_path / "mask_info_1.0.json").write_text(json.dumps({"rotation": first.digest}))
+    (tmp_path / "plan.json").write_text(json.dumps({"rotation": second.digest}))
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "broken.json").write_text("{")
+    drop_rotations(tmp_path)
+    assert all(path.is_file() for path in paths)  # the broken one may name any
+    (tmp_path / "broken.json").unlink()
+    drop_rotations(tmp_path)
+    assert [path.is_file() for path in paths] == [True, True, False]

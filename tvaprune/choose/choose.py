@@ -204,7 +204,7 @@ def _clear_targets(folder: Path) -> None:
         for mask in (target / "best").glob("mask_info_*"):
             mask.unlink()
         for place in (target, target / "best"):
-            drop_rotations(place, None)
+            drop_rotations(place)
         shutil.rmtree(target / "zero_shot", ignore_errors=True)
         for emptied in (target / "best", target):
             with suppress(OSError):  # somebody else's files stay

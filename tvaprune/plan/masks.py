@@ -129,7 +129,7 @@ def keep_best(
     for old in sorted(folder.glob(MASK_NAME.format(perplexity="*")[:-4] + ".*"), reverse=True):  # .pkl before .json
         if old.stem != path.stem and old.suffix in (".pkl", ".json"):
             _remove(old)
-    drop_rotations(folder, record.get("rotation"))
+    drop_rotations(folder)
     return path
 
 

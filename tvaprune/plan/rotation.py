@@ -1,6 +1,7 @@
 """The rotation that a mask was learned under: a file beside the mask or the plan, which name it by its digest."""
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,8 +73,19 @@ def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | 
     return found
 
 
-def drop_rotations(folder: Path, keep: object) -> None:
-    """Removes what earlier runs left of rotations beside their masks or plans, but for one digest's."""
-    for path in folder.glob(rotation_name("*")):
-        if path.name != rotation_name(str(keep)):
+def drop_rotations(folder: Path) -> None:
+    """Removes the rotations that no mask's record and no plan in a folder names any more."""
+    found = list(folder.glob(rotation_name("*")))
+    if not found:
+        return
+    named = set()
+    for path in folder.glob("*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return  # it may name any
+        if isinstance(content, dict):
+            named.add(rotation_name(str(content.get("rotation"))))
+    for path in found:
+        if path.name not in named:
             path.unlink(missing_ok=True)

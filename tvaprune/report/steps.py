@@ -36,7 +36,7 @@ def _write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
     if run.rotation is not None:
         run.rotation.save(folder)
     plan.save(folder / "plan.json")
-    drop_rotations(folder, plan.rotation)
+    drop_rotations(folder)
     plots.plot_widths(plan, folder / "widths.png")
 
 
