@@ -308,10 +308,9 @@ class Scene:
         """A pass of what learns a rotation."""
         moments = _Moments(SimpleNamespace(model=self.dense, shape=self.work.dense))  # type: ignore[arg-type]
         ids = torch.zeros(self.work.batch, self.work.block, dtype=torch.int64, device=self.device)
+        draws = torch.zeros(ids.shape, device=self.device)
         self.card.restart()
-        with mock.patch.object(torch, "Generator"):  # a simulated card has none
-            torch.Generator.return_value.manual_seed.return_value = None  # type: ignore[attr-defined]
-            moments.add(ids, 0)
+        moments.add(ids, draws)
         return self.card.taken
 
     def gate_step(self) -> Taken:

@@ -129,8 +129,11 @@ def times_training(args: Arguments, units: Masks | KeepPlan | None = None) -> bo
 
 
 def blocks_with_gradients(args: Arguments, most: int) -> int:
-    """Returns how many blocks, halved from ``most`` on, a pass with gradients of the unpruned model may take."""
-    work = work_of(args)
+    """Returns how many blocks, halved from ``most`` on, a pass with gradients of the unpruned model may take.
+
+    Its activations are kept: what the flags say of checkpointing is for the training.
+    """
+    work = replace(work_of(args), checkpointing=False)
     while most > 1 and cost.gradient_pass(replace(work, batch=most)) > _room(args):
         most //= 2
     return most

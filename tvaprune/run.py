@@ -30,7 +30,6 @@ from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.families import family_of
 from tvaprune.models.layers import Streamed
 from tvaprune.models.load import Where, load_config, load_model, open_model
-from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.placement import place_of, put
 from tvaprune.models.published import located
 from tvaprune.models.rotate import rotate, rotated
@@ -76,6 +75,7 @@ class Run:
         rotation: What its residual stream was turned by; None: it is as it came.
         tied: Whether its embeddings came tied.
         streamed: Where its layers are fetched from, if the model is without its weights (``--stream``).
+        trains: Whether gradients flow through it, which settles the precision that a float16 checkpoint is loaded in.
     """
 
     args: Arguments
@@ -85,6 +85,7 @@ class Run:
     rotation: Rotation | None = None
     tied: bool = False
     streamed: Streamed | None = None
+    trains: bool = False
 
     @classmethod
     def load(cls, args: Arguments, scratch: Path | None = None, trains: bool = False) -> "Run":
@@ -108,7 +109,7 @@ class Run:
             digest = model_digest(model, shards.parts)  # reads, and so checks, all before any work
             streamed = Streamed(model, shards.weight, device, scratch)
         tied = bool(model.config.tie_word_embeddings)
-        run = cls(args, model, tokenizer, digest, tied=tied, streamed=streamed)
+        run = cls(args, model, tokenizer, digest, tied=tied, streamed=streamed, trains=trains)
         ranks.agree({"model_name_or_path": f"{args.source.model_name_or_path} [{run.digest}]"})
         _tell_idle_devices(args)
         if args.evaluation.do_zero_eval:
@@ -132,7 +133,8 @@ class Run:
             return self
         source, device = self.args.source, self.args.training.device
         place: Where = "auto" if device.type == "cuda" else _CPU
-        run = replace(self, model=load_model(source.model_name_or_path, source.dtype, device, place)[0])
+        model, _ = load_model(source.model_name_or_path, source.dtype, device, place, self.trains)
+        run = replace(self, model=model)
         return run if run.rotation is None else run.turned(run.rotation)
 
     def dense_model(self) -> PreTrainedModel:
@@ -145,11 +147,6 @@ class Run:
     def shape(self) -> ModelShape:
         """The unpruned model's sizes."""
         return shape_of(self.model.config)
-
-    @property
-    def dense_parameters(self) -> int:
-        """All parameters of the model as it came: turning it may have untied the head."""
-        return dense_parameters(replace(self.shape, tie_word_embeddings=self.tied))
 
     @property
     def rules(self) -> WidthRules:
@@ -333,7 +330,8 @@ def _fastest(args: Arguments) -> int:
 
 def _begun_with(args: Arguments) -> int | None:
     """Returns the multiple that a run began with: of its last checkpoint, or of its plan; None: it is not told."""
-    checkpoint = last_checkpoint(args.output_dir)
+    asked = args.training.resume_from_checkpoint or ""
+    checkpoint = last_checkpoint(args.output_dir) if asked.lower() == "true" else Path(asked)
     files = [] if checkpoint is None else [checkpoint / IDENTITY_NAME]
     for path in (*files, args.save_loc / "plan.json"):
         with suppress(OSError, ValueError):
@@ -448,6 +446,8 @@ def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:
         given["dim_multiple"] = None
     flags, _ = as_recorded(given, recorded)
     shape = shape_of(load_config(args.source.model_name_or_path))
+    if given_rotation(args, shape.hidden_size) is not None:  # which unties
+        shape = replace(shape, tie_word_embeddings=False)
     return plan_from_masks(units, shape, width_rules(flags, shape))
 
 

@@ -9,7 +9,7 @@ import torch
 from support import tiny
 from support.families import logits
 
-from tvaprune.choose.rotation import learn_rotation
+from tvaprune.choose.rotation import learn_rotation, moments_of
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.rotate import rotate
 from tvaprune.plan.rotation import Rotation, read_rotation
@@ -95,11 +95,26 @@ def test_masks_and_plans_take_the_rotation_along(pruned, source, tmp_path, comma
     assert other["dense"] == pytest.approx(results["perplexity"]["dense"], rel=1e-4)
 
 
-def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, source, command):
+def test_the_basis_is_the_same_whatever_the_batch(source, monkeypatch):
+    run = run_of(*source, *FLAGS, "--output_dir", "unused")
+    found = []
+    for batch in (8, 3, 1):
+        monkeypatch.setattr("tvaprune.choose.rotation.blocks_with_gradients", lambda *args, batch=batch: batch)
+        found.append(moments_of(run))
+    for carried, needed in found[1:]:
+        torch.testing.assert_close(carried, found[0][0], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(needed, found[0][1], rtol=1e-4, atol=1e-4)
+    run.args.training.seed += 1  # control: other tokens are drawn
+    assert not torch.allclose(moments_of(run)[1], found[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, source, command, monkeypatch):
     whole = {path.name: path.read_bytes() for path in (pruned / "best").glob("*.pkl")}
     (file,) = (pruned / "best").glob("rotation_*")
     shutil.rmtree(pruned / "checkpoint-6")
-    code, _, error = command(*source, *GATES, "--resume_from_checkpoint", True, "--output_dir", pruned)
+    with monkeypatch.context() as patch:
+        patch.delattr("tvaprune.choose.choose.learn_rotation")  # it is read, not found anew
+        code, _, error = command(*source, *GATES, "--resume_from_checkpoint", True, "--output_dir", pruned)
     assert code == 0, error
     assert {path.name: path.read_bytes() for path in (pruned / "best").glob("*.pkl")} == whole
     shutil.rmtree(pruned / "checkpoint-6")

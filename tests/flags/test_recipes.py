@@ -32,6 +32,12 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     assert recipe_of("prune", flags) == {"verb": "prune", "block_size": 8, "seed": 2}
 
 
+def test_words_that_yaml_takes_for_truth_values_are_words(tmp_path):
+    path = write(tmp_path, "rotate: off\neval_strategy: no\nuniform: yes\n")
+    flags = expand("prune", ["--config", path])
+    assert flags == ["--rotate", "off", "--eval_strategy", "no", "--uniform", "yes"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

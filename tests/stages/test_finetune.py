@@ -381,6 +381,8 @@ def test_the_dense_model_leaves_the_memory_where_nothing_needs_it(source, tmp_pa
     )
     assert code == 0, error
     assert asked == [False]
+    parameters = tiny.read_json(tmp_path / "out" / "results.json")["parameters"]
+    assert parameters["dense"] > parameters["pruned"]  # of the model that is gone
 
 
 def test_the_hidden_term_is_trained_on(source, tmp_path, command):

@@ -58,16 +58,17 @@ def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """
     blocks = run.train_blocks(BLOCKS)
     rows = blocks[: min(BLOCKS, len(blocks))]["input_ids"]
+    # One number for each token to be drawn, whatever the batch is and wherever it is computed.
+    draws = torch.rand(rows.shape, generator=torch.Generator().manual_seed(run.args.training.seed))
     moments = _Moments(run)
     try:
-        most = windows_per_pass(blocks)
-        batch = run.args.training.per_device_eval_batch_size or blocks_with_gradients(run.args, most)
+        batch = blocks_with_gradients(run.args, windows_per_pass(blocks))
         for start in tqdm(ranks.share(range(0, len(rows), batch)), desc="rotation", leave=False, unit="batch"):
-            moments.add(rows[start : start + batch].to(run.model.device), seed=run.args.training.seed + start)
+            moments.add(*(values[start : start + batch].to(run.model.device) for values in (rows, draws)))
     finally:
         moments.stop()
     ranks.add_up(moments.carried, moments.needed)
-    return moments.carried, moments.needed
+    return moments.carried.cpu(), moments.needed.cpu()
 
 
 def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
@@ -85,26 +86,27 @@ class _Moments:
     def __init__(self, run: Run) -> None:
         self.model, family, size = run.model, family_of(run.model.config), run.shape.hidden_size
         self.offset = family.norm_offset
-        self.carried, self.needed = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+        self.carried, self.needed = (
+            torch.zeros(size, size, dtype=torch.float64, device=self.model.device) for _ in range(2)
+        )
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         modules = [self.model.get_submodule(name) for name in norms_of(family, run.shape)]
         self.handles = [self.model.get_input_embeddings().register_forward_hook(_with_gradient)]
         self.handles += [module.register_forward_hook(self._note) for module in modules]
 
-    def add(self, ids: torch.Tensor, seed: int) -> None:
-        """Adds a batch of tokens, shape ``(batch, length)``."""
+    def add(self, ids: torch.Tensor, draws: torch.Tensor) -> None:
+        """Adds a batch of tokens; ``draws``, from 0 to 1, choose among the predictions: shapes ``(batch, length)``."""
         self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         log_likelihood = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        draws = torch.Generator(ids.device).manual_seed(seed)
-        probabilities = log_likelihood.detach().exp().flatten(0, 1)
-        drawn = torch.multinomial(probabilities, 1, generator=draws).view(*ids.shape, 1)
+        cumulated = log_likelihood.detach().exp().cumsum(-1)
+        drawn = torch.searchsorted(cumulated, draws.unsqueeze(-1) * cumulated[..., -1:])  # rounding ends it under 1
         gradients = torch.autograd.grad(log_likelihood.gather(-1, drawn).sum(), [output for output, _ in self.outputs])
         for (output, gain), gradient in zip(self.outputs, gradients, strict=True):
             safe = torch.where(gain == 0, 1.0, gain)
             stream, need = (output.detach() / safe).flatten(0, 1).double(), (gradient * gain).flatten(0, 1).double()
-            self.carried += (stream.T @ stream).cpu()
-            self.needed += (need.T @ need).cpu()
+            self.carried += stream.T @ stream
+            self.needed += need.T @ need
         self.outputs = []
 
     def stop(self) -> None:

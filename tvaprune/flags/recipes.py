@@ -10,6 +10,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.verbs import VERBS, flag_name
 
 RECIPE_NAME = "recipe.yaml"
+_AS_FLAGS = {"true": "True", "false": "False"}  # YAML's words for what a command line spells so
 
 
 def expand(verb: str, arguments: list[str]) -> list[str]:
@@ -37,7 +38,8 @@ def _flags_of(verb: str, recipe: str | None) -> list[str]:
     if not recipe or not Path(recipe).is_file():
         raise InputError(f"--config {recipe}: there is no such file; give a recipe.yaml")
     try:
-        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        text = Path(recipe).read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=yaml.BaseLoader)  # all values are text: off and no are no booleans
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {recipe}: is not YAML ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(content, dict):
@@ -50,9 +52,9 @@ def _flags_of(verb: str, recipe: str | None) -> list[str]:
             near = difflib.get_close_matches(str(key), VERBS[verb].flags, 1)
             raise InputError(f"--config {recipe}: {key!r} is no flag of {verb}{f'; perhaps {near[0]}' if near else ''}")
         values = value if isinstance(value, list) else [value]
-        if any(isinstance(item, dict | list) or item is None for item in values):
+        if any(isinstance(item, dict | list) or item == "" for item in values):
             raise InputError(f"--config {recipe}: {key} needs a plain value, or a list of them")
-        flags += [f"--{key}", *map(str, values)]
+        flags += [f"--{key}", *(_AS_FLAGS.get(text, text) for text in map(str, values))]
     return flags
 
 

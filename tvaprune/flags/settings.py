@@ -32,8 +32,8 @@ class ModelSettings:
 
     model_name_or_path: str | None = _flag(
         None,
-        "A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a folder, a hub id, a .gguf file or a folder with one, or a name "
-        "that tvaprune fetch knows.",
+        "A checkpoint of a supported family (docs/models.md): a folder, a hub id, a .gguf file or a folder with one, "
+        "or a name that tvaprune fetch knows.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU."

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from tvaprune.errors import InputError
 from tvaprune.files import check_output, holds_files, prepare_folder
 from tvaprune.flags.arguments import Arguments
-from tvaprune.run import check_save, given_checkpoint, goes_on
+from tvaprune.run import check_results, check_save, given_checkpoint, goes_on
 
 
 def found_checkpoint(args: Arguments) -> Path | None:
@@ -30,5 +29,4 @@ def prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
         check_output("output_dir", args.output_dir / name, overwrite=True)
     prepare_folder("output_dir", args.output_dir, overwrite or goes_on(args))
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)
-    if (args.save_loc / "results.json").exists() and not (overwrite or checkpoint):
-        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+    check_results(args, checkpoint is not None)

@@ -1,5 +1,6 @@
 """What the stages share: measure, score, write, tell."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
-from tvaprune.models.parameters import SPARSITY_DEFINITION
+from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations
 from tvaprune.report import plots, tables
@@ -52,7 +53,8 @@ def measure(
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
     results.protocol = run.evaluation_text(windows)
     results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
-    results.parameters = Parameters(run.dense_parameters, plan.num_parameters)
+    came = replace(plan.shape, tie_word_embeddings=run.tied)  # turning it may have untied the head
+    results.parameters = Parameters(dense_parameters(came), plan.num_parameters)
     with running_out_in(EVALUATING):
         results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
     if evaluation.speed_batches and not isinstance(pruned, Streamed):

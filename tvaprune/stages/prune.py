@@ -43,7 +43,7 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     fit(args)
     check_training(args)
     announce(args)
-    run = Run.load(args, trains=args.prune.prune_method == "vib")
+    run = Run.load(args, trains=True)
     windows = run.windows()
     dense = run.dense_perplexity(windows)
     run = in_basis(run, checkpoint)
