@@ -27,8 +27,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     layers: Any = model.get_submodule(family_of(model.config).layers)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    inner = {id(parameter) for parameter in layers.parameters()}
-    ends = {parameter for parameter in model.parameters() if id(parameter) not in inner}
+    ends = set(model.parameters()) - set(layers.parameters())
     decoder: Any = model.get_decoder()
     fully_shard(decoder, mesh=mesh, ignored_params=ends)  # one root, so that a layer is fetched while another computes
     module: torch.nn.Module = model
