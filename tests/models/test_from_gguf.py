@@ -12,11 +12,12 @@ from support.families import CLOSE, logits
 from support.folders import LLAMA3_ROPE
 from support.in_process import half_written, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.errors import InputError
 from tvaprune.identity import weights_digest
+from tvaprune.models.from_gguf import gguf_model
 from tvaprune.models.load import load_config, load_model
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
@@ -191,8 +192,65 @@ def test_a_rotary_embedding_that_transformers_would_forget_is_refused(make_gguf)
     _, file = make_gguf(rope_parameters=LLAMA3_ROPE)
     naive = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     assert naive.config.rope_parameters["rope_type"] == "default"  # control: forgotten in silence
-    with pytest.raises(InputError, match=r"scales its rotary embedding \(rope_freqs.weight\)"):
+    with pytest.raises(InputError, match=r"is scaled or of a part of the head \(rope_freqs.weight\)"):
         load_model(str(file), "auto", CPU)
+
+
+PHI3 = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "token_embd", "lm_head": "output", "norm": "output_norm"}  # fmt: skip
+
+
+def write_gguf(file, config, architecture, tensors, **entries):
+    """Writes what llama.cpp's converter does for families that we do not export."""
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in entries.items():
+        writer.add_uint32(f"{architecture}.{name.replace('__', '.')}", value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_phi_3_has_its_window_and_a_rotary_embedding_of_a_part_is_refused(make_model, tmp_path):
+    model = make_model("phi3", hidden_size=24, sliding_window=5, rope_theta=1e4, pad_token_id=0)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        *path, kind = name.removeprefix("model.").split(".")
+        layer = f"blk.{path[1]}." if path[0] == "layers" else ""
+        tensors[f"{layer}{PHI3['.'.join(path[2:] if layer else path)]}.{kind}"] = tensor
+    file, entries = (
+        tmp_path / "model.gguf",
+        {"rope__scaling__original_context_length": 64, "attention__sliding_window": 5},
+    )
+    write_gguf(file, model.config, "phi3", tensors, rope__dimension_count=6, **entries)
+    config = load_config(str(file))
+    config.pad_token_id = 0
+    read, _ = gguf_model(file, config, "")
+    long = ids(model)[:, :1] + torch.arange(20).unsqueeze(0)
+    torch.testing.assert_close(logits(read, long), logits(model, long), **CLOSE)
+    read.config.sliding_window = None  # control: what transformers' reader makes of it
+    assert (logits(read, long) - logits(model, long)).abs().max() > 0.01
+    write_gguf(file, model.config, "phi3", tensors, rope__dimension_count=4, **entries)
+    with pytest.raises(InputError, match=r"of a part of the head \(phi3.rope.dimension_count\)"):
+        gguf_model(file, config, "")
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(42, 8), (46, 6)])  # the head's width; 24 hidden dims of 4 heads
+def test_the_largest_gemma_2_scales_its_attention_by_its_hidden_width(layers, scalar, tmp_path):
+    config = Gemma2Config(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=layers)
+    write_gguf(tmp_path / "model.gguf", config, "gemma2", {"x": torch.ones(1)}, attention__key_length=8)
+    assert load_config(str(tmp_path / "model.gguf")).query_pre_attn_scalar == scalar
 
 
 def test_tensors_that_transformers_would_leave_out_are_refused(make_gguf):

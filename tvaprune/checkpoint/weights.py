@@ -12,28 +12,24 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 
 from tvaprune.models.pruned import shared_names
-from tvaprune.models.shards import TYPES
-from tvaprune.models.vetting import INDEX, WEIGHTS
+from tvaprune.models.vetting import FLOATS, INDEX, WEIGHTS
 
 LARGEST = "50GB"  # of a file, as transformers splits them
 _ALIGNED = 8  # bytes that the header's length is a multiple of
-_CODES = {dtype: code for code, dtype in TYPES.items()}
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
 
 
-def write_weights(
-    model: PreTrainedModel, fetch: Callable[[str], torch.Tensor], folder: Path, largest: str | None = None
-) -> None:
+def write_weights(model: PreTrainedModel, fetch: Callable[[str], torch.Tensor], folder: Path) -> None:
     """Writes a model's weights, in the precision that the model has.
 
     Args:
         model: It has the names, shapes and precision; its weights may be on the meta device.
         fetch: Returns the weight of a name.
-        largest: Size of a file at most, unless one weight is larger; default: `LARGEST`.
     """
     names = [names[0] for names in shared_names(model)]
     tensors = {name: torch.empty_like(model.get_parameter(name), device="meta") for name in names}
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=largest or LARGEST)
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=LARGEST)
     for file, within in split.filename_to_tensors.items():
         _write(folder / file, {name: tensors[name] for name in sorted(within)}, fetch)
     if split.is_sharded:

@@ -1,8 +1,8 @@
 """A GGUF file in: transformers' own reader dequantises it; what it would leave out or misread in silence is refused.
 
-transformers reads the sizes, the weights and the vocabulary. It leaves out tensors that it has no name for, scaled
-rotary embeddings, and ways to split text that it does not know: a model that is not the file's. And what it returns
-calls itself quantised, which neither trains nor saves.
+transformers reads the sizes, the weights and the vocabulary. It leaves out tensors that it has no name for, rotary
+embeddings that are scaled or of a part of the head, and ways to split text that it does not know: a model that is not
+the file's. And what it returns calls itself quantised, which neither trains nor saves.
 """
 
 import copy
@@ -28,11 +28,12 @@ from transformers import (
 
 from tvaprune.errors import InputError, quoted
 from tvaprune.models.pruned import empty_model
-from tvaprune.models.vetting import check_config
+from tvaprune.models.vetting import FLOATS, check_config
 
 SUFFIX = ".gguf"
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SAFETENSORS = ("*.safetensors", "*.bin")
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin")
+# Layers of the models whose attention's scale llama.cpp takes from the hidden width, not from the head's.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 # How llama.cpp splits text before byte-level BPE, by its names: those that transformers knows for our families, those
 # that are GPT-2's own split, which is its default, and those that we add.
 _SPLITS = ("llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx", "falcon3", "tekken", "qwen2", "deepseek-r1-qwen")
@@ -48,7 +49,8 @@ class GgufHeader:
         types: Names of the types of its numbers -> tensors that have it.
         elements: Numbers in all its tensors.
         head_dim: Width of a head; None: the file does not say.
-        scaled: The entry or the tensor that scales its rotary embedding; None: nothing does.
+        sliding_window: Tokens that its attention looks back; 0: all.
+        rotary: The entry or the tensor that scales its rotary embedding or leaves a part of the head out; None: none.
         tokenizer: llama.cpp's name of the kind of its tokenizer.
         split: llama.cpp's name of how it splits text.
     """
@@ -56,14 +58,15 @@ class GgufHeader:
     types: dict[str, int]
     elements: int
     head_dim: int | None
-    scaled: str | None
+    sliding_window: int
+    rotary: str | None
     tokenizer: str
     split: str
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision to store its weights in: of plain numbers their own, of quantised ones bfloat16."""
-        plain = [_PLAIN[name] for name in self.types if name in _PLAIN]
+        plain = [FLOATS[name] for name in self.types if name in FLOATS]
         if len(plain) < len(self.types):
             return torch.bfloat16
         return min(plain, key=lambda dtype: dtype.itemsize)  # norms are F32 beside half matrices
@@ -86,7 +89,7 @@ def gguf_file(path: str, named: str) -> Path | None:
     """
     place = Path(path)
     found = [place] if place.suffix == SUFFIX and place.is_file() else []
-    if place.is_dir() and not any(next(place.glob(pattern), None) for pattern in _SAFETENSORS):
+    if place.is_dir() and not any(next(place.glob(pattern), None) for pattern in _OTHER_WEIGHTS):
         found = sorted(place.glob(f"*{SUFFIX}"))
     if len(found) > 1:
         names = ", ".join(quoted(file.name) for file in found[:3])
@@ -162,10 +165,10 @@ def gguf_model(
     header = gguf_header(file)
     if isinstance(dtype, str):
         dtype = header.dtype if dtype == "auto" else getattr(torch, dtype)
-    if header.scaled is not None:
+    if header.rotary is not None:
         raise InputError(
-            f"{named}: scales its rotary embedding ({header.scaled}), which transformers does not read from GGUF: give "
-            "the model as a Hugging Face folder"
+            f"{named}: its rotary embedding is scaled or of a part of the head ({header.rotary}), which transformers "
+            "does not read from GGUF: give the model as a Hugging Face folder"
         )
     found: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=copy.deepcopy(config), dtype=dtype, output_loading_info=True,
@@ -195,10 +198,17 @@ def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
     raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
     check_config(raw, named)
     raw.pop("_model_name_or_path", None)  # a title, which a saved config would name as a path
-    if gguf_header(file).head_dim is not None:  # transformers reads it for some architectures only
-        raw["head_dim"] = gguf_header(file).head_dim
+    header = gguf_header(file)
+    if header.head_dim is not None:  # transformers reads these for some architectures only
+        raw["head_dim"] = header.head_dim
+    if header.sliding_window:
+        raw["sliding_window"] = header.sliding_window
+    if raw["model_type"] in _LARGEST_GEMMA:  # no file says it: llama.cpp knows it by the number of layers
+        is_largest = raw["num_hidden_layers"] == _LARGEST_GEMMA[raw["model_type"]]
+        width = raw["hidden_size"] // raw["num_attention_heads"]
+        raw["query_pre_attn_scalar"] = width if is_largest else header.head_dim or width
     config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    config.dtype = gguf_header(file).dtype
+    config.dtype = header.dtype
     config.name_or_path = str(file)
     return config
 
@@ -215,14 +225,21 @@ def _header(file: Path, stamp: tuple[int, int]) -> GgufHeader:
 
     scalings = {name: field.contents() for name, field in reader.fields.items() if ".rope.scal" in name}
     unscaled = ("none", 1.0, 0.0, 0)
-    scaled = [name for name, value in scalings.items() if value not in unscaled and not name.endswith(".finetuned")]
-    scaled += [factors.name for factors in reader.tensors if _is_rope(factors) and (factors.data != 1.0).any()]
+    told = (".finetuned", ".original_context_length")  # where it began: they scale nothing
+    rotary = [name for name, value in scalings.items() if value not in unscaled and not name.endswith(told)]
+    rotary += [factors.name for factors in reader.tensors if _is_rope(factors) and (factors.data != 1.0).any()]
+    of = entry("general.architecture", "")
+    head_dim, turned = entry(f"{of}.attention.key_length", None), entry(f"{of}.rope.dimension_count", None)
+    if turned is not None:
+        width = head_dim or entry(f"{of}.embedding_length", 0) // entry(f"{of}.attention.head_count", 1)
+        rotary += [f"{of}.rope.dimension_count"] if turned != width else []
     weights = [tensor for tensor in reader.tensors if not _is_rope(tensor)]
     return GgufHeader(
         types=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
         elements=sum(math.prod(map(int, tensor.shape)) for tensor in weights),
-        head_dim=entry(f"{entry('general.architecture', '')}.attention.key_length", None),
-        scaled=next(iter(scaled), None),
+        head_dim=head_dim,
+        sliding_window=entry(f"{of}.attention.sliding_window", 0),
+        rotary=next(iter(rotary), None),
         tokenizer=str(entry("tokenizer.ggml.model", "")),
         split=str(entry("tokenizer.ggml.pre", "default")),
     )

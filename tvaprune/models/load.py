@@ -24,9 +24,10 @@ from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_heade
 from tvaprune.models.placement import check_placed
 from tvaprune.models.pruned import bare_model
 from tvaprune.models.published import located
-from tvaprune.models.shards import TYPES, Shards, files_of
+from tvaprune.models.shards import Shards, files_of
 from tvaprune.models.vetting import (
     CODE_KEYS,
+    FLOATS,
     check_config,
     check_folder,
     check_sizes,
@@ -205,9 +206,8 @@ def open_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
     with _in_one_line(named, path):
         stored = stored_in(files_of(path, named), named)
         check_sizes(stored, _sizes_of(config), named)
-        read_as = getattr(torch, dtype) if dtype != "auto" else torch.float32
-        if dtype == "auto" and device.type == "cuda":
-            read_as = config.dtype or next(TYPES[entry.dtype] for entry in stored.values())
+        first = next((FLOATS[entry.dtype] for entry in stored.values() if entry.dtype in FLOATS), None)
+        read_as = precision(dtype, device, config.dtype or first)
         model = bare_model(config, read_as, _kernel(config), device)
         found = Shards(model, stored, read_as, named)
         if not found.tied():

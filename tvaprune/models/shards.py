@@ -15,7 +15,6 @@ from tvaprune.models.pruned import shared_names
 from tvaprune.models.vetting import INDEX, WEIGHTS, Stored, finite, shards
 
 PART = 2**24  # numbers read at a time: 64 MiB in float32
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OLD = r"rotary_emb\.inv_freq|(^|\.)position_ids$"  # buffers of older checkpoints, which are computed now
 
 

@@ -23,7 +23,8 @@ ADAPTER = "adapter_config.json"
 QUANTISED_KEYS = ("quantization_config", "compression_config")
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "quant_strategy.json", "hf_quant_config.json")
 CODE_KEYS = ("auto_map", "custom_pipelines")  # by which a JSON file has a reader run a Python file
-FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in; the rest needs scales to be weights
+# What weights are stored in, in the words of safetensors and GGUF; the rest needs scales to be weights.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _POINTER = b"version https://git-lfs"  # how a file begins that git left on the server
 _READ = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin")
 _MUCH = 10**8
