@@ -28,8 +28,7 @@ from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import FAMILIES
-from tvaprune.models.modeling_pruned import layer_config
-from tvaprune.models.pruned import PER_LAYER
+from tvaprune.models.modeling_pruned import WIDTHS, layer_config
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
@@ -116,7 +115,7 @@ def test_the_folder_is_a_hugging_face_folder(folder):
     }
     assert config["model_type"] == "pruned_mistral"
     assert config["architectures"] == ["PrunedMistralForCausalLM"]
-    assert {key for row in config["per_layer_config"].values() for key in row} <= set(PER_LAYER)
+    assert {key for row in config["per_layer_config"].values() for key in row} <= set(WIDTHS)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     assert config["rope_scaling"] is None
     assert (config["head_dim"], config["sliding_window"], config["tie_word_embeddings"]) == (6, 4, False)

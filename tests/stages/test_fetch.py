@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune import fetch, wheels
 from tvaprune.models import from_gguf, published
-from tvaprune.models.published import GGUF_NAME, PUBLISHED, place_of
+from tvaprune.models.published import GGUF_NAME, PUBLISHED, folder_of
 from tvaprune.stages.export import export
 
 pytest.importorskip("gguf")
@@ -157,10 +157,10 @@ def full(*_):
 
 
 def test_what_is_in_the_way_is_left_alone(index):
-    place_of("smollm2").mkdir(parents=True)
-    (place_of("smollm2") / "mine").write_text("mine")
+    folder_of("smollm2").mkdir(parents=True)
+    (folder_of("smollm2") / "mine").write_text("mine")
     refused(run("fetch", "smollm2"), "is there and holds no model; move it away")
-    assert (place_of("smollm2") / "mine").read_text() == "mine"
+    assert (folder_of("smollm2") / "mine").read_text() == "mine"
 
 
 def test_a_name_that_is_not_known_is_refused_with_those_that_are():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from support.folders import LLAMA3_ROPE
 from tvaprune.cut.fold import fold
 from tvaprune.cut.slice import apply_plan
 from tvaprune.models.shape import shape_of
@@ -69,14 +70,6 @@ MORE_ROWS = {  # the other families, each with what sets it apart
     "glm4": ("glm4", GQA | {"attention_bias": True}),
     "exaone4": ("exaone4", GQA | WINDOWS),
 }  # fmt: skip
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 NAMED_ROWS = {  # what people have under another family's type, in its proportions
     "SmolLM2": ("llama", {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3,
                           "tie_word_embeddings": True}),

@@ -30,7 +30,7 @@ from tvaprune.plan.keep_plan import KeepPlan
 def save_pruned(
     model: PreTrainedModel | Streamed,
     plan: KeepPlan,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     overwrite: bool = False,
     record: dict[str, object] | None = None,
@@ -110,7 +110,7 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
     _complete(folder, config, tokenizer)
 
 
-def _write_streamed(layers: Streamed, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write_streamed(layers: Streamed, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Writes the same of a model whose weights are fetched one at a time."""
     config = layers.model.config
     stored = _stored_dtype(config, layers.model)

@@ -29,8 +29,7 @@ class ModelFamily:
         scales_embedding: Whether the embedding's output is multiplied by the root of ``config.hidden_size``.
         embedding_multiplier: The entry of the config that multiplies the embedding's output, after the module.
         residual_multiplier: That which multiplies a block's output before it joins the residual stream.
-        logit_factor: The entry of the config that the head's output is multiplied by; None: it is the logits.
-        logit_divisor: The entry that it is divided by.
+        logit_divisor: The entry of the config that the head's output is divided by; None: it is the logits.
         logit_cap: The entry ``c`` that bounds it: ``c * tanh(logits / c)``.
         norm_offset: What a norm adds to its weight: its gain is ``w`` or ``1 + w``.
         norm_epsilon: The attribute of a norm that holds its epsilon.
@@ -52,7 +51,6 @@ class ModelFamily:
     scales_embedding: bool = False
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
-    logit_factor: str | None = None
     logit_divisor: str | None = None
     logit_cap: str | None = None
     norm_offset: float = 0.0

@@ -164,10 +164,6 @@ class Streamed(Layers):
         """Leaves all weights at a share of the way."""
         self._share = share
 
-    def _at(self, name: str, share: float) -> torch.Tensor:
-        before, after = (values[name].to(self.device) for values in (self._before, self._after))
-        return between(before, after, share)
-
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Returns a memory map of a file without a name: it is gone when the tensor is."""
         count = torch.Size(shape).numel()

@@ -71,14 +71,13 @@ def _way(causal: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if row is None:
         return None
     head: Callable[[torch.Tensor], torch.Tensor] = causal.get_output_embeddings()
-    factor = 1.0 if row.logit_factor is None else getattr(config, row.logit_factor)
     divisor = 1.0 if row.logit_divisor is None else getattr(config, row.logit_divisor)
     cap = None if row.logit_cap is None else getattr(config, row.logit_cap)
-    if factor == divisor == 1 and cap is None:
+    if divisor == 1 and cap is None:
         return head
 
     def way(states: torch.Tensor) -> torch.Tensor:
-        logits = head(states) * factor / divisor
+        logits = head(states) / divisor
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return way

