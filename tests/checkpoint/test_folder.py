@@ -3,6 +3,7 @@
 import argparse
 import copy
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,7 @@ from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.widths import WidthRules
+from tvaprune.stages.export import export
 
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
 
@@ -419,6 +421,47 @@ def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_pat
     stock, plan = make_pruned("mistral GQA, window shorter than the input", uniform)
     card = (save_pruned(stock, plan, None, tmp_path / "stock") / "README.md").read_text()
     assert "trust_remote_code" not in card and "was not measured" in card
+
+
+@pytest.mark.parametrize(
+    ("row", "case", "version", "formats"),
+    [
+        ("llama GQA", uneven, "4.57", ["gguf x", "onnx x", "vanilla x"]),
+        ("qwen3 tied", uniform, "4.57", ["gguf x", "onnx x", "vanilla x"]),
+        ("qwen3 tied", uneven, "4.57", ["gguf x-vanilla", "onnx x", "vanilla x"]),
+        ("exaone4", uneven, "5.23", ["onnx x", "vanilla x"]),
+        ("olmo2", uneven, "5.23", ["onnx x"]),
+        ("olmo2", uniform, "5.23", ["onnx x", "vanilla x"]),
+        ("phi3, long rope", uneven, "5.23", []),
+    ],
+)
+def test_the_card_promises_a_family_what_it_has(row, case, version, formats, make_pruned, tmp_path):
+    narrow, plan = make_pruned(row, case)
+    folder = save_pruned(narrow, plan, None, tmp_path / "x")
+    card = (folder / "README.md").read_text()
+    assert f"transformers ({version} or later" in card
+    assert re.findall(r"--format (\w+ [\w-]+) x[\w.-]+`", card) == formats
+    for kind in ("gguf", "onnx", "vanilla"):
+        if f"{kind} x" not in formats:
+            with pytest.raises(InputError):
+                export(kind, folder, tmp_path / kind)
+    if "vanilla x" in formats:  # the other promises are held in tests/export and test_each_family.py
+        export("vanilla", folder, tmp_path / "x-vanilla")
+
+
+def test_what_is_made_of_a_fetched_model_is_under_its_licence(make_pruned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    narrow, plan = make_pruned("gemma3_text tied")
+
+    def card(name):
+        record = {"model": "gemma3-270m"}
+        return (save_pruned(narrow, plan, None, tmp_path / name, record=record) / "README.md").read_text()
+
+    told = card("fetched")
+    assert "base_model: google/gemma-3-270m\n" in told and "license: gemma\n" in told
+    assert "Gemma Terms of Use, see `GEMMA_TERMS.html`" in told and "`tvaprune fetch gemma3-270m`" in told
+    (tmp_path / "gemma3-270m").mkdir()  # control: a folder of that name is another model
+    assert "license" not in card("own").lower()
 
 
 def test_an_existing_folder_is_replaced_only_if_all_in_it_is_ours_and_the_flag_says_so(folder, make_pruned):

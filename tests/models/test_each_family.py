@@ -15,10 +15,11 @@ from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores import SCORES, score_masks
 from tvaprune.errors import InputError
-from tvaprune.export.gguf_file import ARCHITECTURES, export_gguf
+from tvaprune.export.gguf_file import export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
 from tvaprune.models.families import base_type, family_of
+from tvaprune.models.formats import ARCHITECTURES
 from tvaprune.models.shape import shape_of
 from tvaprune.recover.lora import LoraSettings, add_lora, merge
 

@@ -1,8 +1,8 @@
 """The table of ``docs/models.md``, made from the rows: ``python tests/support/model_table.py`` prints it."""
 
 from support.families import MORE_ROWS, NAMED_ROWS, REFUSED_VANILLA, ROWS
-from tvaprune.export.gguf_file import ARCHITECTURES
 from tvaprune.models.families import FAMILIES
+from tvaprune.models.formats import ARCHITECTURES
 from tvaprune.models.rotate import why_not
 from tvaprune.models.shape import ModelShape
 

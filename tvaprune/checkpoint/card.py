@@ -1,16 +1,24 @@
 """The README.md of a pruned checkpoint: what it is, how it was made, how each tool loads it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from tvaprune.errors import InputError
+from tvaprune.models.families import base_type
+from tvaprune.models.formats import check_graph, gguf_architecture, vanilla_config
+from tvaprune.models.published import PUBLISHED, Published
 from tvaprune.models.shape import in_words
 from tvaprune.plan.keep_plan import KeepPlan
 
+# Where a family's pruned folders were opened first, by hand; the others in the version that their tests run in.
+_FIRST_OPENED = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "4.57")
+_ELSE_OPENED = "5.23"
 _LOADING = """## Load it
 
-transformers (4.57 or later{remote_note}):
+transformers ({version} or later{remote_note}):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,10 +30,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 - PEFT, Trainer: as any model; name LoRA's `target_modules` or use `"all-linear"`.
 - lm-evaluation-harness: `lm_eval --model hf --model_args pretrained={name}{remote_option}`
 - vLLM{vllm_note}: `vllm serve {name}{remote_flag}` (not run on a GPU by the authors)
-- llama.cpp: `python -m tvaprune.export --format gguf {name} {name}.gguf`, then `llama-cli -m {name}.gguf`
-- ONNX Runtime: `python -m tvaprune.export --format onnx {name} {name}-onnx`
-- any other engine: `python -m tvaprune.export --format vanilla {name} {name}-vanilla` pads every layer with zeros to
-  the widest one: the same function, without the savings
+{formats}"""
+_GGUF = """- llama.cpp: `python -m tvaprune.export --format gguf {source} {name}.gguf`{made}, then
+  `llama-cli -m {name}.gguf`
+"""
+_ONNX = "- ONNX Runtime: `python -m tvaprune.export --format onnx {name} {name}-onnx`\n"
+_VANILLA = """- any other engine: `python -m tvaprune.export --format vanilla {name} {name}-vanilla` pads every layer
+  with zeros to the widest one: the same function, without the savings
 """
 
 
@@ -90,15 +101,35 @@ def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any],
             "",
             *(f"- {key}: {value}" for key, value in [*_origin(plan, record), *_tuning(record)]),
             "",
+            *_terms(base),
         ]
     )
 
 
 def _front_matter(base: str | None) -> str:
+    published = _published(base)
+    if published is not None:
+        base = published.origin
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, tvaprune]"]
     if base and not Path(base).is_dir() and base.count("/") == 1:  # the hub takes a repository's name here, not a path
         lines += [f"base_model: {base}", "base_model_relation: finetune"]
+    if published is not None:
+        lines.append(f"license: {published.license}")
     return "\n".join([*lines, "---", ""])
+
+
+def _published(base: str | None) -> Published | None:
+    """Returns the fetched model that a name means; a folder of that name goes first."""
+    return PUBLISHED.get(base) if base is not None and not Path(base).exists() else None
+
+
+def _terms(base: str | None) -> list[str]:
+    """Returns what the licence of a fetched model asks of who passes on what is made of it."""
+    published = _published(base)
+    if published is None:
+        return []
+    where = f"What is named there is in the folder that `tvaprune fetch {base}` prints."
+    return ["## Licence", "", f"It is made of {published.title}. {published.terms} {where}", ""]
 
 
 def _named(base: str | None) -> str:
@@ -133,12 +164,36 @@ def _loading(config: PretrainedConfig, name: str) -> str:
     stock = not getattr(config, "auto_map", None)
     return _LOADING.format(
         name=name,
+        version=_FIRST_OPENED.get(base_type(config), _ELSE_OPENED),
+        formats=_formats(config, name),
         remote_note="" if stock else "; the modeling file comes with the weights",
         remote_argument="" if stock else ", trust_remote_code=True",
         remote_option="" if stock else ",trust_remote_code=True",
         remote_flag="" if stock else " --trust-remote-code",
         vllm_note="" if stock else " 0.28 or later",
     )
+
+
+def _formats(config: PretrainedConfig, name: str) -> str:
+    """Returns a line for each format that holds the model; a GGUF file may hold it padded only."""
+    lines, is_padded = [], _is_held(vanilla_config, config)
+    if _is_held(gguf_architecture, config):
+        lines.append(_GGUF.format(name=name, source=name, made=""))
+    elif is_padded and _is_held(gguf_architecture, vanilla_config(config)):
+        lines.append(_GGUF.format(name=name, source=f"{name}-vanilla", made=", of the folder that the last line makes"))
+    if _is_held(check_graph, config):
+        lines.append(_ONNX.format(name=name))
+    if is_padded:
+        lines.append(_VANILLA.format(name=name))
+    return "".join(lines)
+
+
+def _is_held(decide: Callable[[PretrainedConfig], object], config: PretrainedConfig) -> bool:
+    try:
+        decide(config)
+    except InputError:
+        return False
+    return True
 
 
 def _origin(plan: KeepPlan, record: dict[str, Any]) -> list[tuple[str, object]]:

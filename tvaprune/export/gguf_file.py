@@ -3,7 +3,6 @@
 llama.cpp's ``llama`` takes layer 0's sizes for all layers; ``deci`` is the same graph and reads every size per layer.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,13 @@ from tvaprune.export.gguf_tokenizer import tokenizer_fields
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require
 from tvaprune.files import clear_leftovers, replacing
 from tvaprune.models.families import base_type
+from tvaprune.models.formats import ARCHITECTURES, gguf_architecture
 from tvaprune.models.shape import shape_of
 
 QUANTIZATIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 BLOCK = 256  # llama-quantize falls back to larger formats for a matrix whose input size is no multiple of this
 # Largest difference of logits, relative to the largest logit, that a precision explains; f16 KV cache switched off.
 TOLERANCES = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 1e-1}
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """How llama.cpp knows a family.
-
-    Attributes:
-        name: The architecture of uniform models.
-        interleaved: Whether its rotary embedding turns neighbouring features, so that q and k rows change places.
-        per_layer: The architecture of models whose layers differ; None if there is none.
-    """
-
-    name: str
-    interleaved: bool
-    per_layer: str | None = None
-
-
-ARCHITECTURES = {
-    "llama": _Architecture("llama", interleaved=True, per_layer="deci"),
-    "mistral": _Architecture("llama", interleaved=True, per_layer="deci"),
-    "qwen2": _Architecture("qwen2", interleaved=False),
-    "qwen3": _Architecture("qwen3", interleaved=False),
-}
 _GLOBAL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -66,7 +43,7 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
     Raises:
         InputError: If llama.cpp has no architecture for the model, or the file is there or cannot be written.
     """
-    architecture = _architecture(model)
+    architecture = gguf_architecture(model.config)
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"--format gguf {out}: is there; give a new .gguf file, or replace it: --overwrite_output_dir")
     clear_leftovers(out.parent)
@@ -111,29 +88,6 @@ def rope_factors(model: PreTrainedModel) -> torch.Tensor | None:
         return None
     base = rope["rope_theta"] ** (-torch.arange(0, model.config.head_dim, 2).float() / model.config.head_dim)
     return base / model.model.rotary_emb.inv_freq.float().cpu()
-
-
-def _architecture(model: PreTrainedModel) -> str:
-    """Returns the architecture, or refuses what llama.cpp would compute wrongly."""
-    config, family = model.config, base_type(model.config)
-    if family not in ARCHITECTURES:
-        raise InputError(
-            f"--format gguf: models of type '{family}' are not written, only {', '.join(ARCHITECTURES)}: export "
-            "--format vanilla, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
-        )
-    known = ARCHITECTURES[family]
-    scaling = config.rope_parameters["rope_type"]
-    if scaling not in ("default", "llama3"):
-        raise InputError(f"--format gguf: rotary scaling '{scaling}' is not supported, only 'llama3'; use another")
-    shape = shape_of(config)
-    if len(set(shape.num_key_value_heads)) == len(set(shape.intermediate_size)) == 1:
-        return known.name
-    if known.per_layer is None or any(name.endswith("proj.bias") for name in model.state_dict()):
-        raise InputError(
-            "--format gguf: llama.cpp's per-layer architecture 'deci' has neither biases nor norms on q and k; export "
-            "--format vanilla first and that folder to gguf, or learn the mask with --uniform"
-        )
-    return known.per_layer
 
 
 def _gguf_name(module: str) -> str:

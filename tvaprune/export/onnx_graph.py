@@ -14,9 +14,9 @@ from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.folder import CONFIG_NAME
-from tvaprune.errors import InputError
 from tvaprune.export.verify import NUM_CACHED, fixed_prompt, reference_logits, report_difference
 from tvaprune.files import new_folder
+from tvaprune.models.formats import check_graph
 from tvaprune.models.shape import shape_of
 from tvaprune.models.vetting import drop_code
 
@@ -61,13 +61,7 @@ def export_onnx(
     Raises:
         InputError: If no graph holds the model's rotary embedding, or the folder cannot be written.
     """
-    rope = model.config.rope_parameters
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if kinds & {"longrope", "dynamic"}:
-        raise InputError(
-            "--format onnx: this model's rotary frequencies follow the length of the text (a long or dynamic rope), "
-            "and a graph holds one set: use the checkpoint itself, or --format gguf where its family has one"
-        )
+    check_graph(model.config)
     model = model.float()
     with new_folder("format onnx", out, overwrite) as temporary:
         _export_text(model, temporary / MODEL_NAME)

@@ -9,12 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tvaprune.checkpoint.folder import write_checkpoint
-from tvaprune.errors import InputError
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference
 from tvaprune.files import new_folder
-from tvaprune.models.families import PREFIX
-from tvaprune.models.pruned import config_of_widths
-from tvaprune.models.shape import shape_of
+from tvaprune.models.formats import vanilla_config
 
 
 def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwrite: bool, verify: bool) -> None:
@@ -23,21 +20,7 @@ def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwri
     Raises:
         InputError: If no stock config can hold the sizes, or the folder cannot be written.
     """
-    shape = shape_of(model.config)
-    if shape.norms_all_heads and len(set(shape.num_key_value_heads)) > 1:
-        raise InputError(
-            "--format vanilla: this family's norms of q and k average over all heads of a layer, and zeros would "
-            "count: learn the mask with --uniform True, which needs no padding"
-        )
-    layers, heads, channels = shape.num_hidden_layers, shape.num_key_value_heads, shape.intermediate_size
-    widest = [max(heads)] * layers, [max(channels)] * layers
-    config = config_of_widths(model.config, shape.hidden_size, shape.head_dim, *widest, shape.group_size)
-    if config.model_type.startswith(PREFIX):
-        raise InputError(
-            f"--format vanilla: a stock {config.model_type.removeprefix(PREFIX)} config does not take a hidden width "
-            f"of {config.hidden_size} with {config.num_attention_heads} query heads of {shape.head_dim}: most want a "
-            "multiple of the heads, with a long rope the dense width; prune with another --dim_multiple"
-        )
+    config = vanilla_config(model.config)
     with new_folder("format vanilla", out, overwrite) as temporary:
         write_checkpoint(model, config, tokenizer, temporary)
         if verify:
