@@ -316,7 +316,7 @@ def test_a_wrong_export_is_never_left_as_a_result(make_folder, tmp_path, monkeyp
 
     _, folder = make_folder()
     padded = checkpoint._padded
-    monkeypatch.setattr(checkpoint, "_padded", lambda source, shape: padded(source, shape) * 0.9)
+    monkeypatch.setattr(checkpoint, "_padded", lambda *given: padded(*given) * 0.9)
     with pytest.raises(InputError, match="the written model's logits are off by"):
         export("vanilla", folder, tmp_path / "vanilla")
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]

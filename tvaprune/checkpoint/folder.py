@@ -6,7 +6,7 @@ all its heads or channels gets a group of zeros: the same function, and no reade
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from tvaprune.checkpoint.weights import write_weights
 from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
 from tvaprune.models import load
-from tvaprune.models.families import FAMILIES, PREFIX
+from tvaprune.models.families import FAMILIES, PREFIX, family_of
 from tvaprune.models.layers import Streamed
+from tvaprune.models.layout import Projection, layout_of
 from tvaprune.models.modeling_pruned import rope_of_transformers_4
 from tvaprune.models.pruned import empty_model
+from tvaprune.models.shape import shape_of
 from tvaprune.models.vetting import check_folder, drop_code
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -102,8 +104,11 @@ def write_checkpoint(model: PreTrainedModel, config: PretrainedConfig, tokenizer
     """
     stored = _stored_dtype(config, model)
     target = empty_model(config, model)
-    wanted = target.state_dict()
-    weights = {name: _padded(tensor.to(stored), wanted[name].shape) for name, tensor in model.state_dict().items()}
+    wanted, parts = target.state_dict(), _parts(model.config, config)
+    weights = {
+        name: _padded(tensor.to(stored), wanted[name].shape, parts.get(name.rpartition(".")[0], ()))
+        for name, tensor in model.state_dict().items()
+    }
     target.load_state_dict(weights, assign=True)
     target.tie_weights()
     target.save_pretrained(folder)
@@ -137,12 +142,27 @@ def _complete(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedToken
     _complete_config(folder / CONFIG_NAME, config)
 
 
-def _padded(source: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Returns ``source`` in the corner of zeros of ``shape``."""
+def _parts(config: PretrainedConfig, wider: PretrainedConfig) -> dict[str, list[tuple[Projection, Projection]]]:
+    """Returns where the projections of each reading module lie in it, and where in the wider model's."""
+    family = family_of(config)
+    narrow, wide = (layout_of(family, shape_of(each)) for each in (config, wider))
+    parts: dict[str, list[tuple[Projection, Projection]]] = {}
+    for block, room in zip((*narrow.attention, *narrow.mlp), (*wide.attention, *wide.mlp), strict=True):
+        if block is not None and room is not None:
+            for role, reader in block.readers.items():
+                parts.setdefault(reader.path, []).append((reader, room.readers[role]))
+    return parts
+
+
+def _padded(source: torch.Tensor, shape: torch.Size, parts: Sequence[tuple[Projection, Projection]]) -> torch.Tensor:
+    """Returns ``source`` in zeros of ``shape``: its parts each where the wider begins, without parts in the corner."""
     if source.shape == shape:
         return source
     target = source.new_zeros(shape)
-    target[tuple(slice(size) for size in source.shape)] = source
+    columns = tuple(slice(size) for size in source.shape[1:])
+    for part, room in parts or [(Projection("", 0, len(source)), Projection("", 0, shape[0]))]:
+        rows = source[part.start : part.stop]
+        target[(slice(room.start, room.start + len(rows)), *columns)] = rows
     return target
 
 
