@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizer
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.errors import InputError
 from tvaprune.identity import weights_digest
-from tvaprune.models.from_gguf import gguf_model
+from tvaprune.models.from_gguf import gguf_header, gguf_model
 from tvaprune.models.load import load_config, load_model
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
@@ -251,6 +251,21 @@ def test_the_largest_gemma_2_scales_its_attention_by_its_hidden_width(layers, sc
     config = Gemma2Config(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=layers)
     write_gguf(tmp_path / "model.gguf", config, "gemma2", {"x": torch.ones(1)}, attention__key_length=8)
     assert load_config(str(tmp_path / "model.gguf")).query_pre_attn_scalar == scalar
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ((torch.float64,), torch.float64),
+        ((torch.float64, torch.float32), torch.float32),
+        ((torch.float32, torch.float16), torch.float16),
+        ((torch.float32, torch.int8), torch.bfloat16),  # control: no float, as a quantised one
+    ],
+)
+def test_numbers_of_double_precision_are_not_quantised(kinds, dtype, tmp_path):
+    tensors = {str(kind): torch.ones(4, 4, dtype=kind) for kind in kinds}
+    write_gguf(tmp_path / "model.gguf", Gemma2Config(), "gemma2", tensors)
+    assert gguf_header(tmp_path / "model.gguf").dtype == dtype
 
 
 def test_tensors_that_transformers_would_leave_out_are_refused(make_gguf):

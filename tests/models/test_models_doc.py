@@ -36,9 +36,16 @@ def test_there_is_a_command_for_each_family():
     assert len(COMMANDS) == len(FAMILIES)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`(tests/[\w/]+|test_\w+\.py)`", PAGE))))
-def test_the_tests_that_the_page_names_are_there(path):
+PATHS = sorted(set(re.findall(r"\b(?:(?:tests|script|tvaprune)/[\w/.]*\w|test_\w+\.py)", PAGE)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_files_that_the_page_names_are_there(path):
     assert (ROOT / path).exists() or (ROOT / "tests" / "models" / path).is_file()
+
+
+def test_every_way_to_name_a_file_is_found():
+    assert {"tests/checkpoint", "tests/models/test_each_family.py", "test_rotate.py", "script/tva_prune.sh"} <= {*PATHS}
 
 
 def test_the_text_part_of_a_multimodal_model_is_saved_by_the_page_s_code(make_model, tmp_path, input_ids):

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from models.test_from_gguf import SIZES, byte_level
 from support.in_process import half_written, run
+from support.tiny import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune import fetch, wheels
+from tvaprune.measure.perplexity import perplexity
 from tvaprune.models import from_gguf, published
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, folder_of
 from tvaprune.stages.export import export
@@ -184,3 +187,18 @@ def test_the_real_model_is_fetched(name, parameters, tmp_path, monkeypatch):
     assert read.num_parameters() == parameters and read.dtype == torch.bfloat16
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("The capital of France is").input_ids])
     assert "Paris" in AutoTokenizer.from_pretrained(folder).decode(read(ids).logits[0, -1].topk(5).indices)
+
+
+@pytest.mark.network
+def test_a_gemma_predicts_much_worse_without_a_bos(tmp_path, monkeypatch):
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path))
+    folder = fetch("gemma3-270m")
+    model, words = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    windows = torch.tensor(words(text, add_special_tokens=False).input_ids[: 6 * 255]).view(6, 255)
+
+    def measured(first):
+        ids = torch.cat([windows.new_full((6, 1), first), windows], dim=1)
+        return perplexity(model, Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch"))
+
+    assert 2 * measured(words.bos_token_id) < measured(words.convert_tokens_to_ids("\n"))

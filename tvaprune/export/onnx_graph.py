@@ -48,7 +48,12 @@ class _Step(nn.Module):
 
 
 def export_onnx(
-    model: PreTrainedModel, source: Path, tokenizer: PreTrainedTokenizerBase, out: Path, overwrite: bool, verify: bool
+    model: PreTrainedModel,
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    overwrite: bool,
+    verify: bool,
 ) -> None:
     """Writes both graphs in float32, the checkpoint's config and its tokenizer into a folder.
 
