@@ -25,6 +25,7 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.settings import DistillSettings, PruneSettings
+from tvaprune.measure import speed
 from tvaprune.measure.hardware import describe_device
 from tvaprune.plan.widths import WidthRules
 
@@ -119,11 +120,8 @@ def saved_bytes(step: Step) -> int:
 
 def seconds(step: Step, device: str) -> tuple[float, float]:
     """Returns the time that a step takes on the clock and of the processor."""
-    started = time.perf_counter(), time.process_time()
-    step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started[0], time.process_time() - started[1]
+    started = time.process_time()
+    return speed.seconds(step, torch.device(device)), time.process_time() - started
 
 
 def _ratio(pairs: list[tuple[float, float]]) -> str:

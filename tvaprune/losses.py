@@ -56,7 +56,6 @@ def distillation_loss(
     teacher_logits: Logits,
     temperature: float = 1.0,
     labels: torch.Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Returns ``T^2 * KL(teacher || student)`` at temperature ``T``, the mean over the predicted tokens.
 
@@ -66,7 +65,7 @@ def distillation_loss(
         student_logits: Shape ``(batch, length, vocabulary)``.
         teacher_logits: The same shape.
         labels: Shape ``(batch, length)``; the logits at position ``i`` predict ``labels[:, i + 1]``; labels equal to
-            ``ignore_index`` do not count. ``None``: every position but the last counts.
+            `IGNORE_INDEX` do not count. ``None``: every position but the last counts.
     """
 
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -74,7 +73,7 @@ def distillation_loss(
         return functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)
 
     per_token = torch.cat(_in_chunks(divergence, (student_logits, teacher_logits)), dim=1)
-    return temperature**2 * _mean(per_token, labels, ignore_index)
+    return temperature**2 * _mean(per_token, labels)
 
 
 @torch.no_grad()
@@ -116,7 +115,6 @@ def top_k_distillation_loss(
     log_probs: torch.Tensor,
     temperature: float = 1.0,
     labels: torch.Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Returns `distillation_loss` over the teacher's likeliest tokens, all others counted as one outcome.
 
@@ -139,7 +137,7 @@ def top_k_distillation_loss(
         return per_token
 
     parts = _in_chunks(divergence, (student_logits,), tokens[:, :-1], log_probs[:, :-1])
-    return temperature**2 * _mean(torch.cat(parts, dim=1), labels, ignore_index)
+    return temperature**2 * _mean(torch.cat(parts, dim=1), labels)
 
 
 def hidden_loss(
@@ -210,9 +208,9 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return (1 - log_probs.exp().sum(-1)).clamp(min=smallest)
 
 
-def _mean(per_token: torch.Tensor, labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+def _mean(per_token: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """Returns the mean over the positions whose next label counts."""
     if labels is None:
         return per_token.mean()
-    counted = (labels[:, 1:] != ignore_index).to(per_token.dtype)
+    counted = (labels[:, 1:] != IGNORE_INDEX).to(per_token.dtype)
     return (per_token * counted).sum() / counted.sum().clamp(min=1)

@@ -1,11 +1,13 @@
 """Time of linear layers by their parameters, several choices of widths side by side."""
 
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 from torch.nn import functional
+
+from tvaprune.measure.speed import seconds
 
 ROUNDS = 7
 Sizes = Sequence[tuple[int, int]]  # inputs and outputs of linear layers
@@ -13,7 +15,7 @@ Sizes = Sequence[tuple[int, int]]  # inputs and outputs of linear layers
 
 @torch.inference_mode()
 def relative_times(
-    choices: Mapping[int, Sizes], tokens: int, device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS
+    choices: Mapping[int, Sizes], tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[int, float]:
     """Returns the time of each choice by parameter, over the first one's: the median over rounds of all in turn.
 
@@ -33,22 +35,16 @@ def relative_times(
     }
     found: dict[int, list[float]] = {choice: [] for choice in choices}
     first = next(iter(choices))
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         each = {
-            choice: _seconds(parts, device) / sum(weight.numel() for _, weight in parts)
+            choice: seconds(partial(_multiply, parts), device) / sum(weight.numel() for _, weight in parts)
             for choice, parts in layers.items()
         }
-        for choice, seconds in each.items():
-            found[choice].append(seconds / each[first])
+        for choice, taken in each.items():
+            found[choice].append(taken / each[first])
     return {choice: median(ratios[1:]) for choice, ratios in found.items()}  # the first round warms up
 
 
-def _seconds(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+def _multiply(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for values, weight in parts:
         functional.linear(values, weight)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin

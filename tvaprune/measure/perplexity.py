@@ -24,12 +24,17 @@ STREAM_TOKENS = 2**18  # whose hidden states are there at a time where layers ar
 
 
 def windows_per_pass(blocks: Dataset, batch_size: int = 0) -> int:
-    """Returns how many windows go through the layers at a time.
+    """Returns how many windows of a text go through the layers at a time, as `windows_of_pass`."""
+    return windows_of_pass(len(blocks[0]["input_ids"]), batch_size)
+
+
+def windows_of_pass(window: int, batch_size: int = 0) -> int:
+    """Returns how many windows of so many tokens go through the layers at a time.
 
     Args:
         batch_size: Those asked for; 0: as many as make `FORWARD_TOKENS`, at most `FORWARD_WINDOWS`.
     """
-    return batch_size or max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // len(blocks[0]["input_ids"])))
+    return batch_size or max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // window))
 
 
 @torch.inference_mode()
@@ -42,7 +47,7 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 0, description: st
     Args:
         model: A transformers causal LM, a module around one, or the layers of one, which are worked through in turn.
         blocks: Windows, as `tvaprune.text.blocks.token_blocks` gives them.
-        batch_size: Windows of a pass; 0: as `windows_per_pass` says.
+        batch_size: Windows of a pass; 0: as `windows_of_pass` says.
         description: Label of a progress bar; ``None`` shows none.
     """
     if isinstance(model, Layers):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -155,17 +156,18 @@ def turn_about(
     fast: list[float] = []
     for index in range(repeats):
         pairs = [(reference, slow), (model, fast)]
-        for step, seconds in pairs if index % 2 == 0 else reversed(pairs):
-            seconds.append(_seconds(step, index, device))
+        for step, taken in pairs if index % 2 == 0 else reversed(pairs):
+            taken.append(seconds(partial(step, index), device))
     return slow, fast
 
 
-def _seconds(step: Callable[[int], object], index: int, device: torch.device | None) -> float:
+def seconds(step: Callable[[], object], device: torch.device | None) -> float:
+    """Returns the seconds that a step takes; a GPU is waited for."""
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
-    step(index)
+    step()
     if on_gpu:
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
