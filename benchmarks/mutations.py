@@ -40,15 +40,15 @@ MUTATIONS = [
     Mutation(
         "the residual target without the factors",
         REFIT,
-        "index_select(-1, kept).float() * scale - batch",
-        "index_select(-1, kept).float() - batch",
+        "index_select(-1, kept).float() * scale",
+        "index_select(-1, kept).float()",
         "tests/cut/test_refit.py",
     ),
     Mutation(
         "the residual target with half the stream",
         REFIT,
-        "* scale - batch.pruned",
-        "* scale - 0.5 * batch.pruned",
+        "(lacking - batch.pruned",
+        "(lacking - 0.5 * batch.pruned",
         "tests/cut/test_refit.py",
     ),
     Mutation(
@@ -61,8 +61,8 @@ MUTATIONS = [
     Mutation(
         "gate distillation with the KL reversed",
         "tvaprune/choose/objective.py",
-        "distance = distillation_loss(student.logits, teacher, self.settings.distill_temp)",
-        "distance = distillation_loss(teacher, student.logits, self.settings.distill_temp)",
+        "distillation_loss(student, teacher, self.settings",
+        "distillation_loss(teacher, student, self.settings",
         "tests/choose",
     ),
     Mutation(
@@ -113,8 +113,8 @@ MUTATIONS = [
     Mutation(
         "--refit_offload ignored",
         "tvaprune/cut/narrow.py",
-        "if not run.args.prune.refit_offload:",
-        "if True:",
+        "_CPU if run.args.prune.refit_offload else training.device",
+        "training.device",
         RUNS,
     ),
     Mutation(
