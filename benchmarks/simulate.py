@@ -146,6 +146,9 @@ class Card(TorchDispatchMode):
             with self:  # in inference mode an operation comes whole: its parts are counted
                 if (found := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
                     return found
+        if func._overloadpacket is _aten.cholesky_solve:  # works on a copy of the factor, on a CPU and on a card
+            copied = args[1].clone()
+            self._note(copied.untyped_storage(), copied.device.type)
         found = func(*args, **(kwargs or {}))
         if (counted := _FLOPS.get(func._overloadpacket)) is not None:
             self.flops += counted(*args, **(kwargs or {}), out_val=found)
@@ -307,7 +310,7 @@ class Scene:
     def gradient_pass(self) -> Taken:
         """A pass of what learns a rotation."""
         moments = _Moments(SimpleNamespace(model=self.dense, shape=self.work.dense))  # type: ignore[arg-type]
-        ids = torch.zeros(self.work.batch, self.work.block, dtype=torch.int64, device=self.device)
+        ids = torch.zeros(self.work.rotation_batch, self.work.block, dtype=torch.int64, device=self.device)
         draws = torch.zeros(ids.shape, device=self.device)
         self.card.restart()
         moments.add(ids, draws)
@@ -360,14 +363,15 @@ class Scene:
         if work.checkpointing:
             student.activation_checkpointing_enable()
         teacher = LiveTeacher(self.dense, 1.0) if work.distill else None
-        del self.dense  # without a teacher it leaves the memory
+        if not work.compare_dense:
+            del self.dense  # without a teacher it leaves the memory
         trainer = FinetuneTrainer.__new__(FinetuneTrainer)  # its loss alone: no accelerator, no files
         trainer.teacher, trainer.weights, trainer._sums, trainer._count = teacher, {"ce": 1.0, "kl": 0.01}, {}, 0
         trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
         return self._steps(student, lambda ids: trainer.compute_loss(student, {"input_ids": ids}))
 
 
-PHASES = ("dense_perplexity", "pruned_perplexity", "gate_step", "refit", "finetuning_step")
+PHASES = ("dense_perplexity", "pruned_perplexity", "gradient_pass", "gate_step", "refit", "finetuning_step")
 
 
 def simulate(config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan | None = None) -> Taken:

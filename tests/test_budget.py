@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.simulate import CONFIGS
-from tvaprune.budget import GIB, blocks_with_gradients, fit, memory_of, times, times_training, work_of
+from tvaprune.budget import GIB, fit, memory_of, rotation_batch, times, times_training, work_of
 from tvaprune.errors import InputError
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
@@ -63,7 +63,8 @@ def test_the_defaults_fit_40(name, arguments, capsys):
     assert cost.finetuning_step(work_of(tuned)) <= 38 * GIB
     assert times_training(tuned) is False
     assert times_training(arguments("finetune", name, "--memory", 120)) is True
-    assert blocks_with_gradients(args, 16) == {"Llama-2-7B": 8, "Mistral-7B": 8, "Llama-3-8B": 4}[name]
+    assert rotation_batch(args) == {"Llama-2-7B": 8, "Mistral-7B": 8, "Llama-3-8B": 4}[name]
+    assert rotation_batch(args, memory=120) == 8 and rotation_batch(args, memory=1) == 1
 
 
 @pytest.mark.parametrize("verb", ["prune", "apply", "finetune"])
@@ -72,7 +73,7 @@ def test_a_small_model_runs_as_ever(verb, arguments, capsys):
     before = vars(args.training).copy(), vars(args.prune).copy()
     fit(args)
     assert (vars(args.training), vars(args.prune)) == before and capsys.readouterr().out == ""
-    assert times(args) and times_training(args) and blocks_with_gradients(args, 16) == 16
+    assert times(args) and times_training(args) and rotation_batch(args) == 8
 
 
 @pytest.mark.parametrize(

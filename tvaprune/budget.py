@@ -14,6 +14,7 @@ import torch
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure import cost
 from tvaprune.measure.cost import GIB, Work, narrower
+from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.models.load import load_config, precision
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
@@ -67,6 +68,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         refits=args.prune.weight_update == "refit",
         refit_blocks=args.prune.refit_samples,
         refit_offload=args.prune.refit_offload,
+        compare_dense=args.evaluation.compare_dense,
         lora_r=0 if finetune.full_ft else finetune.lora_r,
         train_lm_head=not shape.tie_word_embeddings if asked is None else asked,
     )
@@ -85,7 +87,8 @@ def fitted(args: Arguments, work: Work, memory: float | None = None) -> Work:
     if work.refits and cost.refit(work) > room and "refit_offload" not in args.recipe:
         work = replace(work, refit_offload=True)
     teaches = args.recipe["verb"] == "finetune" and work.distill
-    return replace(work, keep_dense=args.evaluation.compare_dense or teaches or _times(args, work, room))
+    again = args.recipe["verb"] == "prune" and len(set(args.prune.target_sparsity)) > 1  # cut at each target
+    return replace(work, keep_dense=work.compare_dense or teaches or again or _times(args, work, room))
 
 
 def changes(args: Arguments, work: Work) -> dict[str, bool | int]:
@@ -128,15 +131,18 @@ def times_training(args: Arguments, units: Masks | KeepPlan | None = None) -> bo
     return times(args, units) and cost.training_timing(work_of(args, units)) <= _room(args)
 
 
-def blocks_with_gradients(args: Arguments, most: int) -> int:
-    """Returns how many blocks, halved from ``most`` on, a pass with gradients of the unpruned model may take.
+def rotation_batch(args: Arguments, work: Work | None = None, memory: float | None = None) -> int:
+    """Returns how many blocks a pass of what learns a rotation takes: those of a pass, halved until they fit.
 
-    Its activations are kept: what the flags say of checkpointing is for the training.
+    Args:
+        work: The run's, where it is known.
+        memory: In place of ``--memory``, in GiB.
     """
-    work = replace(work_of(args), checkpointing=False)
-    while most > 1 and cost.gradient_pass(replace(work, batch=most)) > _room(args):
-        most //= 2
-    return most
+    work, room = work or work_of(args), _room(args, memory)
+    batch = windows_of_pass(work.block)
+    while batch > 1 and cost.gradient_pass(replace(work, rotation_batch=batch)) > room:
+        batch //= 2
+    return batch
 
 
 def _step(args: Arguments) -> Callable[[Work], float] | None:
@@ -148,7 +154,7 @@ def _step(args: Arguments) -> Callable[[Work], float] | None:
 
 
 def _room(args: Arguments, memory: float | None = None) -> float:
-    if args.source.shard or args.source.device_map == "auto":  # spread over devices: what each holds is not told here
+    if args.is_spread:  # what each device holds is not told here
         return math.inf
     return ((memory_of(args) if memory is None else memory) - RESERVED) * GIB
 
@@ -176,7 +182,7 @@ def _over(args: Arguments, work: Work) -> Iterator[str]:
     if step is not None and (needed := step(work)) > room:
         kept = [in_flags({name: args.recipe[name]}) for name in _BATCH_FLAGS if name in args.recipe]
         asked = f" with {' and '.join(kept)}, as you gave" if kept else ""
-        teaches = step == cost.finetuning_step and work.distill
+        teaches = step == cost.finetuning_step and work.distill and not work.compare_dense
         hint = "; --teacher_cache DIR leaves the unpruned model out" if teaches else ""
         yield f"training needs about {needed / GIB:.0f} GiB{asked}, {leaves}{hint}"
     if work.refits and (needed := cost.refit(work)) > room:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 import psutil
 import torch
 
-from tvaprune.budget import fitted, work_of
+from tvaprune.budget import fitted, rotation_batch, work_of
 from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
+from tvaprune.choose.rotation import wants_rotation
 from tvaprune.choose.settings import Cadence
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.measure.cost import GIB, Phase, Work, phases
+from tvaprune.models.load import load_config
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 
@@ -26,6 +28,7 @@ class Estimate:
     Attributes:
         phases: Of the run, in order; on a CPU the host's memory is the device's.
         on_card: Whether the device is a card.
+        is_spread: Whether the model is spread over several, which hold this together.
         fits: Of cards by name, where they were asked for: whether the run fits, and with what.
     """
 
@@ -33,6 +36,7 @@ class Estimate:
     work: Work
     phases: tuple[Phase, ...]
     on_card: bool
+    is_spread: bool = False
     fits: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +60,8 @@ class Estimate:
 
     def line(self) -> str:
         """Returns the line that a run begins with."""
-        where = "on the GPU" if self.on_card else "of memory"
+        where = "on the GPU" + "s" * self.is_spread if self.on_card else "of memory"
+        where += ", for the whole model" * self.is_spread
         line = f"estimate: {in_gib(self.largest.device)} {where} ({self.largest.name})"
         if self.on_card:
             line += f", {in_gib(self.host)} of the host's memory"
@@ -85,10 +90,9 @@ def estimate_of(
     verb = str(args.recipe["verb"])
     on_card = args.training.device.type == "cuda" if on_card is None else on_card
     work = _counted(args, fitted(args, work_of(args, units, on_card), memory))
-    found = phases(verb, work)
-    if not on_card:
-        found = [replace(phase, device=phase.device + phase.host, host=0) for phase in found]
-    return Estimate(verb, work, tuple(found), on_card)
+    if verb == "prune" and wants_rotation(args, load_config(args.source.model_name_or_path)):
+        work = replace(work, rotation_batch=rotation_batch(args, work, memory))
+    return Estimate(verb, work, tuple(phases(verb, work, on_card)), on_card, args.is_spread)
 
 
 def _counted(args: Arguments, work: Work) -> Work:
@@ -107,16 +111,20 @@ def announce(args: Arguments, units: Masks | KeepPlan | None = None) -> None:
     """Prints a run's line before it begins.
 
     Raises:
-        InputError: If it cannot fit the GPU's free memory, or on a CPU the machine's whole.
+        InputError: If it cannot fit the GPU's free memory, or on a CPU the machine's whole. Of one
+            that is spread it is not known.
     """
     found = estimate_of(args, units)
     print(found.line())
+    if found.is_spread:
+        return
     if found.on_card:
         there, name = torch.cuda.mem_get_info(args.training.device)[0], "are free on the GPU"
     else:
         there, name = psutil.virtual_memory().total, "are this machine's memory"
     if found.largest.device > there:
         raise InputError(
-            f"the {found.largest.name} needs {in_gib(found.largest.device)}, and {in_gib(there)} {name}: give "
-            f"{found.largest.helps}; else --dtype bfloat16, or a smaller model; `tvaprune estimate` shows all phases"
+            f"the {found.largest.name} needs {in_gib(found.largest.device)}, and {in_gib(there)} {name}: give a "
+            f"smaller --memory, {found.largest.helps}; else --dtype bfloat16, or a smaller model; `tvaprune estimate` "
+            "shows all phases"
         )

@@ -99,7 +99,7 @@ def test_the_basis_is_the_same_whatever_the_batch(source, monkeypatch):
     run = run_of(*source, *FLAGS, "--output_dir", "unused")
     found = []
     for batch in (8, 3, 1):
-        monkeypatch.setattr("tvaprune.choose.rotation.blocks_with_gradients", lambda *args, batch=batch: batch)
+        monkeypatch.setattr("tvaprune.choose.rotation.rotation_batch", lambda args, batch=batch: batch)
         found.append(moments_of(run))
     for carried, needed in found[1:]:
         torch.testing.assert_close(carried, found[0][0], rtol=1e-5, atol=1e-4)

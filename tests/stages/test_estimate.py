@@ -2,14 +2,16 @@
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from support import tiny
+from support.folders import edit_config
 
-from tvaprune import EvalSettings, PruneSettings, estimate, estimates
+from tvaprune import EvalSettings, ModelSettings, PruneSettings, estimate, estimates
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
@@ -52,7 +54,7 @@ def phases(found):
 
 def test_an_estimate_needs_the_config_alone_and_follows_the_flags(large):
     found = phases(estimate(large, "prune"))
-    assert list(found) == ["dense perplexity", "gate training", "refit", "pruned perplexity"]
+    assert list(found) == ["dense perplexity", "rotation", "gate training", "refit", "pruned perplexity"]
     weights = 6_738_415_616 * 2
     assert all(phase.device > weights for phase in found.values())
     assert 9e16 < found["gate training"].flops < 2.2e17  # 4,500 steps of some 21 TFLOP, and the scorings
@@ -80,10 +82,41 @@ def test_masks_are_scored_as_often_as_a_run_scores_them(large):
     assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
 
 
-def test_dtype_on_a_gpu_is_the_checkpoints_and_on_a_cpu_float32(large):
-    on_card, on_cpu = (estimate(large, "apply", use_cpu=cpu) for cpu in (False, True))
+def test_a_rotation_is_counted_where_the_run_turns(large):
+    """Of Llama-2-7B: 65 norms' moments and a forward and a backward pass of 128 blocks; 8 at a time fit the default."""
+    found = estimate(large, "prune")
+    rotation = phases(found)["rotation"]
+    assert found.work.rotation_batch == 8 and rotation == found.largest and rotation.device < 38 * GIB
+    assert rotation.host == 6 * 8 * 4096**2 and rotation.helps.startswith("--rotate off")
+    tokens, linear = 128 * 512, 6_738_415_616 - 32000 * 4096
+    assert rotation.flops == pytest.approx(tokens * (4 * linear + 65 * 4 * 4096**2), rel=0.05)
+    less = estimate(large, "prune", ModelSettings(str(large), memory=24.0))
+    assert less.work.rotation_batch < 8 and phases(less)["rotation"].device <= 22 * GIB
+    for off in (PruneSettings(rotate="off"), PruneSettings(prune_method="flap")):
+        assert "rotation" not in phases(estimate(large, "prune", off))
+    assert "rotation" in phases(estimate(large, "prune", PruneSettings(prune_method="flap", rotate="on")))
+    assert "rotation" not in phases(estimate(large, "apply"))
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_dtype_on_a_gpu_is_the_checkpoints_and_on_a_cpu_float32(stored, large, tmp_path):
+    shutil.copy(large / "config.json", tmp_path)
+    edit_config(tmp_path, dtype=stored)
+    on_card, on_cpu = (estimate(tmp_path, "apply", use_cpu=cpu) for cpu in (False, True))
     assert on_card.work.weight_bytes == 2 and on_cpu.work.weight_bytes == 4
     assert on_card.host > 0 and on_cpu.host == 0
+    assert [estimate(tmp_path, verb).work.weight_bytes for verb in ("prune", "finetune")] == [2, 2]
+
+
+def test_on_a_cpu_nothing_is_there_twice(large):
+    """A model is loaded where it computes, and a cut that is the last takes the dense one's place."""
+    weights = 6_738_415_616 * 4
+    found = phases(estimate(large, "apply", PruneSettings(weight_update="fold"), EvalSettings(speed_batches=0),
+                            use_cpu=True))  # fmt: skip
+    assert weights < found["dense perplexity"].device < 1.2 * weights and found["cut"].device == weights
+    timed = phases(estimate(large, "apply", PruneSettings(weight_update="fold"), ModelSettings(str(large), memory=80.0),
+                            use_cpu=True))  # fmt: skip
+    assert timed["cut"].device > 1.4 * weights  # control: both stay, to be timed
 
 
 def test_a_mask_gives_the_widths(small, make_masks):
@@ -114,6 +147,10 @@ def test_table_and_json_say_the_same(large, capsys):
         (["--tflops", "0"], "--tflops is 0.0: give a speed in TFLOP/s"),
         (["--lora_r", "8"], "--lora_r acts in finetune, not in prune"),
         (["--block_size", "1"], "--block_size is 1"),
+        (
+            ["--verb", "apply", "--stream", "True", "--mask_loc", __file__, "--do_eval", "True"],
+            "--stream True: an estimate is of a model in memory",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused(large, flags, message, capsys):
@@ -131,7 +168,7 @@ def test_a_run_begins_with_its_line_and_ends_there_if_it_cannot_fit(small, tmp_p
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert run_command(lambda: run_verb("apply", [*flags, "--output_dir", str(tmp_path / "not")])) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "needs" in error and "are this machine's memory: give" in error
+    assert "needs" in error and "are this machine's memory: give a smaller --memory, " in error
     assert not any((tmp_path / "not").glob("*"))
 
 
@@ -141,11 +178,36 @@ def test_on_a_gpu_what_is_free_counts(large, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * GIB, 80 * GIB))
+    with pytest.raises(estimates.InputError, match="the rotation needs 33.6 GiB, .* give a smaller --memory, --rotate"):
+        estimates.announce(args)
+    capsys.readouterr()
+    args.source.memory = 28.0
     estimates.announce(args)
     assert "GiB on the GPU (" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * GIB, 80 * GIB))
-    with pytest.raises(estimates.InputError, match=r"needs .* GiB, and 14.0 GiB are free on the GPU: give --\w+"):
+    with pytest.raises(estimates.InputError, match="needs .* GiB, and 14.0 GiB are free on the GPU: give a smaller"):
         estimates.announce(args)
+
+
+@pytest.mark.parametrize(("verb", "flag", "value"), [("prune", "shard", True), ("apply", "device_map", "auto")])
+def test_a_model_that_is_spread_is_held_against_no_single_gpu(verb, flag, value, large, monkeypatch, capsys):
+    args = parse(verb, ["--model_name_or_path", str(large)])
+    monkeypatch.setattr(type(args.training), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    with pytest.raises(estimates.InputError, match="needs .*, and 2.0 GiB are free on the GPU"):  # control: one GPU
+        estimates.announce(args)
+    capsys.readouterr()
+    setattr(args.source, flag, value)
+    estimates.announce(args)
+    assert " GiB on the GPUs, for the whole model (" in capsys.readouterr().out
+
+
+def test_of_one_gpu_among_several_no_fit_is_told(large, capsys):
+    found = run_verb("estimate", ["--model_name_or_path", str(large), "--verb", "apply", "--device_map", "auto"])
+    told = capsys.readouterr().out
+    assert found.is_spread and found.fits == {} and "GPUs" in told and "80 GB" not in told
 
 
 def test_settings_of_another_verb_are_refused_from_python_too(large):

@@ -370,17 +370,37 @@ def test_a_cached_teacher_gives_the_live_ones_model(tuned, source, tmp_path, com
     assert files_in(folder) == {"tokens.npy", "log_probs.npy", "identity.json"}
 
 
-def test_the_dense_model_leaves_the_memory_where_nothing_needs_it(source, tmp_path, command, monkeypatch):
-    asked = []
-    narrow = recover.narrow
+@pytest.mark.parametrize(
+    ("flags", "is_timed", "stays"),
+    [(("--teacher_cache", "cache", "--speed_batches", 0), False, False), (("--teacher_cache", "cache"), True, False),
+     (("--distill", "False"), True, False), ((), True, True)],  # control: it teaches
+)  # fmt: skip
+def test_the_dense_model_leaves_the_memory_where_nothing_needs_it(
+    flags, is_timed, stays, source, tmp_path, command, monkeypatch
+):
+    """Where it is timed, after that."""
+    asked, dense, alive = [], [], []
+    narrow, load, train = recover.narrow, recover.Job.load, recover.train
+
+    def loaded(*args):
+        job = load(*args)
+        dense.append(weakref.ref(job.run.model))
+        return job
+
+    def trained(job, student):
+        alive.append(dense[0]() is not None)
+        return train(job, student)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recover.Job, "load", loaded)
+    monkeypatch.setattr(recover, "train", trained)
     monkeypatch.setattr(
         recover, "narrow", lambda *args, keep_dense: asked.append(keep_dense) or narrow(*args, keep_dense=keep_dense)
     )
-    code, _, error = command(
-        *source, *RUN, "--teacher_cache", tmp_path / "cache", "--speed_batches", 0, "--output_dir", tmp_path / "out"
-    )
+    given = without(RUN, "--distill_ce_loss_alpha") if "--distill" in flags else RUN
+    code, _, error = command(*source, *given, *flags, "--output_dir", tmp_path / "out")
     assert code == 0, error
-    assert asked == [False]
+    assert asked == [is_timed] and alive == [stays]
     parameters = tiny.read_json(tmp_path / "out" / "results.json")["parameters"]
     assert parameters["dense"] > parameters["pruned"]  # of the model that is gone
 

@@ -74,7 +74,7 @@ def _is_interrupted(folder: Path) -> bool:
 
 def in_basis(run: Run, checkpoint: str | None = None) -> Run:
     """Returns the run in the basis that ``--rotate`` asks for; one that is gone on with, in the one it began in."""
-    if not wants_rotation(run):
+    if not wants_rotation(run.args, run.model.config):
         return run
     best, found = run.args.output_dir / "best", None
     if checkpoint is not None:

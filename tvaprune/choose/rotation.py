@@ -6,34 +6,35 @@ directions that matter, sorted by how much, the last of them carry nearly nothin
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from tvaprune import ranks
-from tvaprune.budget import blocks_with_gradients
+from tvaprune.budget import rotation_batch
 from tvaprune.errors import InputError
-from tvaprune.measure.perplexity import windows_per_pass
+from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.cost import ROTATION_BLOCKS
 from tvaprune.models.families import family_of
 from tvaprune.models.rotate import norms_of, why_not
+from tvaprune.models.shape import shape_of
 from tvaprune.run import Run
 
-BLOCKS = 128  # calibration blocks
 
-
-def wants_rotation(run: Run) -> bool:
+def wants_rotation(args: Arguments, config: PretrainedConfig) -> bool:
     """Tells what ``--rotate`` means for this model: auto turns for gates, where no tie is lost.
 
     Raises:
         InputError: If it is asked for, and the family's norms do not allow it.
     """
-    asked, shape = run.args.prune.rotate, run.shape
-    reason = why_not(family_of(run.model.config), shape)
+    asked, shape = args.prune.rotate, shape_of(config)
+    reason = why_not(family_of(config), shape)
     if asked == "on" and reason is not None:
         raise InputError(f"--rotate on: {reason} in this model; leave it out")
-    if run.args.source.shard:  # a layer in shares cannot be turned
+    if args.source.shard:  # a layer in shares cannot be turned
         if asked == "on":
             raise InputError("--rotate on: cannot turn a model beside --shard True; leave one out")
         return False
     if asked == "auto":
-        return run.args.prune.prune_method == "vib" and not shape.tie_word_embeddings and reason is None
+        return args.prune.prune_method == "vib" and not shape.tie_word_embeddings and reason is None
     return asked == "on"
 
 
@@ -56,13 +57,13 @@ def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     ``C`` is the second moment of what the norms hand on, gains left out, over all norms; ``G`` that of the gradients of
     the predictions' log-likelihood there, of tokens drawn from the predictions (so it is Fisher's).
     """
-    blocks = run.train_blocks(BLOCKS)
-    rows = blocks[: min(BLOCKS, len(blocks))]["input_ids"]
+    blocks = run.train_blocks(ROTATION_BLOCKS)
+    rows = blocks[: min(ROTATION_BLOCKS, len(blocks))]["input_ids"]
     # One number for each token to be drawn, whatever the batch is and wherever it is computed.
     draws = torch.rand(rows.shape, generator=torch.Generator().manual_seed(run.args.training.seed))
     moments = _Moments(run)
     try:
-        batch = blocks_with_gradients(run.args, windows_per_pass(blocks))
+        batch = rotation_batch(run.args)
         for start in tqdm(ranks.share(range(0, len(rows), batch)), desc="rotation", leave=False, unit="batch"):
             moments.add(*(values[start : start + batch].to(run.model.device) for values in (rows, draws)))
     finally:

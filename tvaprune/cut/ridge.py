@@ -134,6 +134,7 @@ def fit_linear(
         centre, cross = augmented(linear, rows), outputs(fit.cross, rows)
         own = Moments(held.inputs, outputs(held.cross, rows))
         errors = [e + own.error(ridge.solve(centre, cross)) for e, ridge in zip(errors, ridges, strict=True)]
+    del centre, cross, own  # which make room for the solution's
     best = ridges[nearest(errors)]
     for rows in chunks:
         weight = best.solve(augmented(linear, rows), outputs(fit.cross, rows))

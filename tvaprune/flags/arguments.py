@@ -246,9 +246,14 @@ class Arguments:
             raise SystemExit(0)
         args = cls(*parse(classes, arguments))
         args.recipe = recipe_of(verb, arguments)
-        if args.source.shard or args.source.device_map == "auto":  # a time would be that of the way between GPUs
+        if args.is_spread:  # a time would be that of the way between GPUs
             args.evaluation.speed_batches = 0
         return args
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the model's layers lie on several GPUs."""
+        return self.source.shard or self.source.device_map == "auto"
 
     @property
     def output_dir(self) -> Path:

@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
-from tvaprune.measure.perplexity import CHUNK_TOKENS, FORWARD_TOKENS, FORWARD_WINDOWS
+from tvaprune.measure.perplexity import CHUNK_TOKENS, windows_of_pass
 from tvaprune.models.parameters import dense_layers, dense_parameters
 from tvaprune.models.shape import ModelShape
 
 GIB = 2**30
 OVERHEAD = 0.75 * GIB  # of a card, that no tensor of ours takes: the context, workspaces, the allocator's rounding
 CARDS = {"24 GB": 23.6 * GIB, "40 GB": 39.4 * GIB, "80 GB": 79.2 * GIB}  # what a card of this name has
-STRENGTHS, SHARES, ROWS = 5, 6, 8192  # of `tvaprune.cut.refit` and `tvaprune.cut.ridge`: finite strengths, shares, rows
+STRENGTHS, SHARES, ROWS = 5, 6, 8192  # of `tvaprune.cut`: finite strengths, shares, rows at a time
+ROTATION_BLOCKS = 128  # that a rotation is learned of
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Work:
         redraws: Whether the noise of the gates is drawn again backward, as on a GPU, or kept.
         distill: Whether the dense model teaches.
         window: Tokens of an evaluation window; ``windows`` are measured.
-        eval_batch: Windows of a pass; 0: as many as `tvaprune.measure.perplexity.windows_per_pass` makes it.
+        eval_batch: Windows of a pass; 0: as `tvaprune.measure.perplexity.windows_of_pass` says.
         scorings: How often masks, or checkpoints, are compared in training, on ``choice_blocks`` blocks.
         refit_blocks: Blocks that the refit fits; what it chooses among is compared on ``choice_blocks``.
         refit_offload: Whether the dense model and the streams are on the host meanwhile.
         refits: Whether the kept weights are refitted, or only cut.
-        keep_dense: Whether the dense model is on the card while the narrower one is measured.
+        keep_dense: Whether the dense model is on the card while the narrower one is measured; ``compare_dense``: while
+            that is tuned, too.
+        rotation_batch: Blocks of a pass of what learns a rotation; 0: nothing is turned.
         lora_r: Rank of LoRA; 0: all weights are trained.
     """
 
@@ -64,6 +67,8 @@ class Work:
     refit_blocks: int = 128
     refit_offload: bool = False
     keep_dense: bool = True
+    compare_dense: bool = False
+    rotation_batch: int = 0
     lora_r: int = 128
     train_lm_head: bool = True
 
@@ -74,8 +79,7 @@ class Work:
 
     def pass_tokens(self, window: int) -> int:
         """Returns the tokens of an evaluation's pass."""
-        fitting = max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // window))
-        return window * (self.eval_batch or fitting)
+        return window * windows_of_pass(window, self.eval_batch)
 
 
 @dataclass(frozen=True)
@@ -203,13 +207,28 @@ def gate_step(work: Work) -> float:
 
 
 def gradient_pass(work: Work) -> float:
-    """Returns the bytes of a pass of `tvaprune.choose.rotation`: as gates keep, and of all tokens the logits.
+    """Returns the bytes of a pass of `tvaprune.choose.rotation`: as gates keep, the moments, and of all tokens logits.
 
-    These as float32, log-probabilities and probabilities, and two gradients.
+    These as log-probabilities, cumulated, and two gradients, in float32.
     """
+    work = _rotating(work)
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
     per_layer = [b * (4 * h + 2 * q + 2 * k + 4 * f) for q, k, f in _layers(shape)]
-    return weights(shape, work) + _training(work, shape, per_layer, (16 + b) * shape.vocab_size * work.tokens, 0)
+    taken = _training(work, shape, per_layer, 16 * shape.vocab_size * work.tokens, 0)
+    return weights(shape, work) + 2 * 8 * h * h + taken
+
+
+def gradient_flops(work: Work) -> float:
+    """Returns the operations of such a pass: forward, backward, and the two moments at every norm."""
+    work = _rotating(work)
+    shape, tokens = work.dense, work.tokens
+    moments = (2 * shape.num_hidden_layers + 1) * 4 * shape.hidden_size**2 * tokens
+    forward = forward_flops(shape, tokens, work.block)
+    return forward + _backward_flops(shape, work) + _head_flops(shape, tokens) + moments
+
+
+def _rotating(work: Work) -> Work:
+    return replace(work, batch=work.rotation_batch, checkpointing=False)
 
 
 def lora_parameters(work: Work) -> int:
@@ -228,11 +247,16 @@ def trained_parameters(work: Work) -> int:
 
 def _tuned(work: Work) -> int:
     """Returns the bytes of a model that is tuned, throughout: weights, what is trained beside them, two moments."""
-    b, shape, r = work.weight_bytes, work.pruned, work.lora_r
-    if not r:
-        return weights(shape, work) + 2 * b * trained_parameters(work)
-    replaced = work.train_lm_head and not shape.tie_word_embeddings  # the head, by the one that is trained
-    return weights(shape, work) + 12 * trained_parameters(work) - replaced * b * shape.hidden_size * shape.vocab_size
+    shape = work.pruned
+    if not work.lora_r:
+        return weights(shape, work) + 2 * work.weight_bytes * trained_parameters(work)
+    return weights(shape, work) + 12 * trained_parameters(work) - _replaced(work)
+
+
+def _replaced(work: Work) -> int:
+    """Returns the bytes of the head that makes room for the one that is trained."""
+    shape, replaced = work.pruned, work.lora_r and work.train_lm_head and not work.pruned.tie_word_embeddings
+    return work.weight_bytes * shape.hidden_size * shape.vocab_size if replaced else 0
 
 
 def finetuning_step(work: Work) -> float:
@@ -253,7 +277,7 @@ def finetuning_step(work: Work) -> float:
     number = 4 if r else b  # of what is trained
     head = 2 * number * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient, twice
     step = _training(work, shape, per_layer, held * shape.vocab_size + head, number * trained_parameters(work))
-    return _tuned(work) + work.distill * weights(work.dense, work) + step
+    return _tuned(work) + (work.distill or work.compare_dense) * weights(work.dense, work) + step
 
 
 def timing(work: Work) -> float:
@@ -264,12 +288,16 @@ def timing(work: Work) -> float:
 
 
 def training_timing(work: Work) -> float:
-    """Returns the bytes of timing training steps of both models, each trained in the same way, without a teacher."""
-    return _tuned(work) + finetuning_step(replace(work, pruned=work.dense, distill=False))
+    """Returns the bytes of timing training steps of both models, each trained in the same way, without a teacher.
+
+    The dense model's head stays beside the one that would be trained: it is put back.
+    """
+    beside = replace(work, pruned=work.dense, distill=False, compare_dense=False)
+    return _tuned(work) + finetuning_step(beside) + _replaced(beside)
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """One least-squares fit of the refit: ``linears`` of n features each, whose moments with m targets are summed.
 
     Attributes:
@@ -284,10 +312,13 @@ class _Fit:
 
     @property
     def bytes(self) -> int:
-        """What it holds at the peak: both splits' moments, and of some rows the errors, or two factors; float64."""
+        """What it holds at the peak: both splits' moments, and of some rows the errors or the solution; float64.
+
+        `torch.cholesky_solve` works on copies of the factor and of the right side.
+        """
         n, rows = self.features, min(ROWS, max(self.outputs))
-        errors, factor = (7 if self.reads else 5) * rows * n, 2 * n * n + (3 if self.reads else 1) * rows * n
-        return 8 * (2 * n * (n + self.targets) + max(errors, factor))
+        errors, solution = (7 if self.reads else 5) * rows * n, 2 * n * n + (5 if self.reads else 3) * rows * n
+        return 8 * (2 * n * (n + self.targets) + max(errors, solution))
 
     def flops(self, tokens: int) -> float:
         """The operations of the moments, and of every strength's factor, solution and error."""
@@ -298,15 +329,15 @@ class _Fit:
         return moments + each * sum(self.outputs) + factors
 
 
-def _fits(work: Work) -> Iterator[_Fit]:
+def _fits(work: Work) -> Iterator[Fit]:
     h, hidden = work.dense.hidden_size, work.pruned.hidden_size
     for q, k, f in _layers(work.pruned):
-        yield _Fit(hidden, h, (q, k, k), True)
-        yield _Fit(q, hidden, (hidden,), False)
-        yield _Fit(hidden, h, (f,) * (1 + work.pruned.gated_mlp), True)
-        yield _Fit(f, hidden, (hidden,), False)
+        yield Fit(hidden, h, (q, k, k), True)
+        yield Fit(q, hidden, (hidden,), False)
+        yield Fit(hidden, h, (f,) * (1 + work.pruned.gated_mlp), True)
+        yield Fit(f, hidden, (hidden,), False)
     if not work.dense.tie_word_embeddings:
-        yield _Fit(hidden, h, (work.dense.vocab_size,), True)
+        yield Fit(hidden, h, (work.dense.vocab_size,), True)
 
 
 def _refit_tokens(work: Work) -> int:
@@ -318,8 +349,19 @@ def _streams(work: Work) -> int:
     return work.weight_bytes * (work.dense.hidden_size + work.pruned.hidden_size) * _refit_tokens(work)
 
 
+def head_share(dense: ModelShape, hidden: int, itemsize: int) -> int:
+    """Returns the bytes of a head at a share of the way: before, after, itself, and of some rows these in float32.
+
+    Args:
+        hidden: Hidden dims of the narrower model, whose head it is; one that is tied is not refitted.
+        itemsize: Bytes of a weight.
+    """
+    v = dense.vocab_size
+    return 0 if dense.tie_word_embeddings else 3 * hidden * (itemsize * v + 4 * min(ROWS, v))
+
+
 def refit(work: Work) -> float:
-    """Returns the bytes on the card in the refit: both models, both streams, and the widest fit.
+    """Returns the bytes on the card in the refit: both models, both streams, and the widest fit, or the head's share.
 
     With ``--refit_offload`` the dense model and the streams are on the host, and a layer or the head comes over.
     """
@@ -327,7 +369,8 @@ def refit(work: Work) -> float:
     if work.refit_offload:
         h, b = work.dense.hidden_size, work.weight_bytes
         there = b * max(h * work.dense.vocab_size, *(h * (2 * q + 2 * k + 3 * f) for q, k, f in _layers(work.dense)))
-    return there + weights(work.pruned, work) + max(fit.bytes for fit in _fits(work))
+    share = head_share(work.dense, work.pruned.hidden_size, work.weight_bytes)
+    return there + weights(work.pruned, work) + max(share, *(fit.bytes for fit in _fits(work)))
 
 
 def refit_flops(work: Work) -> float:
@@ -346,9 +389,11 @@ def of_pass(phase: str, work: Work) -> tuple[float, float]:
     """Returns the bytes on the device and the operations of one pass: what ``benchmarks/simulate.py`` counts.
 
     Args:
-        phase: ``dense_perplexity``, ``pruned_perplexity`` (both models there), ``gate_step``, ``refit`` or
-            ``finetuning_step``.
+        phase: ``dense_perplexity``, ``pruned_perplexity`` (both models there), ``gradient_pass``,
+            ``gate_step``, ``refit`` or ``finetuning_step``.
     """
+    if phase == "gradient_pass":
+        return gradient_pass(work), gradient_flops(work)
     if phase == "refit":
         return refit(work), refit_flops(work)
     if phase == "gate_step":
@@ -361,10 +406,18 @@ def of_pass(phase: str, work: Work) -> tuple[float, float]:
     return weights(shape, work) + beside + evaluation(shape, work, work.window), flops
 
 
-def phases(verb: str, work: Work) -> list[Phase]:
-    """Returns what a run of ``prune``, ``apply`` or ``finetune`` does, in order."""
+def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
+    """Returns what a run of ``prune``, ``apply`` or ``finetune`` does, in order.
+
+    Args:
+        on_card: Else the host's memory is the device's, and what is loaded is not copied there.
+    """
     found = [_evaluated("dense perplexity", work, work.dense, 0)]
+    if on_card:
+        found[0] = replace(found[0], host=weights(work.dense, work))
     if verb == "prune":
+        if work.rotation_batch:
+            found.append(_rotation(work))
         scored = work.scorings * forward_flops(work.dense, work.choice_blocks * work.block, work.block)
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
@@ -378,6 +431,8 @@ def phases(verb: str, work: Work) -> list[Phase]:
         flops = work.steps * finetuning_flops(work) + scored
         helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"
         found.append(Phase("fine-tuning", finetuning_step(work), 0, flops, helps))
+    if not on_card:
+        return [replace(phase, device=phase.device + phase.host, host=0) for phase in found]
     return found
 
 
@@ -387,14 +442,20 @@ _SMALLER_STEP = "--activation_checkpointing True, a smaller --per_device_train_b
 def _evaluated(name: str, work: Work, shape: ModelShape, beside: int) -> Phase:
     device = weights(shape, work) + beside + evaluation(shape, work, work.window)
     flops = forward_flops(shape, work.windows * work.window, work.window)
-    loaded = 0 if beside or name.startswith("pruned") else weights(shape, work)
-    return Phase(name, device, loaded, flops, "a smaller --per_device_eval_batch_size or --ctx_length")
+    return Phase(name, device, 0, flops, "a smaller --per_device_eval_batch_size or --ctx_length")
+
+
+def _rotation(work: Work) -> Phase:
+    """What a rotation is learned of; on the host both moments, and what their eigenvectors take, in float64."""
+    flops = ROTATION_BLOCKS / work.rotation_batch * gradient_flops(work)
+    host, helps = 6 * 8 * work.dense.hidden_size**2, "--rotate off, a smaller --block_size"
+    return Phase("rotation", gradient_pass(work), host, flops, helps)
 
 
 def _cut(work: Work) -> Phase:
-    """The refit, which holds the folded and the refitted weights on the host, or the cut alone."""
+    """The refit, which holds the folded and the refitted weights on the host, or the cut alone, weight by weight."""
     dense, pruned = weights(work.dense, work), weights(work.pruned, work)
     if not work.refits:
-        return Phase("cut", dense + pruned, 0, 0.0, "--dtype bfloat16")
+        return Phase("cut", dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
     host = 2 * pruned + work.refit_offload * (dense + _streams(work))
     return Phase("refit", refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")

@@ -23,6 +23,8 @@ from tvaprune.models.logits import head_of
 from tvaprune.models.pruned import put
 from tvaprune.models.shape import shape_of
 
+ROWS = 8192  # of a weight that are computed in float32 at a time: a head has 128,000
+
 
 class Layers:
     """A model in memory.
@@ -189,7 +191,12 @@ class Streamed(Layers):
 
 def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
     """Returns what lies at a share of the way between two weights, in their precision."""
-    return torch.lerp(before.float(), after.float(), share).to(before.dtype) if share else before
+    if not share:
+        return before
+    found = torch.empty_like(before)
+    for into, *ends in zip(*(values.split(ROWS) for values in (found, before, after)), strict=True):
+        into.copy_(torch.lerp(ends[0].float(), ends[1].float(), share))
+    return found
 
 
 @dataclass

@@ -156,7 +156,7 @@ def precision(dtype: str, device: torch.device, stored: torch.dtype | None, trai
     """Returns what weights are loaded in: ``--dtype``, whose ``auto`` is as stored on a GPU, and float32 on a CPU.
 
     In float16, without scaling the loss, a third of the gradients of a 7B model's gates are 0: what is trained is in
-    bfloat16 where the GPU has it, else in float32.
+    bfloat16 where the GPU has it, else in float32. Without a GPU, for an estimate, it is taken to have it.
     """
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
@@ -164,7 +164,8 @@ def precision(dtype: str, device: torch.device, stored: torch.dtype | None, trai
     if device.type != "cuda" or stored is None:
         return torch.float32
     if trains and stored == torch.float16:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        has = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has else torch.float32
     return stored
 
 

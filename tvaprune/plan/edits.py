@@ -64,12 +64,16 @@ class Edit:
         """Returns a cut parameter times its factors: rows first, and one rounding, to its own precision."""
         if not self.folds:
             return cut
-        values = cut.float() + self.offset if self.offset else cut.float()
+        values = cut.to(torch.float32, copy=True)  # and changed in place: a head is gigabytes
+        if self.offset:
+            values += self.offset
         if self.row_factors is not None:
-            values = values * (self.row_factors.unsqueeze(1) if values.dim() == 2 else self.row_factors)
+            values *= self.row_factors.unsqueeze(1) if values.dim() == 2 else self.row_factors
         if self.column_factors is not None:
-            values = values * self.column_factors
-        return (values - self.offset if self.offset else values).to(cut.dtype)
+            values *= self.column_factors
+        if self.offset:
+            values -= self.offset
+        return values.to(cut.dtype)
 
 
 def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "cpu") -> dict[str, Edit]:

@@ -103,11 +103,15 @@ class Job:
         return self.run.args.source.shard
 
     @property
-    def needs_dense(self) -> bool:
-        """Whether the unpruned model is wanted once the narrower one is there."""
+    def tunes_beside_dense(self) -> bool:
+        """Whether the unpruned model is wanted in fine-tuning or after it: it teaches, or is compared."""
         args = self.run.args
-        live = args.distill.distill and args.finetune.teacher_cache is None
-        return live or times(args, self.plan) or args.evaluation.compare_dense
+        return (args.distill.distill and args.finetune.teacher_cache is None) or args.evaluation.compare_dense
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether it is wanted once the narrower one is there: it is timed, too."""
+        return self.tunes_beside_dense or times(self.run.args, self.plan)
 
     def load_pruned(self) -> PreTrainedModel:
         """Loads the pruned checkpoint in the run's precision and on its device; one to be sharded, on the CPU."""

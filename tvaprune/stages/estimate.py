@@ -32,9 +32,12 @@ def estimate(verb: str, flags: list[str]) -> Estimate:
     flags = expand(verb, flags)
     check_flags(verb, flags)
     args = parse(verb, flags)
+    if args.prune.stream:
+        raise InputError("--stream True: an estimate is of a model in memory, and apply tells what a refit out of core "
+                         "needs before it begins; leave it out")  # fmt: skip
     units, on_card = given_units(args), not args.training.use_cpu
     found = estimate_of(args, units, on_card)
-    if not on_card:
+    if not on_card or args.is_spread:
         return found
     fits = {name: _verdict(args, estimate_of(args, units, on_card, there / GIB), there) for name, there in _cards()}
     return replace(found, fits=fits)
@@ -87,7 +90,7 @@ def _content(found: Estimate, tflops: float) -> dict[str, object]:
 
 
 def _told(found: Estimate, tflops: float) -> str:
-    where = "GPU" if found.on_card else "memory"
+    where = ("GPUs" if found.is_spread else "GPU") if found.on_card else "memory"
     rows = [("phase", f"{where:>10}  {'host':>9}  {'PFLOP':>8}  {'min':>6}")]
     for phase in found.phases:
         minutes = phase.flops / tflops / 1e12 / 60

@@ -173,7 +173,7 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> tuple[dict[flo
 
     Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
     """
-    if wants_rotation(run):
+    if wants_rotation(run.args, run.model.config):
         run = in_basis(dataclasses.replace(run, model=copy.deepcopy(run.model)))
     if method in (VIB, VIB_ONCE):
         (path,) = choose_masks(run).masks.values()
