@@ -25,6 +25,7 @@ from support.meter import MemoryMeter
 from support.other_families import OTHER_ROWS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks import room
 from tvaprune.checkpoint import weights
 from tvaprune.cut import stream
 from tvaprune.cut.refit import refit_layers
@@ -32,8 +33,7 @@ from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import narrow_shell
 from tvaprune.models import layers, load, shards
 from tvaprune.models.pruned import bare_model
-from tvaprune.models.shape import ModelShape, shape_of
-from tvaprune.models.units import PerUnit
+from tvaprune.models.shape import shape_of
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import save_masks
@@ -278,8 +278,21 @@ def test_a_gguf_file_is_refused(dense, text, tmp_path, monkeypatch):
 def test_what_needs_a_model_in_memory_is_refused(flags, told, dense, text, tmp_path):
     ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM, *flags)
     assert (ended.code, ended.fault) == (2, "") and told in ended.err
+    assert not (tmp_path / "at").exists()  # nothing was begun
     ended = run("prune", "--model_name_or_path", dense, *STREAM)
     assert "--stream acts in apply, not in prune" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [("--plan", "without --mask_loc or --plan"), ("--save_pruned", "without --save_pruned FOLDER or --do_eval True")],
+)
+def test_a_stream_without_a_use_is_refused_before_any_folder(left_out, told, dense, text, tmp_path):
+    flags = [*flags_of(dense, text, tmp_path), *STREAM, "--do_eval", "False"]
+    place = flags.index(left_out)
+    ended = run("apply", *flags[:place], *flags[place + 2 :])
+    assert (ended.code, ended.fault) == (2, "") and f"--stream would do nothing {told}" in ended.err
+    assert not (tmp_path / "at").exists()
 
 
 def test_a_hub_id_is_read_from_the_hubs_cache(dense, text, tmp_path, monkeypatch):
@@ -392,27 +405,20 @@ def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_l
         return meter.peak, memory_needed(plan, 4, 32)
 
     (few, wanted), (many, same) = peak(1), peak(3)
-    assert 0.3 * wanted < few <= wanted
+    assert 0.7 * wanted < few <= wanted
     assert many < 1.3 * few and same < 1.3 * wanted
 
 
 def test_a_70b_is_refitted_on_a_card_of_24_gb():
     """Llama-3-70B at half its KV heads and channels, in bfloat16, 8 windows of 512 tokens at a time."""
-    shape = ModelShape.uniform(8192, 80, 64, 8, 128, 28672, 128256)
-
-    def plan(channels):
-        kept = PerUnit(torch.arange(8192), (torch.arange(4),) * 80, (torch.arange(channels),) * 80)
-        return KeepPlan(kept, kept.map(torch.Tensor.float), shape, 128)
-
-    half = plan(14336)
+    half = room.half_plan()
     assert half.sparsity == pytest.approx(0.5, abs=0.01)
     weights = 2 * half.shape.num_hidden_layers * 855_638_016
     assert memory_needed(half, 2, 8 * 512) < 24 * 2**30 < weights / 5
-    assert memory_needed(plan(28672), 2, 8 * 512) > 24 * 2**30  # control: a writer as wide as the dense one does not
+    wide = memory_needed(room.half_plan(28672), 2, 8 * 512)
+    assert wide > 24 * 2**30  # control: a writer as wide as the dense one does not
     tokens = 128 * 512
     streams = 2 * 2 * tokens * 2 * 8192
     assert streams == pytest.approx(4.3e9, rel=0.01)
-    told = f"{memory_needed(half, 2, 8 * 512) / 2**30:.0f} GiB of memory and "
-    told += f"{disk_needed(half, 2, tokens, tokens) / 2**30:.0f} GiB of disk"
-    assert told in " ".join((tiny.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert disk_needed(half, 2, tokens, tokens) - 2 * half.num_parameters == streams + 5 * 2 * tokens * 8192
+    assert room.line() in " ".join((tiny.ROOT / "README.md").read_text(encoding="utf-8").split())

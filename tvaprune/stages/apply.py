@@ -42,25 +42,12 @@ def run_apply(args: Arguments) -> Results:
 
 @contextmanager
 def _scratch(args: Arguments) -> Iterator[Path | None]:
-    """Yields the folder in which ``--stream`` works; None without it.
-
-    Raises:
-        InputError: If there is nothing to stream, or what needs a model in memory is asked for.
-    """
-    prune = args.prune
-    if not prune.stream:
+    """Yields the folder in which ``--stream`` works; None without it."""
+    if not args.prune.stream:
         yield None
         return
-    if prune.mask_loc is None and prune.plan is None:
-        raise InputError("--stream True: there is nothing to cut; give --mask_loc or --plan")
-    if args.evaluation.do_zero_eval:
-        raise InputError(
-            "--stream True: zero-shot scores need the model in memory; leave --do_zero_eval out, and score the folder "
-            "of --save_pruned"
-        )
-    if prune.save_pruned is None and not args.training.do_eval:
-        raise InputError("--stream True: nothing is asked for; give --save_pruned FOLDER, --do_eval True, or both")
-    with scratch_folder(args.save_loc / "streams" if prune.save_pruned is None else Path(prune.save_pruned)) as folder:
+    saved = args.prune.save_pruned
+    with scratch_folder(args.save_loc / "streams" if saved is None else Path(saved)) as folder:
         yield folder
 
 
