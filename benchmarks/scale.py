@@ -1,18 +1,20 @@
 """What a 7B or an 8B takes: memory of each phase, a step of gate training, prefill and decode of what is cut.
 
-Random weights carry memory and time. On a GPU everything is measured and the table goes to ``benchmarks/scale.md``;
-without one, memory and operations of the large shapes are those of the simulation (`benchmarks.simulate`), and only
-``--shape small`` is timed. Of the published masks a path is given; without one every layer loses half. A ratio is the
-median over turns in which both models run one after the other; the ideal is that of the parameters that a token meets.
+Random weights carry memory and time. On a GPU everything is measured; without one, memory and operations of the large
+shapes are those of the simulation (`benchmarks.simulate`), and only ``--shape small`` is timed. Of the published masks
+a path is given; without one every layer loses half. A ratio is the median over turns in which both models run one after
+the other; the ideal is that of the parameters that a token meets.
 
     python -m benchmarks.scale --shape Mistral-7B --mask mistral_7b_mask_info_18.891157150268555.pkl
-    python -m benchmarks.scale --shape small --out /tmp/small.md
+    python -m benchmarks.scale --shape small --out out/small.md
 """
 
 import argparse
 import copy
+import shlex
 import statistics
-import time
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +23,15 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.simulate import CONFIGS, PHASES, RealCard, Scene, Taken, plan_to, simulate
-from benchmarks.step import seconds, steps
-from tvaprune.estimates import TFLOPS
+from benchmarks.step import steps
+from tvaprune.budget import DEFAULT_MEMORY, RESERVED
+from tvaprune.estimates import TFLOPS, estimate_of
+from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
 from tvaprune.measure.cost import GIB, Work, narrower
 from tvaprune.measure.hardware import describe_device
+from tvaprune.measure.perplexity import windows_of_pass
+from tvaprune.measure.speed import turn_about
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
@@ -82,20 +88,18 @@ class Setting:
         longest = self.config.max_position_embeddings
         window = getattr(self.config, "sliding_window", None)
         blocks = 8 if self.name == "small" else 128
-        return Work(
+        work = Work(
             self.shape, pruned, sliding_window=window, window=min(8192, longest), refit_blocks=blocks,
-            choice_blocks=blocks, redraws=self.on_card,
+            choice_blocks=blocks, redraws=self.on_card, rotation_batch=windows_of_pass(BLOCK),
         )  # fmt: skip
+        while work.rotation_batch > 1 and cost.gradient_pass(work) > (DEFAULT_MEMORY - RESERVED) * GIB:
+            work = replace(work, rotation_batch=work.rotation_batch // 2)
+        return work
 
 
 def sized(shape: ModelShape, hidden: int, heads: tuple[int, ...], channels: tuple[int, ...]) -> ModelShape:
     """Returns a shape at other widths."""
-    found = copy.copy(shape)
-    for name, value in zip(
-        ("hidden_size", "num_key_value_heads", "intermediate_size"), (hidden, heads, channels), strict=True
-    ):
-        object.__setattr__(found, name, value)
-    return found
+    return replace(shape, hidden_size=hidden, num_key_value_heads=heads, intermediate_size=channels)
 
 
 def memory_rows(setting: Setting) -> list[str]:
@@ -119,6 +123,19 @@ def memory_rows(setting: Setting) -> list[str]:
             taken = simulate(setting.config, work, phase, plan)
         rows.append(row(phase.replace("_", " "), taken, cost.of_pass(phase, work)))
     return rows
+
+
+def memory_line(setting: Setting) -> str:
+    """Returns what the whole of ``prune`` takes at most on a card, by the formulas, with what ``--memory`` sets."""
+    units = None if setting.mask is None else load_masks(setting.mask, setting.shape)
+    told = []
+    with tempfile.TemporaryDirectory() as folder:
+        setting.config.save_pretrained(folder)
+        for memory in (DEFAULT_MEMORY, 24):
+            flags = ["--model_name_or_path", folder, "--dtype", "bfloat16", "--memory", f"{memory:g}", "--use_cpu"]
+            most = estimate_of(parse("prune", flags), units, on_card=True).largest
+            told.append(f"{most.device / GIB:.2f} GiB at --memory {memory:g} ({most.name})")
+    return f"All of `prune`, by the formulas, at most: {', '.join(told)}."
 
 
 def row(name: str, taken: Taken | None, formula: tuple[float, float]) -> str:
@@ -157,11 +174,8 @@ def step_rows(setting: Setting, turns: int) -> list[str]:
     )
     sizes = {name: getattr(setting.config, name) for name in names}
     plain, gated = steps(sizes, (1, BLOCK), str(setting.device), setting.dtype)
-    taken = [
-        (seconds(plain, str(setting.device))[0], seconds(gated, str(setting.device))[0]) for _ in range(turns + 1)
-    ][1:]
-    ratio = statistics.median(own / other for other, own in taken)
-    each = statistics.median(own for _, own in taken)
+    others, own = turn_about(lambda _: plain(), lambda _: gated(), turns, setting.device)
+    ratio, each = ratio_of(own, others), statistics.median(own)
     return [
         computed,
         f"gated step over plain step (1 x {BLOCK}): {ratio:.2f}; {BLOCKS:,} blocks: {BLOCKS * each / 60:.3g} min",
@@ -173,24 +187,24 @@ def met(shape: ModelShape) -> int:
     return dense_parameters(shape) - (0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size)
 
 
-def prefill(batch: int, length: int) -> Callable[[PreTrainedModel], Callable[[], object]]:
+def prefill(batch: int, length: int) -> Callable[[PreTrainedModel], Callable[[int], object]]:
     """Returns what times a model's pass over prompts, the last position's logits alone."""
 
-    def of(model: PreTrainedModel) -> Callable[[], object]:
+    def of(model: PreTrainedModel) -> Callable[[int], object]:
         ids = torch.zeros(batch, length, dtype=torch.int64, device=model.device)
-        return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return lambda _: model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
     return of
 
 
-def decode(batch: int, prompt: int) -> Callable[[PreTrainedModel], Callable[[], object]]:
+def decode(batch: int, prompt: int) -> Callable[[PreTrainedModel], Callable[[int], object]]:
     """Returns what times a model's tokens after a prompt, one by one; the cache grows from turn to turn."""
 
-    def of(model: PreTrainedModel) -> Callable[[], object]:
+    def of(model: PreTrainedModel) -> Callable[[int], object]:
         ids = torch.zeros(batch, prompt, dtype=torch.int64, device=model.device)
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
-        def run() -> None:
+        def run(turn: int) -> None:
             for _ in range(NEW):
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
 
@@ -199,15 +213,9 @@ def decode(batch: int, prompt: int) -> Callable[[PreTrainedModel], Callable[[], 
     return of
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds of a run."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def ratio_of(times: list[float], others: list[float]) -> float:
+    """Returns the median over turns of one time over the other."""
+    return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
 @torch.inference_mode()
@@ -226,14 +234,13 @@ def speed_rows(setting: Setting, turns: int) -> list[str]:
         plan = setting.plan(multiple)
         work = setting.work(plan)
         scene = Scene(RealCard(), work, setting.config, plan, setting.device, setting.dtype)
-        models, cells = (scene.dense, scene.pruned()), []
+        pruned, cells = scene.pruned(), []
         for of in works.values():
-            runs = [of(model) for model in models]
-            pairs = [tuple(timed(run, setting.device) for run in runs) for _ in range(turns + 1)][1:]
-            cells.append(f"{statistics.median(slow / fast for slow, fast in pairs):.2f}")
+            slow, fast = turn_about(of(scene.dense), of(pruned), turns, setting.device)
+            cells.append(f"{ratio_of(slow, fast):.2f}")
         ideal = met(work.dense) / met(work.pruned)
         rows.append(f"| {multiple} | {plan.sparsity:.3f} | {ideal:.2f} | {' | '.join(cells)} |")
-        del scene, models
+        del scene, pruned
     return rows
 
 
@@ -242,6 +249,7 @@ def report(setting: Setting, turns: int) -> str:
     where = describe_device(setting.device) if setting.on_card else "simulated: no GPU was there"
     mask = "no mask, half of every layer" if setting.mask is None else setting.mask.name
     lines = [f"## {setting.name}", "", f"{mask}; memory and operations: {where}.", "", *memory_rows(setting), ""]
+    lines += [memory_line(setting), ""]
     lines += [*step_rows(setting, turns), ""]
     if setting.on_card or setting.name == "small":
         lines += [
@@ -269,7 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
         parts.append(report(Setting(name, SHAPES[name], mask, device), args.turns))
         print(parts[-1], flush=True)
     if args.out is not None:
-        args.out.write_text("# Scale\n\n" + "\n".join(parts), encoding="utf-8")
+        command = shlex.join(["python", "-m", "benchmarks.scale", *(sys.argv[1:] if arguments is None else arguments)])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(f"# Scale\n\n`{command}`\n\n" + "\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":
