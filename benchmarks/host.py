@@ -5,6 +5,12 @@ over what the same command on a tiny model left, over the bytes of the weights. 
 activations are larger here than of a 7B. Nothing is timed, so the unpruned model need not stay.
 
     python -m benchmarks.host
+
+    prune, fold: 680 MiB, 1.56 times the weights
+    apply, fold: 660 MiB, 1.52 times the weights
+    apply, refit: 1225 MiB, 2.82 times the weights
+
+(prune, refit was not waited for.)
 """
 
 import gc
