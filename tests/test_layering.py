@@ -23,7 +23,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["measure"],
     ["plan"],
     ["run"],
-    ["budget"],
+    ["budget", "targets"],
     ["choose"],
     ["cut"],
     ["checkpoint"],

@@ -29,6 +29,7 @@ class Estimate:
         phases: Of the run, in order; on a CPU the host's memory is the device's.
         on_card: Whether the device is a card.
         is_spread: Whether the model is spread over several, which hold this together.
+        target: What ``--target_params`` and its kin were turned into, in a line; empty where none was given.
         fits: Of cards by name, where they were asked for: whether the run fits, and with what.
     """
 
@@ -38,6 +39,7 @@ class Estimate:
     on_card: bool
     is_spread: bool = False
     fits: Mapping[str, str] = field(default_factory=dict)
+    target: str = ""
 
     @property
     def largest(self) -> Phase:

@@ -26,7 +26,7 @@ from tvaprune.flags.settings import (
     ModelSettings,
     PruneSettings,
 )
-from tvaprune.flags.verbs import ALWAYS, VERBS, check_flags
+from tvaprune.flags.verbs import ALWAYS, TARGETS, VERBS, check_flags
 
 EVAL_STEPS = 50
 
@@ -182,7 +182,10 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
             action.nargs = "*"
     settings, flags = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     check_flags("prune", flags)
-    if recipe_of("prune", flags).get("dim_multiple") == AUTO:
+    recipe = recipe_of("prune", flags)
+    if targets := [f"--{name}" for name in TARGETS if name in recipe]:
+        raise InputError(f"{' and '.join(targets)}: --sparsities says what is cut here; leave it out")
+    if recipe.get("dim_multiple") == AUTO:
         raise InputError("--dim_multiple auto: one number must serve all cells; let prune measure it, and give it here")
     settings.flags = flags
     found: CompareSettings = settings

@@ -7,7 +7,7 @@ from tvaprune import ranks
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import DistillSettings
-from tvaprune.flags.verbs import VERBS
+from tvaprune.flags.verbs import TARGETS, VERBS
 
 _GATES = (
     "vib_learning_rate", "reg_learning_rate", "kl_factor", "att_mul", "inter_mul", "emb_mult",
@@ -88,6 +88,9 @@ def parse(verb: str, arguments: list[str]) -> Arguments:
         InputError: If a value cannot be used, or a flag that was given would do nothing.
     """
     args = Arguments.parse(arguments, verb)
+    targets = [f"--{name}" for name in TARGETS if name in args.recipe]
+    if len(targets) > 1:
+        raise InputError(f"{' and '.join(targets)}: each says how much goes; give one of them")
     for condition in CONDITIONS:
         given = [name for name in condition.flags if str(args.recipe.get(name, False)).lower() != "false"]
         if verb in condition.verbs and given and not condition.holds(args):

@@ -5,6 +5,7 @@ Each class of flags checks itself when it is made, so a command line and a call 
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,6 +34,7 @@ TARGET = Range(
     "a number between 0 and 1, such as 0.5: it is the share of the decoder's parameters that goes",
     lambda value: 0 < value < 1,
 )
+SPEED_UP = Range("a number above 1, such as 1.5: how many times as fast", lambda value: value > 1)
 COUNT = _at_least(1, "a number above 0, a whole one")
 COUNT_OR_NONE = _at_least(0, "a whole number of 0 or more")
 TOKENS = _at_least(2, "at least 2 tokens: one is predicted from the other")
@@ -56,6 +58,7 @@ RANGES = {
         DURATION: ("lagrangian_warmup_epochs", "warmup_steps", "eval_delay", "max_grad_norm"),
         SHARE: ("settle_share", "lora_dropout", "adam_beta1", "adam_beta2"),
         TARGET: ("target_sparsity", "sparsities", "zero_eval_sparsities"),
+        SPEED_UP: ("target_speedup",),
         TOKENS: ("block_size", "ctx_length"),
         COUNT: (
             "max_train_samples", "max_eval_samples", "tensor_parallel", "refit_samples", "lora_r", "teacher_top_k",
@@ -79,6 +82,26 @@ CHOICES = {
 
 
 AUTO = "auto"  # of a number that is measured
+NUMBERS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s?([a-z]*)", re.ASCII)
+
+
+def amount(name: str, value: str, units: dict[str, float]) -> float:
+    """Returns the value of a flag that takes a number with a unit, such as ``100M`` or ``6GB``.
+
+    Args:
+        units: By name, in small letters; the number is multiplied by its unit's.
+
+    Raises:
+        InputError: If it is no such number, or nothing.
+    """
+    found = _AMOUNT.fullmatch(value.strip().lower())
+    total = float(found[1]) * units.get(found[2], 0) if found else 0
+    if not total:
+        example = "100M or 1.5B parameters" if units is NUMBERS else "6GB or 5.5GiB"
+        raise InputError(f"--{name} is {value}: give an amount above 0 with its unit, such as {example}")
+    return total
 
 
 def number_or(word: str, name: str, value: int | str | None) -> int | str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tvaprune.errors import InputError
-from tvaprune.flags.ranges import AUTO, check_ranges, number_or
+from tvaprune.flags.ranges import AUTO, BYTES, NUMBERS, amount, check_ranges, number_or
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
@@ -101,6 +101,20 @@ class PruneSettings:
             "its gates trained to the largest, is cut at each."
         },
     )
+    target_params: str | None = _flag(
+        None,
+        "In place of --target_sparsity: parameters to leave of the whole model, embeddings included, such as 100M; "
+        "counted with all hidden dims, what is reached is told.",
+    )
+    target_memory: str | None = _flag(
+        None,
+        "In place of it: what the weights are to take as they are saved, such as 6GB or 5.5GiB; counted likewise.",
+    )
+    target_speedup: float | None = _flag(
+        None,
+        "In place of it: how many times fewer operations a forward pass is to take, such as 1.5. Counted, not timed: "
+        "what the hardware makes of it is measured after the cut.",
+    )
     rotate: Literal["auto", "on", "off"] = _flag(
         "auto",
         "Turn the residual stream, before units are chosen, to the directions that matter: cutting hidden dims costs "
@@ -139,7 +153,8 @@ class PruneSettings:
         None,
         "Multiple that hidden and MLP widths are adjusted to; 0: off; auto: the one at which linear layers of such "
         "widths are quickest on the device, measured; default: as the mask's record says; without one: 128, in a model "
-        "under 1,024 wide 8.",
+        "under 1,024 wide 8. To quantise the result: FP8 blocks and groups of AWQ and GPTQ need 128, GGUF's K-quants "
+        "256.",
     )
     keep_one_kv_head: bool | None = _flag(
         None,
@@ -181,6 +196,9 @@ class PruneSettings:
         """Checks the ranges, and that the files are there."""
         self.dim_multiple = number_or(AUTO, "dim_multiple", self.dim_multiple)
         check_ranges(self)
+        for name, units in (("target_params", NUMBERS), ("target_memory", BYTES)):
+            if (given := getattr(self, name)) is not None:
+                amount(name, given, units)
         if self.mask_loc is not None and not Path(self.mask_loc).is_file():
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
         if self.plan is not None:

@@ -24,6 +24,7 @@ def _names(*classes: Any) -> tuple[str, ...]:
     return tuple(entry.name for cls in classes for entry in fields(cls))
 
 
+TARGETS = ("target_sparsity", "target_params", "target_memory", "target_speedup")  # how much goes: one says it
 _WIDTHS = ("dim_multiple", "keep_one_kv_head", "uniform", "tensor_parallel")
 _UPDATE = ("weight_update", "refit_samples", "refit_offload")
 _FOLDERS = ("output_dir", "save_loc", "save_pruned", "overwrite_output_dir")
@@ -83,7 +84,7 @@ VERBS = {
     "prune": _verb(
         "choose units (gates trained, or units scored), cut at the target sparsity, measure, save",
         "tvaprune.stages.prune:run_prune",
-        (*_SEEN_FIRST, "target_sparsity", "prune_method", "block_size", "ctx_length", "max_train_samples"),
+        (*_SEEN_FIRST, *TARGETS, "prune_method", "block_size", "ctx_length", "max_train_samples"),
         (*_LEARNED, *_WITHOUT_MASK, *_names(DistillSettings)),
         _TRAINING,
     ),

@@ -17,6 +17,7 @@ from tvaprune.measure import cost
 from tvaprune.measure.cost import GIB
 from tvaprune.report.tables import table
 from tvaprune.run import given_units
+from tvaprune.targets import settle_target, settled
 
 RUNS = ("prune", "apply", "finetune")
 
@@ -35,8 +36,11 @@ def estimate(verb: str, flags: list[str]) -> Estimate:
     if args.prune.stream:
         raise InputError("--stream True: an estimate is of a model in memory, and apply tells what a refit out of core "
                          "needs before it begins; leave it out")  # fmt: skip
+    target = settle_target(args)
     units, on_card = given_units(args), not args.training.use_cpu
     found = estimate_of(args, units, on_card)
+    if target is not None:
+        found = replace(found, target=settled(args, target))
     if not on_card or args.is_spread:
         return found
     fits = {name: _verdict(args, estimate_of(args, units, on_card, there / GIB), there) for name, there in _cards()}
@@ -86,7 +90,8 @@ def main(arguments: list[str]) -> Estimate:
 
 def _content(found: Estimate, tflops: float) -> dict[str, object]:
     figures = {"flops": found.flops, "minutes": found.minutes(tflops), "tflops": tflops, "fits": found.fits}
-    return {"verb": found.verb, "phases": [asdict(phase) for phase in found.phases]} | figures
+    told = {"target": found.target} if found.target else {}
+    return {"verb": found.verb} | told | {"phases": [asdict(phase) for phase in found.phases]} | figures
 
 
 def _told(found: Estimate, tflops: float) -> str:
@@ -100,4 +105,9 @@ def _told(found: Estimate, tflops: float) -> str:
                         f"{found.minutes(tflops):>6.1f}"))  # fmt: skip
     if found.on_card:
         rows += [(name, told) for name, told in found.fits.items()]
-    return table(rows) + f"\n(minutes at {tflops:g} TFLOP/s; a GPU takes some {in_gib(cost.OVERHEAD)} more by itself)"
+    told = f"{found.target}\n" if found.target else ""
+    return (
+        told
+        + table(rows)
+        + f"\n(minutes at {tflops:g} TFLOP/s; a GPU takes some {in_gib(cost.OVERHEAD)} more by itself)"
+    )

@@ -29,6 +29,7 @@ from tvaprune.run import (
     settle_multiple,
     zero_shot_tasks,
 )
+from tvaprune.targets import Target, reached, settle_target, settled
 
 
 @holding_folders()
@@ -38,6 +39,8 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     Returns:
         The results of every target sparsity.
     """
+    if (target := settle_target(args)) is not None:
+        print(settled(args, target))
     tasks, checkpoint = zero_shot_tasks(args), ranks.on_main(_prepared, args)
     settle_multiple(args)
     fit(args)
@@ -51,17 +54,20 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     if chosen.history is not None:
         ranks.on_main(plots.write_training, chosen.history, args.save_loc)
     if not args.source.shard:
-        return _measured(run, tasks, chosen, windows, dense)
+        return _measured(run, tasks, chosen, windows, dense, target)
     del run.model  # its shares go: one process cuts and measures the narrower models
     gc.collect()
-    return ranks.on_main(_measured, run, tasks, chosen, windows, dense)
+    return ranks.on_main(_measured, run, tasks, chosen, windows, dense, target)
 
 
-def _measured(run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset, dense: float) -> dict[float, Results]:
+def _measured(
+    run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset, dense: float, asked: Target | None
+) -> dict[float, Results]:
     """Cuts the masks of all targets and measures what is left.
 
     Args:
         dense: The unpruned model's perplexity on the same windows.
+        asked: What the target sparsity was made of; None: it was given.
     """
     run, args = run.whole(), run.args
     targets, found = args.each_target(), {}
@@ -75,6 +81,8 @@ def _measured(run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset
         results.note_update(update)
         measure(part, plan, pruned, windows, dense, results)
         tell(one, results)
+        if asked is not None:
+            print(reached(asked, plan))
         if one.prune.save_pruned is not None:
             overwrite = args.training.overwrite_output_dir
             place = one.prune.save_pruned
