@@ -157,6 +157,9 @@ def test_a_run_says_what_it_made_of_a_target_and_what_it_reached_and_its_recipe_
     assert again.code == 0, again.fault
     assert tiny.read_json(tmp_path / "again" / "plan.json") == tiny.read_json(tmp_path / "first" / "plan.json")
     assert "reached" not in again.out
+    won = run("prune", "--config", tmp_path / "first" / "recipe.yaml", "--output_dir", tmp_path / "won",
+              "--target_params", "21k")  # fmt: skip
+    assert won.code == 0 and "--target_params 21k: reached" in won.out  # the command line wins
     other = run("prune", *flags, *once, "--target_params", "21k", "--output_dir", tmp_path / "other")
     assert other.code == 0 and KeepPlan.load(tmp_path / "other" / "plan.json").num_parameters > kept.num_parameters
 

@@ -1,4 +1,4 @@
-"""``--target_params``, ``--target_memory``, ``--target_speedup``: each is turned into a sparsity, from the config alone.
+"""``--target_params``, ``--target_memory``, ``--target_speedup``: each is turned into a sparsity, by the config alone.
 
 What each counts is a part that no cut of the decoder layers changes (embeddings, lm_head, final norm) and a part that
 goes with the layers' parameters: at sparsity ``s``, ``whole - s * layers``. How many hidden dims stay is not known

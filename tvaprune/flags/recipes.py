@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from tvaprune.errors import InputError
-from tvaprune.flags.verbs import VERBS, flag_name
+from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, given_names
 
 RECIPE_NAME = "recipe.yaml"
 _AS_FLAGS = {"true": "True", "false": "False"}  # YAML's words for what a command line spells so
@@ -30,11 +30,11 @@ def expand(verb: str, arguments: list[str]) -> list[str]:
             rest.append(word)
     flags: list[str] = []
     for recipe in recipes:
-        flags += _flags_of(verb, recipe)
+        flags += _flags_of(verb, recipe, not set(TARGETS).isdisjoint(given_names(rest)))
     return flags + rest
 
 
-def _flags_of(verb: str, recipe: str | None) -> list[str]:
+def _flags_of(verb: str, recipe: str | None, is_target_given: bool) -> list[str]:
     if not recipe or not Path(recipe).is_file():
         raise InputError(f"--config {recipe}: there is no such file; give a recipe.yaml")
     try:
@@ -51,6 +51,8 @@ def _flags_of(verb: str, recipe: str | None) -> list[str]:
         if key not in VERBS[verb].flags:
             near = difflib.get_close_matches(str(key), VERBS[verb].flags, 1)
             raise InputError(f"--config {recipe}: {key!r} is no flag of {verb}{f'; perhaps {near[0]}' if near else ''}")
+        if is_target_given and key in TARGETS:
+            continue
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, dict | list) or item == "" for item in values):
             raise InputError(f"--config {recipe}: {key} needs a plain value, or a list of them")
