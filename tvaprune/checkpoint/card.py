@@ -1,15 +1,14 @@
 """The README.md of a pruned checkpoint: what it is, how it was made, how each tool loads it."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from tvaprune.checkpoint.card_metadata import adapter_metadata, model_metadata, published
 from tvaprune.errors import InputError
 from tvaprune.models.families import base_type
 from tvaprune.models.formats import check_graph, gguf_architecture, vanilla_config
-from tvaprune.models.published import PUBLISHED, Published
 from tvaprune.models.shape import in_words
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -40,13 +39,7 @@ _VANILLA = """- any other engine: `python -m tvaprune.export --format vanilla {n
 """
 
 
-_ADAPTER = """---
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, pruned, tvaprune]
----
-
-# {name}
+_ADAPTER = """# {name}
 
 A LoRA adapter that recovers the quality of a pruned model. It belongs to the pruned checkpoint `{base}`, and to no
 other.
@@ -69,7 +62,8 @@ def adapter_card(plan: KeepPlan, record: dict[str, object], name: str, base: str
         base: The pruned checkpoint that it belongs to.
     """
     origin = [*_origin(plan, record), *_tuning(record)]
-    lines = [_ADAPTER.format(name=name, base=base), "## How it was made", "", *(f"- {k}: {v}" for k, v in origin), ""]
+    lines = [adapter_metadata(record), _ADAPTER.format(name=name, base=base)]
+    lines += ["## How it was made", "", *(f"- {k}: {v}" for k, v in origin), ""]
     return "\n".join(lines)
 
 
@@ -85,7 +79,7 @@ def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any],
     base = record.get("model")
     return "\n".join(
         [
-            _front_matter(base),
+            model_metadata(record, name),
             f"# {name}",
             "",
             f"A narrower {_named(base)}, pruned by TVA-Prune{_and_tuned(record)}: whole hidden dims, KV groups and MLP "
@@ -106,30 +100,13 @@ def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any],
     )
 
 
-def _front_matter(base: str | None) -> str:
-    published = _published(base)
-    if published is not None:
-        base = published.origin
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, tvaprune]"]
-    if base and not Path(base).is_dir() and base.count("/") == 1:  # the hub takes a repository's name here, not a path
-        lines += [f"base_model: {base}", "base_model_relation: finetune"]
-    if published is not None:
-        lines.append(f"license: {published.license}")
-    return "\n".join([*lines, "---", ""])
-
-
-def _published(base: str | None) -> Published | None:
-    """Returns the fetched model that a name means; a folder of that name goes first."""
-    return PUBLISHED.get(base) if base is not None and not Path(base).exists() else None
-
-
 def _terms(base: str | None) -> list[str]:
     """Returns what the licence of a fetched model asks of who passes on what is made of it."""
-    published = _published(base)
-    if published is None:
+    fetched = published(base)
+    if fetched is None:
         return []
     where = f"What is named there is in the folder that `tvaprune fetch {base}` prints."
-    return ["## Licence", "", f"It is made of {published.title}. {published.terms} {where}", ""]
+    return ["## Licence", "", f"It is made of {fetched.title}. {fetched.terms} {where}", ""]
 
 
 def _named(base: str | None) -> str:

@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -38,6 +39,8 @@ NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the
     "exaone4": "Exaone4",
 }
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+CARD = "README.md"
+_EMPTY_CARD = "This model card has been automatically generated"  # transformers' words, for a repository without a card
 ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
 
 
@@ -161,12 +164,32 @@ class _PrunedForCausalLM(nn.Module):
 
     model_class: Any
     post_init: Any
+    config: Any
+    own_card: str | None = None
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
             super().__init__(config)
         self.model = self.model_class(config)
         self.post_init()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as any; read before, since with ``push_to_hub`` the folder's own card may be written over."""
+        self.own_card = _card_of(self.config)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Uploads with the card of the folder that the model came from, where transformers made an empty one."""
+        card = Path(working_dir) / CARD
+        if self.own_card is not None and _EMPTY_CARD in card.read_text(encoding="utf-8"):
+            card.write_text(self.own_card, encoding="utf-8")
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+
+def _card_of(config: Any) -> str | None:
+    """Returns the card of the folder that a config was read from; None: it came from nowhere, or there is none."""
+    path = Path(config._name_or_path or "/") / CARD
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def classes_of(model_type: str) -> tuple[Any, Any, Any]:

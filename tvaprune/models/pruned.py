@@ -33,7 +33,8 @@ def config_of_widths(
         source: The config of the model that it is cut from: all that is no width.
     """
     values = source.to_dict()
-    for key in ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version"):
+    others = ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version", "_name_or_path")
+    for key in others:
         values.pop(key, None)
     rows = [dict(zip(WIDTHS, (k * group_size, k, f), strict=True)) for k, f in zip(heads, channels, strict=True)]
     widest = {key: max(row[key] for row in rows) for key in WIDTHS}

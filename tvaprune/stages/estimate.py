@@ -105,9 +105,5 @@ def _told(found: Estimate, tflops: float) -> str:
                         f"{found.minutes(tflops):>6.1f}"))  # fmt: skip
     if found.on_card:
         rows += [(name, told) for name, told in found.fits.items()]
-    told = f"{found.target}\n" if found.target else ""
-    return (
-        told
-        + table(rows)
-        + f"\n(minutes at {tflops:g} TFLOP/s; a GPU takes some {in_gib(cost.OVERHEAD)} more by itself)"
-    )
+    note = f"(minutes at {tflops:g} TFLOP/s; a GPU takes some {in_gib(cost.OVERHEAD)} more by itself)"
+    return "\n".join([*([found.target] if found.target else []), table(rows), note])

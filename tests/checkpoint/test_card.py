@@ -1,0 +1,168 @@
+"""What the hub is told of a pruned checkpoint: the metadata above its card, and that our card goes along with it."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+import transformers.utils.hub as hub_of_transformers
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.repocard import metadata_load
+from support.families import ROWS, make_plan, sliced
+from support.folders import no_heads_in_layer_0, tokenizer, uniform
+from transformers import AutoModelForCausalLM
+
+from tvaprune.checkpoint import card_metadata
+from tvaprune.checkpoint.card import adapter_card, model_card
+from tvaprune.checkpoint.card_metadata import source_metadata
+from tvaprune.checkpoint.folder import load_pruned, save_pruned
+
+EMPTY = "This model card has been automatically generated"
+
+
+@pytest.fixture(scope="session")
+def narrow(make_model, make_masks):
+    """Returns a function: case, the dense model's folder -> a narrower Llama in memory and its plan."""
+
+    def make(case, source=""):
+        model_type, values = ROWS["llama GQA"]
+        model = make_model(model_type, **values)
+        model.config._name_or_path = str(source)
+        plan = case(make_plan(model, make_masks))
+        return sliced(model, plan), plan
+
+    return make
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """The files of every commit that would have gone to the hub, by name; the repository there has no card."""
+    commits = []
+
+    class Api:
+        def create_repo(self, repo_id, **_):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/somebody/{repo_id}")
+
+        def create_commit(self, repo_id, operations, **_):
+            commits.append({each.path_in_repo: content(each) for each in operations})
+
+    def content(operation):
+        with operation.as_file() as file:
+            return file.read()
+
+    def load(repo_id, **_):
+        raise EntryNotFoundError("no README.md")
+
+    monkeypatch.setattr(hub_of_transformers, "hf_api", Api)
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", Api)
+    monkeypatch.setattr(ModelCard, "load", load)
+    return commits
+
+
+def test_what_a_loaded_pruned_model_pushes_has_our_card(narrow, pushed, tmp_path):
+    folder = save_pruned(*narrow(no_heads_in_layer_0), tokenizer(), tmp_path / "pruned")
+    ours = (folder / "README.md").read_bytes()
+    for model in (load_pruned(folder), AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)):
+        model.push_to_hub("pruned")
+        assert pushed[-1]["README.md"] == ours and b"tvaprune" in ours
+        assert {"config.json", "model.safetensors", "modeling_pruned.py"} <= set(pushed[-1])
+        model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="again")
+        assert pushed[-1]["README.md"] == ours
+        shutil.rmtree(tmp_path / "again")
+    load_pruned(folder).save_pretrained(folder, push_to_hub=True, repo_id="pruned")  # into its own folder
+    assert pushed[-1]["README.md"] == ours == (folder / "README.md").read_bytes()
+
+
+def test_a_card_that_is_on_the_hub_already_stays(narrow, pushed, tmp_path, monkeypatch):
+    folder = save_pruned(*narrow(no_heads_in_layer_0), None, tmp_path / "pruned")
+    monkeypatch.setattr(ModelCard, "load", lambda repo_id, **_: ModelCard("---\nlicense: mit\n---\nmine"))
+    load_pruned(folder).push_to_hub("pruned")
+    assert b"mine" in pushed[-1]["README.md"]
+
+
+def test_what_has_no_card_of_ours_pushes_what_transformers_makes(narrow, pushed, tmp_path, monkeypatch):
+    """Negative controls: without the hook the card is an empty one, and nobody else's card is taken for ours."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("of the folder that the command was called in")
+    in_memory, _ = narrow(no_heads_in_layer_0, tmp_path)  # the card of the dense model is another's
+    in_memory.push_to_hub("in-memory")
+    assert EMPTY.encode() in pushed[-1]["README.md"]
+    stock = save_pruned(*narrow(uniform), None, tmp_path / "stock")
+    load_pruned(stock).push_to_hub("stock")  # a stock class: `hf upload` pushes the folder with its card
+    assert EMPTY.encode() in pushed[-1]["README.md"]
+
+
+def test_a_folder_goes_up_with_its_card(narrow, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "_validate_yaml", lambda self, content, **_: checked.append(content))
+    folder = save_pruned(*narrow(uniform), tokenizer(), tmp_path / "pruned")
+    found = huggingface_hub.HfApi()._prepare_upload_folder_additions(folder, "", repo_type="model")
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {each.path_in_repo for each in found}
+    assert [text.strip() for text in checked] == [(folder / "README.md").read_text().strip()]  # the hub's own check
+
+
+def card(path, metadata):
+    path.mkdir()
+    (path / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n", encoding="utf-8")
+    return str(path)
+
+
+def test_licence_and_language_are_those_of_the_source(tmp_path):
+    stock = card(tmp_path / "stock", "license: other\nlicense_name: acme\nlicense_link: LICENSE\nlanguage: [en, de]\n"
+                 "base_model: somebody/instruct-of-this\ntags: [chat]")  # fmt: skip
+    # Its own base is not what it is; a link into a folder leads nowhere.
+    assert source_metadata(stock) == {"license": "other", "license_name": "acme", "language": ["en", "de"]}
+    ours = card(tmp_path / "ours", "license: mit\nlanguage: en\nbase_model: meta/llama\ntags: [pruned, tvaprune]")
+    assert source_metadata(ours) == {"license": "mit", "language": "en", "base_model": "meta/llama"}
+    assert source_metadata("smollm2") == {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    assert source_metadata(None) == source_metadata(str(tmp_path)) == {}
+
+
+def test_of_a_hub_id_the_card_is_asked_for(tmp_path, monkeypatch):
+    found = card(tmp_path / "cache", "license: other\nlicense_link: LICENSE.md\nlanguage: en\ntags: [pruned, tvaprune]")
+    monkeypatch.setattr(card_metadata, "hf_hub_download", lambda repo, name: f"{found}/{name}")
+    assert source_metadata("acme/licensed") == {
+        "base_model": "acme/licensed", "license": "other", "language": "en",
+        "license_link": "https://huggingface.co/acme/licensed/blob/main/LICENSE.md",
+    }  # fmt: skip
+    monkeypatch.undo()
+    assert source_metadata("acme/not-there") == {"base_model": "acme/not-there"}  # offline
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["license: [1, 2]", "license: {a: b}", "- a", "license: &a [*a]", "license: !!python/object/apply:os.getcwd []",
+     f"license: {'x' * 5000}", 'license: "a\\nb: c"', "license: 3\nlanguage: [no, 4]", "\x00"],
+)  # fmt: skip
+def test_a_strangers_card_is_read_as_data(metadata, tmp_path):
+    assert "license" not in source_metadata(card(tmp_path / "stranger", metadata))
+
+
+def test_the_metadata_is_what_the_hub_reads(narrow, tmp_path):
+    model, plan = narrow(no_heads_in_layer_0)
+    source = card(tmp_path / "source", 'license: "yes: # no"\nlanguage: no')  # what YAML would read as something else
+    text = {"dataset_name": "c4", "split": "test", "window": 2048}
+    record = {"model": source, "protocol": text, "perplexity": {"dense": 9.25, "pruned": 12.5, "finetuned": 10.12345}}
+    path = tmp_path / "README.md"
+    path.write_text(model_card(model.config, plan, record, "pruned"))
+    data = ModelCard(path.read_text()).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.tags == ["pruned", "tvaprune"]
+    assert data.license == "yes: # no" and "base_model" not in metadata_load(path)
+    (found,) = data.eval_results
+    assert data.model_name == "pruned" and found.metric_value == 10.1235 and found.metric_type == "perplexity"
+    # C4 has no test split on the hub: ours is its validation file.
+    assert (found.dataset_type, found.dataset_config, found.dataset_split) == ("allenai/c4", "en", "validation")
+    text |= {"dataset_name": "/home/me/secret/own.txt", "split": "validation"}
+    path.write_text(model_card(model.config, plan, record | {"protocol": text}, "pruned"))
+    (found,) = ModelCard(path.read_text()).data.eval_results
+    assert (found.dataset_type, found.dataset_split, found.dataset_config) == ("own", "validation", None)
+    path.write_text(model_card(model.config, plan, {"model": "acme/not-there"}, "pruned"))  # nothing was measured
+    assert "model-index" not in metadata_load(path) and metadata_load(path)["base_model_relation"] == "finetune"
+
+
+def test_an_adapter_is_not_said_to_be_of_the_dense_model(narrow):
+    _, plan = narrow(no_heads_in_layer_0)
+    data = ModelCard(adapter_card(plan, {"model": "smollm2"}, "adapter", "out/pruned")).data.to_dict()
+    assert data["library_name"] == "peft" and data["license"] == "apache-2.0" and "lora" in data["tags"]
+    assert "base_model" not in data
