@@ -242,6 +242,21 @@ def index_to(folder, where):
     return name
 
 
+@pytest.mark.parametrize("hostile", [False, True])
+def test_weights_of_a_pickle_run_nothing(hostile, folder, canary, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights | ({"x": Runs(exec, SINGS)} if hostile else {}), folder / "pytorch_model.bin")
+    ended = save(folder, tmp_path / "out")
+    if hostile:
+        refused(ended, "Weights only load failed")
+        assert not canary.exists() and not (tmp_path / "out").exists()
+        torch.load(folder / "pytorch_model.bin", weights_only=False)  # control
+        assert canary.exists()
+    else:
+        assert ended.code == 0, ended
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_weights_outside_the_folder_are_not_read(inside, folder, tmp_path):
     name = index_to(folder, folder if inside else tmp_path)
