@@ -11,14 +11,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
-from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require
+from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require, tell_odd_widths
 from tvaprune.files import clear_leftovers, replacing
 from tvaprune.models.families import base_type
 from tvaprune.models.formats import ARCHITECTURES, gguf_architecture
 from tvaprune.models.shape import shape_of
 
 QUANTIZATIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-BLOCK = 256  # llama-quantize falls back to larger formats for a matrix whose input size is no multiple of this
+# llama.cpp's K-quants, and what llama-quantize takes in their place for a matrix whose rows are no multiple of it.
+BLOCK = 256
+FALLBACK = "where llama-quantize packs Q4_K as Q5_0, Q6_K as Q8_0, and what 32 does not divide as F16"
 # Largest difference of logits, relative to the largest logit, that a precision explains; f16 KV cache switched off.
 TOLERANCES = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 1e-1}
 _GLOBAL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -54,7 +56,7 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
                 _verify(model, temporary, outtype)
     except OSError as error:
         raise InputError(f"--format gguf {out}: cannot be written ({error}); nothing was left there") from error
-    _advise(model)
+    tell_odd_widths(model.config, BLOCK, FALLBACK)
 
 
 def gguf_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -158,17 +160,6 @@ def _precision(tensor: torch.Tensor, outtype: str) -> str:
     if tensor.dim() == 1:
         return "F32"
     return "F16" if outtype == "q8_0" and tensor.shape[-1] % 32 else QUANTIZATIONS[outtype]
-
-
-def _advise(model: PreTrainedModel) -> None:
-    """Says which widths keep llama-quantize from its smallest formats."""
-    inputs = {tensor.shape[1] for name, tensor in model.state_dict().items() if name.endswith("proj.weight")}
-    odd = sorted(size for size in inputs if size % BLOCK)
-    if odd:
-        print(
-            f"note: llama-quantize packs rows in blocks of {BLOCK}; {', '.join(map(str, odd[:6]))} are no "
-            "multiple, so formats such as Q4_K_M fall back to larger ones there; --dim_multiple 256 avoids it"
-        )
 
 
 def _verify(model: PreTrainedModel, path: Path, outtype: str) -> None:

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tvaprune.checkpoint.folder import write_checkpoint
-from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference
+from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, tell_odd_widths
 from tvaprune.files import new_folder
 from tvaprune.models.formats import vanilla_config
+
+GROUP = 128  # numbers that share a scale, as most quantisers of transformers' and vLLM's have it
 
 
 def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwrite: bool, verify: bool) -> None:
@@ -29,3 +31,4 @@ def export_vanilla(model: PreTrainedModel, tokenizer: object, out: Path, overwri
                 loaded = AutoModelForCausalLM.from_pretrained(temporary, trust_remote_code=False).eval()
             found, expected = reference_logits(loaded, input_ids), reference_logits(model, input_ids)
             report_difference(f"{type(loaded).__name__} in transformers", found, expected)
+    tell_odd_widths(config, GROUP, "as FP8 blocks and the groups of AWQ and GPTQ are")

@@ -1,11 +1,12 @@
-"""What every exporter shares: the fixed prompt, the reference logits, and the line that reports the difference."""
+"""What every exporter shares: the fixed prompt and its logits, how far off they are, and odd widths."""
 
 import importlib.util
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tvaprune.errors import InputError
+from tvaprune.models.shape import shape_of
 
 PROMPT_LENGTH = 12
 NUM_CACHED = 5  # tokens of the prompt that a check with a cache reads first
@@ -29,6 +30,21 @@ def reference_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.T
     """Returns the checkpoint's logits in float32, shape ``(batch, length, vocabulary)``."""
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits.float()
+
+
+def tell_odd_widths(config: PretrainedConfig, block: int, meaning: str) -> None:
+    """Prints which of a model's linear layers have inputs that are no multiple of what a quantiser takes together.
+
+    Args:
+        block: Numbers of a row that share a scale.
+        meaning: What comes of it.
+    """
+    shape = shape_of(config)
+    heads = {count * shape.group_size * shape.head_dim for count in shape.num_key_value_heads}
+    odd = sorted(size for size in {shape.hidden_size, *heads, *shape.intermediate_size} if size % block)
+    if odd:
+        told = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
+        print(f"note: {told}: no multiples of {block}, {meaning}; --dim_multiple {block} avoids it for new masks")
 
 
 def report_difference(what: str, found: object, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
