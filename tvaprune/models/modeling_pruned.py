@@ -40,7 +40,9 @@ NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the
 }
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 CARD = "README.md"
-_EMPTY_CARD = "This model card has been automatically generated"  # transformers' words, for a repository without a card
+_EMPTY_CARD = (
+    b"This model card has been automatically generated"  # transformers' words, for a repository without a card
+)
 ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
 
 
@@ -165,7 +167,7 @@ class _PrunedForCausalLM(nn.Module):
     model_class: Any
     post_init: Any
     config: Any
-    own_card: str | None = None
+    own_card: bytes | None = None
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
@@ -181,15 +183,15 @@ class _PrunedForCausalLM(nn.Module):
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Uploads with the card of the folder that the model came from, where transformers made an empty one."""
         card = Path(working_dir) / CARD
-        if self.own_card is not None and _EMPTY_CARD in card.read_text(encoding="utf-8"):
-            card.write_text(self.own_card, encoding="utf-8")
+        if self.own_card is not None and card.is_file() and _EMPTY_CARD in card.read_bytes():
+            card.write_bytes(self.own_card)
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
-def _card_of(config: Any) -> str | None:
+def _card_of(config: Any) -> bytes | None:
     """Returns the card of the folder that a config was read from; None: it came from nowhere, or there is none."""
     path = Path(config._name_or_path or "/") / CARD
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return path.read_bytes() if path.is_file() else None
 
 
 def classes_of(model_type: str) -> tuple[Any, Any, Any]:
