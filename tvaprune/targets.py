@@ -113,12 +113,10 @@ def settle_target(args: Arguments) -> Target | None:
 
 def settled(args: Arguments, target: Target) -> str:
     """Returns the line that says what a target was turned into."""
-    counted = (
-        "operations counted, not timed, as if heads and channels went alike; "
-        if target.name == "target_speedup"
-        else ""
-    )
-    return f"{target.flag}: --target_sparsity {args.prune.target_sparsity[0]:g} ({counted}all hidden dims counted)"
+    counted = "all hidden dims counted"
+    if target.name == "target_speedup":
+        counted = f"operations counted, not timed, as if heads and channels went alike; {counted}"
+    return f"{target.flag}: --target_sparsity {args.prune.target_sparsity[0]:g} ({counted})"
 
 
 def reached(target: Target, plan: KeepPlan) -> str:

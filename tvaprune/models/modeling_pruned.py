@@ -40,9 +40,7 @@ NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the
 }
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 CARD = "README.md"
-_EMPTY_CARD = (
-    b"This model card has been automatically generated"  # transformers' words, for a repository without a card
-)
+_EMPTY_CARD = b"This model card has been automatically generated"  # transformers' words where there is none
 ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
 
 
