@@ -8,7 +8,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_VERBS = ("prune", "apply", "finetune", "compare", "describe", "export", "fetch", "estimate")
+_VERBS = ("prune", "apply", "finetune", "compare", "report", "describe", "export", "fetch", "estimate")
 _SETTINGS = ("Model", "Data", "Prune", "Distill", "Finetune", "Eval", "Compare")
 _FRONT_DOOR = {
     **{name: "tvaprune.library" for name in _VERBS},

@@ -25,6 +25,7 @@ from tvaprune.stages.describe import describe as _describe
 from tvaprune.stages.estimate import estimate as _estimate
 from tvaprune.stages.export import export as _export
 from tvaprune.stages.fetch import fetch as _fetch
+from tvaprune.stages.report import report as _report
 
 Settings = ModelSettings | DataSettings | PruneSettings | DistillSettings | FinetuneSettings | EvalSettings
 Value = str | Path | bool | int | float | list[str] | list[float]
@@ -79,6 +80,18 @@ def compare(settings: CompareSettings, *every: Settings, **training: Value) -> P
     """
     found: Path = run_verb("compare", [*_of(settings), *words(None, every, training)])
     return found
+
+
+def report(*folders: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the results page of what runs left in folders, several side by side, and returns its file.
+
+    Args:
+        output: The page's file; None: ``report.html`` in the only folder, or in the working folder.
+
+    Raises:
+        InputError: If a folder holds no results of this version, or the page cannot be written.
+    """
+    return _report([Path(folder) for folder in folders], None if output is None else Path(output))
 
 
 def estimate(model: str | Path, verb: str, *settings: Settings, **training: Value) -> Estimate:

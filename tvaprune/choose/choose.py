@@ -39,7 +39,7 @@ _GATE_FLAGS = (
 
 
 # What a target's folder holds beside its mask and its zero-shot examples.
-_TARGET_FILES = ("plan.json", "widths.png", "results.json", "recipe.yaml")
+_TARGET_FILES = ("plan.json", "widths.png", "results.json", "recipe.yaml", "report.html")
 
 
 @dataclass(frozen=True)

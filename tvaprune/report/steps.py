@@ -1,5 +1,6 @@
 """What the stages share: measure, score, write, tell."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations
 from tvaprune.report import plots, tables
+from tvaprune.report.folders import read_runs
+from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Parameters, Perplexities, Results, ScoringRun
+from tvaprune.report.runs import page_of
 from tvaprune.report.zero_shot import DENSE, ZeroShotRecord
 from tvaprune.run import Run
 
@@ -73,6 +77,18 @@ def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Datase
     return None
 
 
+def write_results(args: Arguments, results: Results) -> None:
+    """Writes what a run ends with: its results, the flags that repeat it, and the page, of all that lies there."""
+    results.write(args.save_loc)
+    write_recipe(args)
+    write_page([args.save_loc], args.save_loc)
+
+
+def write_page(folders: Sequence[Path], place: Path) -> None:
+    """Writes the page of what runs left in some folders to another, or to one of them."""
+    page_of(read_runs(folders)).write(place / PAGE_NAME)
+
+
 def write_recipe(args: Arguments) -> None:
     """Writes the flags that repeat the run: ``tvaprune VERB --config recipe.yaml``."""
     write_text(yaml.safe_dump(args.recipe, sort_keys=False), args.save_loc / RECIPE_NAME)
@@ -84,10 +100,14 @@ def tell(args: Arguments, results: Results) -> None:
 
 
 def _tell(args: Arguments, results: Results) -> None:
-    results.write(args.save_loc)
-    write_recipe(args)
+    write_results(args, results)
     written = " ".join(sorted(path.name for path in args.save_loc.glob("[!.]*") if path.is_file()))
-    rows = [*tables.summary_rows(results), tables.origin(results), (f"in {args.save_loc}", written)]
+    rows = [
+        *tables.summary_rows(results),
+        tables.origin(results),
+        tables.page(args.save_loc),
+        (f"in {args.save_loc}", written),
+    ]
     print("\n" + tables.table(rows))
 
 
@@ -105,7 +125,8 @@ def _zero_shot(run: Run, tasks: ZeroShot, wanted: dict[str, PreTrainedModel], re
     made = run.record()
     scored_by = ScoringRun(made["seed"], made["hardware"], made["versions"], made["command"])
     record = ZeroShotRecord(results, run.args.save_loc, run.args.evaluation.write_out, scored_by)
-    write_recipe(run.args)
     missing = tasks.run(wanted, run.tokenizer, record.add, run.args.data.ctx_length)
     print("\n" + record.finish(missing))
+    write_results(run.args, results)
     print(f"results: {run.args.save_loc}/")
+    print(f"page: {run.args.save_loc / PAGE_NAME}")

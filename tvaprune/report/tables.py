@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from tvaprune.models.shape import in_words
+from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
 
 
@@ -46,6 +48,11 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
 def origin(results: Results) -> tuple[str, str]:
     """Returns the row of what was cut by."""
     return ("plan", results.plan) if results.plan is not None else ("mask", str(results.mask))
+
+
+def page(folder: Path) -> tuple[str, str]:
+    """Returns the row of where the page is."""
+    return ("page", str(folder / PAGE_NAME))
 
 
 def finetune_rows(results: Results) -> list[tuple[str, str]]:

@@ -80,10 +80,10 @@ class ZeroShotRecord:
             first = scores[models[0]]
             chance = "" if first.chance is None else f"{first.chance:.3f}"
             row = [task, first.metric, str(first.settings["num_examples"]), chance]
-            row += [_with_error(scores[model].value, scores[model].stderr) for model in models]
+            row += [with_error(scores[model].value, scores[model].stderr) for model in models]
             rows.append([*row, *(_signed(_difference(scores, pair)) for pair in pairs.values())])
         if averages:
-            row = ["average", "", "", "", *(_with_error(averages[m].value, averages[m].stderr) for m in models)]
+            row = ["average", "", "", "", *(with_error(averages[m].value, averages[m].stderr) for m in models)]
             gaps = (averages[after].value - averages[before].value for before, after in pairs.values())
             rows.append([*row, *(f"{gap:+.3f}" for gap in gaps)])
         return _columns(rows)
@@ -131,10 +131,11 @@ def _difference(scores: Mapping[str, Score], pair: tuple[str, str]) -> Differenc
 
 
 def _signed(difference: Difference) -> str:
-    return _with_error(difference.value, difference.stderr, sign="+")
+    return with_error(difference.value, difference.stderr, sign="+")
 
 
-def _with_error(value: float, error: float | None, sign: str = "") -> str:
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """Returns a value with its standard error where it has one."""
     return f"{value:{sign}.3f}" if error is None else f"{value:{sign}.3f} ± {error:.3f}"
 
 

@@ -8,8 +8,10 @@ from tqdm.auto import tqdm
 from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
+from tvaprune.report.page import PAGE_NAME
 from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Grid
+from tvaprune.study.page import comparison_page
 from tvaprune.study.report import write_report
 
 
@@ -31,5 +33,7 @@ def run_compare(settings: CompareSettings) -> Path:
                 Measurement(grid).run(progress)
     write_report([content for grid in grids for content in grid.contents()], output)
     print((output / "compare.md").read_text(encoding="utf-8"))
-    print(f"in {output}: compare.json compare.md compare.png")
+    comparison_page(output).write(output / PAGE_NAME)
+    print(f"in {output}: compare.json compare.md compare.png {PAGE_NAME}")
+    print(f"page: {output / PAGE_NAME}")
     return output

@@ -30,7 +30,7 @@ from tvaprune.recover.output import read_again, write_adapter, write_merged
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, write_plan, write_recipe, zero_shot
+from tvaprune.report.steps import measure, write_plan, write_results, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 from tvaprune.run import given_units, settle_multiple, zero_shot_tasks
 
@@ -145,8 +145,7 @@ def _written(job: Job, student: Student, results: Results) -> None:
 
 def _tell(job: Job, results: Results) -> None:
     """Writes the results and prints the closing table."""
-    results.write(job.run.args.save_loc)
-    write_recipe(job.run.args)
+    write_results(job.run.args, results)
     print("\n" + tables.table(_rows(job, results)))
 
 
@@ -161,5 +160,6 @@ def _rows(job: Job, results: Results) -> list[tuple[str, str]]:
         tables.origin(results),
         ("pruned checkpoint", str(job.pruned_folder)),
         (f"in {job.output}", " ".join(folders)),
+        tables.page(save_loc),
         (f"in {save_loc}", " ".join(sorted(written))),
     ]

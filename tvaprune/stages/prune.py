@@ -17,8 +17,9 @@ from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
+from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, tell, write_plan, zero_shot
+from tvaprune.report.steps import measure, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import (
     Run,
@@ -94,6 +95,9 @@ def _measured(
                 f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
                 f"{plan.sparsity:.4f}; a smaller multiple comes nearer"
             )
+    if len(targets) > 1:
+        ranks.on_main(write_page, [one.save_loc for one in targets.values()], args.save_loc)
+        print(f"page of all targets: {args.save_loc / PAGE_NAME}")
     return found
 
 

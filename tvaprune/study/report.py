@@ -17,6 +17,7 @@ from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.report.plots import save_figure
 from tvaprune.study.grid import VIB
 
+COMPARISON_NAME = "compare.json"
 DENSE, PRUNED = "dense", "pruned"
 LEARNED = (VIB, VIB_ONCE)
 FOLD, REFIT = "fold", "refit"
@@ -66,7 +67,7 @@ def write_report(contents: Iterable[dict[str, object]], folder: Path) -> None:
     worst = [change for text in cells.texts if (change := worst_change(cells, text)) is not None]
     orders = [row for model in cells.models for row in orders_of(cells, model)]
     write_json({"figures": figures, "worst_change": worst, "orders": orders, "cells": cells.all},
-               folder / "compare.json")  # fmt: skip
+               folder / COMPARISON_NAME)  # fmt: skip
     text = "\n".join([*_heading(cells), *_tables(cells), *_figures(figures, worst, orders)])
     write_text(text + "\n", folder / "compare.md")
     plot(cells, folder / "compare.png")
@@ -185,9 +186,7 @@ def _header(names: Sequence[str]) -> list[str]:
 def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
     place = {"model": model, "target_sparsity": sparsity, "method": method}
     found = cells.of(**place)
-    gaps = [
-        _spread(cells.gaps(text, weight_update=update, **place)) for text in cells.texts for update in cells.updates
-    ]
+    gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text in cells.texts for update in cells.updates]
     scores = []
     for update in cells.updates:
         known = [c["zero_shot"][PRUNED]["average"] for c in cells.of(weight_update=update, **place) if c["zero_shot"]]
@@ -204,7 +203,8 @@ def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, 
     return form.format(median(map(value, found))) if found else NONE
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Returns the median, and the least and largest where there are several."""
     if not values:
         return NONE
     middle = f"{median(values):.3f}"

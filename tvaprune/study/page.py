@@ -1,0 +1,95 @@
+"""The page of a comparison, from its ``compare.json``: every method's gap over the sparsity, and the tables."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tvaprune.errors import InputError
+from tvaprune.report.charts import Chart, Series, line_chart
+from tvaprune.report.page import Block, Code, Page, Section, Table, charts
+from tvaprune.study.report import COMPARISON_NAME, DENSE, Cells, spread
+
+
+def is_comparison(folder: Path) -> bool:
+    """Tells whether a comparison wrote a folder."""
+    return (folder / COMPARISON_NAME).is_file()
+
+
+def comparison_page(folder: Path) -> Page:
+    """Returns the page of a comparison.
+
+    Raises:
+        InputError: If its file cannot be read.
+    """
+    path = folder / COMPARISON_NAME
+    try:
+        cells = Cells(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        return _page(cells)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a comparison ({type(error).__name__}); compare again, or give another folder"
+        ) from error
+
+
+def _page(cells: Cells) -> Page:
+    first = cells.all[0]
+    texts = ", ".join(f"{text} ({first['windows'][text]} windows of {first['block_size']})" for text in cells.texts)
+    seeds = list(dict.fromkeys(content["seed"] for content in cells.all))
+    return Page(
+        "Methods side by side",
+        f"{len(cells.all)} cells: {', '.join(Path(model).name for model in cells.models)}; {texts}, {first['split']} "
+        f"splits; seeds {' '.join(map(str, seeds))}. Hardware: {first['hardware']}.",
+        [
+            *(_model(cells, model) for model in cells.models),
+            Section("To repeat it", _origin(first)),
+        ],
+    )
+
+
+def _model(cells: Cells, model: str) -> Section:
+    """Returns the charts and the table of one model."""
+    dense = cells.of(model=model)[0]["perplexity"]
+    values = ", ".join(f"{text} {dense[text][DENSE]:.2f}" for text in cells.texts)
+    note = f"Gap: log perplexity, pruned minus dense; the median over the seeds. Dense perplexity: {values}."
+    return Section(Path(model).name, [*charts(_charts(cells, model)), *_tables(cells, model)], note)
+
+
+def _charts(cells: Cells, model: str) -> Iterator[Chart | None]:
+    """Yields the gap over the sparsity for each update and text, a line for each method; nothing for one sparsity."""
+    if len(cells.sparsities) < 2:
+        return
+    for update in cells.updates:
+        for text in cells.texts:
+            lines = [
+                Series(method, [
+                    (sparsity, value)
+                    for sparsity in cells.sparsities
+                    if (value := cells.median_gap(text, model=model, method=method, weight_update=update,
+                                                  target_sparsity=sparsity)) is not None
+                ], "marked")
+                for method in cells.methods
+            ]  # fmt: skip
+            yield line_chart(f"{text}, {update}", lines, "sparsity of the decoder", "gap", from_zero=True)
+
+
+def _tables(cells: Cells, model: str) -> Iterator[Block]:
+    """Yields the gaps of each sparsity: a row for each method."""
+    columns = [(text, update) for text in cells.texts for update in cells.updates]
+    for sparsity in cells.sparsities:
+        rows = []
+        for method in cells.methods:
+            found = cells.of(model=model, method=method, target_sparsity=sparsity)
+            if not found:
+                continue
+            place = {"model": model, "method": method, "target_sparsity": sparsity}
+            gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text, update in columns]
+            rows.append([method, *gaps, f"{median(one['seconds']['choosing'] for one in found):.1f} s"])
+        head = ["method", *(f"{text}, {update}" for text, update in columns), "choosing"]
+        yield Table(head, rows, f"Sparsity {sparsity:g}", numbers=True)
+
+
+def _origin(first: dict[str, Any]) -> list[Block]:
+    rows = [["hardware", first["hardware"]], *([name, version] for name, version in first["versions"].items())]
+    return [Code("The command", first["command"], wraps=True), Table(["", "of the first cell"], rows)]
