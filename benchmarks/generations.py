@@ -1,9 +1,12 @@
 """What models say: the same eight prompts, greedy, side by side and unretouched.
 
 python -m benchmarks.generations smollm2 out/smollm2/pruned out/smollm2/tuned/merged > generations.md
+
+With ``--write out/smollm2`` the results page of that folder has them too, once ``tvaprune report`` makes it anew.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,9 @@ from transformers.utils import logging
 
 from tvaprune.cli import run_command
 from tvaprune.errors import one_line
+from tvaprune.files import write_json
 from tvaprune.models.load import load_model
+from tvaprune.report.folders import GENERATIONS_NAME
 
 PROMPTS = (
     "The capital of France is",
@@ -25,7 +30,7 @@ PROMPTS = (
 )
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int, chat: bool) -> str:
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int, chat: bool) -> list[int]:
     """Returns what a model adds to a prompt, greedily; as an answer, by the tokenizer's chat template, if asked."""
     if chat:
         turns = [{"role": "user", "content": prompt}]
@@ -38,7 +43,15 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int, chat: boo
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens, do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-    return str(tokenizer.decode(found[0, inputs.shape[1] :], skip_special_tokens=True))
+    return [int(token) for token in found[0, inputs.shape[1] :]]
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Returns the text that each token adds to those before it; together they are the text of all."""
+    texts = [str(tokenizer.decode(ids[:count], skip_special_tokens=True)) for count in range(len(ids) + 1)]
+    # A character may need several tokens: until the last of them its place is taken by a sign that is no part of it.
+    whole = [text.rstrip("\ufffd") for text in texts[:-1]] + texts[-1:]
+    return [after[len(before) :] for before, after in zip(whole, whole[1:], strict=False)]
 
 
 def cell(text: str) -> str:
@@ -52,13 +65,18 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="checkpoints, the dense one first")
     parser.add_argument("--tokens", type=int, default=40, help="tokens added at most")
     parser.add_argument("--chat", action="store_true", help="ask by the chat template, in place of continuing the text")
+    parser.add_argument("--write", type=Path, help="a run's folder, whose results page is to have them")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    columns = []
+    said: dict[str, list[list[str]]] = {}
     for path in args.models:
         model, tokenizer = load_model(path, "auto", torch.device("cpu"))
-        columns.append([cell(continuation(model, tokenizer, one, args.tokens, args.chat)) for one in PROMPTS])
+        added = (continuation(model, tokenizer, one, args.tokens, args.chat) for one in PROMPTS)
+        said[path] = [pieces(tokenizer, ids) for ids in added]
+    columns = [[cell("".join(answer)) for answer in answers] for answers in said.values()]
+    if args.write is not None:
+        write_json({"prompts": PROMPTS, "models": said}, args.write / GENERATIONS_NAME)
     print(f"| | {' | '.join(args.models)} |\n{'|---' * (1 + len(columns))}|")
     for prompt, *answers in zip(PROMPTS, *columns, strict=True):
         print(f"| **{cell(prompt)}** | {' | '.join(answers)} |")

@@ -24,7 +24,7 @@ from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.plan.exact_cut import calibrate
-from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
+from tvaprune.plan.keep_plan import KeepPlan, describe_widths, plan_from_masks
 from tvaprune.plan.masks import best_mask, keep_best
 
 # A mask is scored once the expected sparsity is this near to the target. Wider than the released [-0.008, +0.001]: the
@@ -159,7 +159,7 @@ class GateTrainer(CheckpointedTrainer):
         plan = plan_from_masks(masks, self.gated.shape, settings.rules)
         with self.gated.applying(plan):
             value = perplexity(self.gated, self.eval_dataset, self.args.per_device_eval_batch_size)
-        metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity}
+        metrics = {"eval_perplexity": value, "eval_sparsity": plan.sparsity} | _widths(plan)
         context = {"step": self.state.global_step, "settings": asdict(settings), "rules": asdict(settings.rules)}
         record = self.record | describe_widths(plan) | context
         self.best = ranks.on_main(keep_best, self.best_folder, masks, value, record, self.best)
@@ -183,6 +183,13 @@ class GateTrainer(CheckpointedTrainer):
                              "give the model that the run began with")  # fmt: skip
         objective.load_state_dict(state, strict=False)
         self.best = ranks.on_main(best_mask, self.best_folder, self.identity)
+
+
+def _widths(plan: KeepPlan) -> dict[str, float]:
+    """Returns the kept widths for the logs, those of layers as their mean."""
+    layered = {"num_key_value_heads": plan.num_key_value_heads, "intermediate_size": plan.intermediate_size}
+    means = {f"eval_mean_{name}": sum(widths) / len(widths) for name, widths in layered.items()}
+    return {"eval_hidden_size": float(plan.hidden_size)} | means
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ def page_of(runs: Sequence[RunFolder]) -> Page:
         Section("Kept widths", _widths(runs), "What each layer keeps of the dense model's."),
         Section("What the weight update did", _update(runs)),
         Section("Speed and memory", _speed(runs), "Ideal: as many times as there are fewer parameters."),
-        Section("What the models say", _answers(runs), "Greedy; the first token that is not the first model's is marked."),
+        Section("What the models say", _answers(runs), "Greedy; the first token that differs is marked."),
         Section("To repeat it", _origin(runs)),
     ]  # fmt: skip
     return Page(title, lead, sections, _tiles(first) if single else ())

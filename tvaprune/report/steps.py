@@ -31,6 +31,22 @@ from tvaprune.report.zero_shot import DENSE, ZeroShotRecord
 from tvaprune.run import Run
 
 
+class Phases:
+    """Says where in its command a run is: a line as each phase begins.
+
+    Args:
+        names: The phases in their order; None stands for one that is not asked for.
+    """
+
+    def __init__(self, *names: str | None) -> None:
+        self.names = [name for name in names if name is not None]
+
+    def begin(self, name: str) -> None:
+        """Prints that a phase begins; nothing where it was not asked for, or is the only one."""
+        if name in self.names and len(self.names) > 1:
+            print(f"phase {self.names.index(name) + 1} of {len(self.names)}: {name}", flush=True)
+
+
 def write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
     """Writes the decision down, before anything is cut: the plan as JSON, its rotation, its widths as a picture."""
     ranks.on_main(_write_plan, run, plan, folder)

@@ -20,9 +20,11 @@ from tvaprune.models.layers import Streamed
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, tell, write_plan, zero_shot
+from tvaprune.report.steps import Phases, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run, check_results, check_save, given_units, settle_multiple, zero_shot_tasks
+
+DENSE_MODEL, CUT, SCORING = "dense model", "cut", "zero-shot tasks"
 
 
 @holding_folders()
@@ -56,6 +58,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     measures = training.do_eval or evaluation.do_zero_eval
     if units is not None and not args.prune.stream:  # whose need is told by the stream itself
         announce(args, units)
+    phases = Phases(DENSE_MODEL if training.do_eval else None, CUT, SCORING if tasks else None)
     run = Run.load(args, scratch)
     plan = None if units is None else run.plan(units)
     if plan is not None and run.streamed is None:
@@ -68,10 +71,12 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         return results
     windows = dense = None
     if training.do_eval:
+        phases.begin(DENSE_MODEL)
         windows = run.windows()
         dense = run.dense_perplexity(windows)
     if measures:
         write_plan(run, plan, args.save_loc)
+    phases.begin(CUT)
     timed = windows is not None and times(run.args, plan)
     pruned: PreTrainedModel | Streamed
     if run.streamed is not None:
@@ -90,6 +95,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if windows is None and earlier is not None:  # what was measured stays, and is scored now
         results = earlier
     if not isinstance(pruned, Streamed):
+        phases.begin(SCORING)
         zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
     return results
 

@@ -30,10 +30,11 @@ from tvaprune.recover.output import read_again, write_adapter, write_merged
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, write_plan, write_results, zero_shot
+from tvaprune.report.steps import Phases, measure, write_plan, write_results, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 from tvaprune.run import given_units, settle_multiple, zero_shot_tasks
 
+PRUNING, TRAINING, MERGING, SCORING = "dense and pruned model", "training", "tuned model", "zero-shot tasks"
 UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
 
 
@@ -48,10 +49,16 @@ def run_finetune(args: Arguments) -> Results:
     settle_multiple(args)
     checkpoint = ranks.on_main(_prepared, args)
     announce(args, units)
+    phases = Phases(PRUNING, TRAINING, MERGING, None if tasks is None else SCORING)
+    phases.begin(PRUNING)
     job = Job.load(args, units, checkpoint)
     write_plan(job.run, job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)
-    student = _tuned(job, _pruned(job, results), results)
+    pruned = _pruned(job, results)
+    phases.begin(TRAINING)
+    student = _tuned(job, pruned, results)
+    del pruned
+    phases.begin(MERGING)
     _written(job, student, results)
     compares = tasks is not None and args.evaluation.compare_dense
     del student
@@ -62,6 +69,7 @@ def run_finetune(args: Arguments) -> Results:
     results.finetune.adapter_merged_difference = ranks.on_main(read_again, job)
     ranks.on_main(_tell, job, results)
     if tasks is not None:
+        phases.begin(SCORING)
         dense = {DENSE: job.run.model} if compares else {}
         zero_shot(job.run, tasks, {**dense, PRUNED: job.load_pruned(), FINETUNED: job.load_merged()}, results)
     return results

@@ -19,7 +19,7 @@ from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, tell, write_page, write_plan, zero_shot
+from tvaprune.report.steps import Phases, measure, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import (
     Run,
@@ -31,6 +31,8 @@ from tvaprune.run import (
     zero_shot_tasks,
 )
 from tvaprune.targets import Target, reached, settle_target, settled
+
+DENSE_MODEL, CHOICE = "dense model", "choice of units"
 
 
 @holding_folders()
@@ -47,22 +49,44 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     fit(args)
     check_training(args)
     announce(args)
+    phases = _phases(args, tasks)
+    phases.begin(DENSE_MODEL)
     run = Run.load(args, trains=True)
     windows = run.windows()
     dense = run.dense_perplexity(windows)
+    phases.begin(CHOICE)
     run = in_basis(run, checkpoint)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:
         ranks.on_main(plots.write_training, chosen.history, args.save_loc)
     if not args.source.shard:
-        return _measured(run, tasks, chosen, windows, dense, target)
+        return _measured(run, tasks, chosen, windows, dense, target, phases)
     del run.model  # its shares go: one process cuts and measures the narrower models
     gc.collect()
-    return ranks.on_main(_measured, run, tasks, chosen, windows, dense, target)
+    return ranks.on_main(_measured, run, tasks, chosen, windows, dense, target, phases)
+
+
+def _phases(args: Arguments, tasks: ZeroShot | None) -> Phases:
+    cuts = [name(target) for target in args.each_target() for name in ((_cut, _scored) if tasks else (_cut,))]
+    return Phases(DENSE_MODEL, CHOICE, *cuts)
+
+
+def _cut(target: float) -> str:
+    return f"cut at {target}"
+
+
+def _scored(target: float) -> str:
+    return f"zero-shot tasks at {target}"
 
 
 def _measured(
-    run: Run, tasks: ZeroShot | None, chosen: Chosen, windows: Dataset, dense: float, asked: Target | None
+    run: Run,
+    tasks: ZeroShot | None,
+    chosen: Chosen,
+    windows: Dataset,
+    dense: float,
+    asked: Target | None,
+    phases: Phases,
 ) -> dict[float, Results]:
     """Cuts the masks of all targets and measures what is left.
 
@@ -73,6 +97,7 @@ def _measured(
     run, args = run.whole(), run.args
     targets, found = args.each_target(), {}
     for target, one in targets.items():
+        phases.begin(_cut(target))
         part = replace(run, args=one)
         plan = part.plan(load_masks(chosen.masks[target]))
         write_plan(part, plan, one.save_loc)
@@ -89,6 +114,7 @@ def _measured(
             place = one.prune.save_pruned
             ranks.on_main(save_pruned, pruned, plan, run.tokenizer, place, overwrite, results.content())
             print(f"checkpoint: {one.prune.save_pruned}")
+        phases.begin(_scored(target))
         zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results)
         if abs(plan.sparsity - target) > TOLERANCE:
             print(
