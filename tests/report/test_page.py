@@ -1,0 +1,282 @@
+"""The results page: what it says of a run and of several, what it leaves out, and that it fetches and runs nothing."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from support import tiny
+from support.run_folder import GATES, results, write_run
+
+import tvaprune
+from tvaprune.cli import run_command, run_verb
+from tvaprune.errors import InputError
+from tvaprune.report.charts import Series, bar_chart, line_chart, ticks
+from tvaprune.report.folders import RunFolder, read_runs
+from tvaprune.report.page import PAGE_NAME
+from tvaprune.report.runs import answer
+from tvaprune.report.steps import Phases
+from tvaprune.stages.report import report
+
+SECTIONS = ["Asked and reached", "Perplexity", "Zero-shot", "Training", "Kept widths", "What the weight update did",
+            "Speed and memory", "What the models say", "To repeat it"]  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """The page's headings, its rows as lists of cells, and whatever could fetch or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.rows, self.fetches, self.opened = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link", "path", "rect", "circle", "img"):
+            self.opened.append(tag)
+        if tag in ("script", "iframe", "object", "embed", "form", "base"):
+            self.fetches.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "srcset", "xlink:href", "action", "data") and not value.startswith("data:"):
+                self.fetches.append(value)
+            if name.startswith("on") or (name == "style" and "url(" in value):
+                self.fetches.append(name)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "rect", "circle"):
+            assert self.opened.pop() == tag
+
+    def handle_data(self, data):
+        inside = self.opened[-1] if self.opened else ""
+        if inside in ("th", "td"):
+            self.rows[-1][-1] += data
+        if inside in ("h1", "h2"):
+            self.headings[-1] += data
+        if inside == "style" and re.search(r"url\(|@import|@font-face", data):
+            self.fetches.append("style")
+
+
+def page(*folders, **options):
+    path = report(folders, **options)
+    return Reader(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def test_a_run_of_every_part_has_every_section_with_its_figures(run):
+    read, text = page(run)
+    assert read.headings == ["mini, 51.0% of the decoder gone, fine-tuned", *SECTIONS]
+    for row in (
+        ["target sparsity", "0.5"],
+        ["sparsity reached", "0.5100"],
+        ["run", "20.00", "25.00", f"{math.log(1.25):.3f}", "22.00", f"{math.log(1.1):.3f}"],
+        ["a", "acc", "2", "0.250", "1.000 ± 0.100", "0.500 ± 0.100", "-0.500 ± 0.500"],
+        ["1", "24 of 32", "2 of 4", "1 of 2", "32 of 64"],  # layer 1: two query heads for each KV head
+        ["2", "24 of 32", "0 of 4", "0 of 2", "8 of 64"],
+        ["forward pass, 4 batches of 8 × 16 tokens", "3.00 s", "2.00 s", "1.40×", "1.50×", "1.60×"],
+        ["weights, 2 bytes each", "3.05 MiB", "1.91 MiB", "1.60×", "", "1.60×"],
+        # keys and values of 6 and of 3 heads, 4 numbers of 2 bytes each
+        ["KV cache of a token, 2 bytes each", "96 B", "48 B", "2.00×", "", "1.60×"],
+        ["torch", "2.13"],
+        ["hardware", "a card"],
+    ):
+        assert row in read.rows
+    assert "2 of 3 linears refused it and stayed folded: layer 1 o_proj, lm_head" in text
+    assert "KL from 0.400 to 0.300 on 2 held-out blocks" in text and "verb: prune\nseed: 1" in text
+    assert "Not scored, for want of data: b." in text
+    assert "<mark> Lyon</mark>,</span>" in text and text.count("<mark>") == 1  # the tuned model says less, nothing else
+
+
+def test_what_a_run_did_not_measure_is_left_out(tmp_path):
+    parts = ("perplexity", "shape", "parameters", "refit", "speed_up", "training_speed_up", "finetune", "protocol")
+    run = tmp_path / "bare"
+    run.mkdir()
+    results(**dict.fromkeys(parts), widths=None).write(run)
+    read, _ = page(run)
+    assert read.headings == ["mini", "Asked and reached", "To repeat it"]
+
+
+def test_of_the_logs_only_those_of_the_run_itself_count(run):
+    assert RunFolder.read(run, "run").gates[1] == GATES and RunFolder.read(run, "run").tuning is not None
+    results(target_sparsity=None, finetune=None).write(run)  # a mask was applied where gates had been trained
+    assert RunFolder.read(run, "run").gates is None and RunFolder.read(run, "run").tuning is None
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=9)
+    widths = results().widths.__class__(28, [2, 2, 2], [60, 60, 60], 0.2, 9, 8)
+    results(seed=9, widths=widths, finetune=None).write(second)
+    read, text = page(first, second, output=tmp_path / "both.html")
+    assert read.headings[:4] == ["2 runs side by side", "Asked and reached", "Perplexity", "Gap over sparsity"]
+    assert ["seed", "1", "9"] in read.rows and ["sparsity reached", "0.5100", "0.2000"] in read.rows
+    assert ["fine-tuning", "lora, 6 steps of 4 blocks, 2 s", "–"] in read.rows
+    assert "mini, vib, fold: 0.2231 at 0.51" in text and "mini, vib, fold: 0.2231 at 0.2" in text  # the dots
+
+
+def test_targets_of_one_training_count_as_runs_and_its_curves_stand_once(run, tmp_path):
+    whole = tmp_path / "whole"
+    for target in ("0.35", "0.5"):
+        write_run(whole / f"sparsity_{target}", target_sparsity=float(target), finetune=None)
+        (whole / f"sparsity_{target}" / "training_log.json").rename(whole / "training_log.json")
+    found = read_runs([whole])
+    assert [one.name for one in found] == ["sparsity_0.35", "sparsity_0.5"]
+    assert [one.gates[1] for one in found] == [GATES, GATES]
+    assert (
+        page(whole)[1].count("Task loss</b>") == 1
+        and page(run, whole, output=tmp_path / "x")[1].count("Task loss</b>") == 2
+    )
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / name / "out") for name in ("a", "b")]
+    assert [one.name for one in read_runs(folders)] == [str(folder) for folder in folders]
+
+
+def test_nothing_is_fetched_or_run_and_what_users_wrote_is_text(run):
+    read, text = page(run)
+    assert read.fetches == [] and read.opened == [] and "http" not in text
+    assert "--x &#39;&lt;script&gt;&#39;" in text and "The capital &lt;b&gt;" in text
+    for fetching in ('<img src="http://x/y.png">', '<img src="y.png">', "<style>a{background:url(b)}</style>",
+                     "<script></script>", '<p onclick="f()"></p>'):  # fmt: skip
+        assert len(Reader(fetching).fetches) == 1  # controls
+
+
+def test_a_page_of_the_same_files_is_the_same(run):
+    first = page(run)[1]
+    assert page(run)[1] == first
+    results(seed=2).write(run)
+    assert page(run)[1] != first  # control
+
+
+def test_numbers_that_are_none_leave_the_page_whole(run):
+    results(perplexity=results().perplexity.__class__(20.0, math.nan)).write(run)
+    read, _ = page(run)
+    assert ["run", "20.00", "nan", "nan"] in read.rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("results.json", None, "holds no results.json; give the folder of a run or of a comparison"),
+        ("results.json", "{", "cannot be read as results of version 2"),
+        ("results.json", {"version": 1}, r"cannot be read as results of version 2 \(version 1\); run it again"),
+        ("training_log.json", "[", "cannot be read as JSON"),
+        ("training_log.json", {"log": [{"loss": 1.0}]}, "is no log of a training"),
+        ("generations.json", {"prompts": ["a"], "models": {"dense": []}}, "not every model was given all prompts"),
+        ("generations.json", {"prompts": ["a"]}, "does not say what models added"),
+    ],
+)
+def test_a_folder_without_a_run_of_this_version_is_refused_and_gets_no_page(name, content, said, run, capsys):
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        report([run])
+    assert run_command(lambda: run_verb("report", [str(run)])) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (run / PAGE_NAME).exists()
+
+
+def test_the_verb_and_the_function_write_one_page(run, tmp_path, capsys):
+    assert run_command(lambda: run_verb("report", [str(run)])) == 0
+    assert capsys.readouterr().out == f"page: {run / PAGE_NAME}\n"
+    path = tvaprune.report(run, output=tmp_path / "other" / "page.html")
+    assert path.read_bytes() == (run / PAGE_NAME).read_bytes()
+    for output, said in ((tmp_path, "is a folder"), (run / "results.json" / "page.html", "cannot be written")):
+        with pytest.raises(InputError, match=said):
+            report([run], output)
+
+
+def test_a_comparison_stands_alone(run, tmp_path):
+    cell = {"model": "models/mini", "windows": {"prose": 3}, "block_size": 8, "split": "test", "command": "c",
+            "hardware": "a card", "versions": {"torch": "2.13"}, "seconds": {"choosing": 1.25}}  # fmt: skip
+    cells = [
+        cell | {"method": method, "weight_update": "refit", "target_sparsity": sparsity, "seed": seed,
+                "perplexity": {"prose": {"dense": 20.0, "pruned": 20.0 * math.exp(base + sparsity + 0.01 * seed)}}}
+        for method, base in (("vib", 0.0), ("flap", 1.0)) for sparsity in (0.25, 0.5) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    (tmp_path / "compare.json").write_text(json.dumps({"cells": cells}))
+    read, text = page(tmp_path)
+    assert read.headings == ["Methods side by side", "mini", "To repeat it"] and read.fetches == []
+    assert ["flap", "1.510 (1.500 to 1.520)", "1.2 s"] in read.rows
+    assert "vib: 0.26 at 0.25" in text and "flap: 1.51 at 0.5" in text
+    with pytest.raises(InputError, match="which has a page of its own; give it alone"):
+        report([run, tmp_path])
+    (tmp_path / "compare.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be read as a comparison"):
+        report([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("first", "said", "parts"),
+    [
+        ("abc", "abd", ("ab", "d", "")),
+        ("abc", "abc", ("abc", "", "")),
+        ("abc", "ab", ("ab", "", "")),
+        ("ab", "abc", ("ab", "c", "")),
+        ("", "ab", ("", "a", "b")),
+    ],
+)
+def test_the_first_difference_is_found(first, said, parts):
+    told = answer("x", list(first), list(said))
+    assert (told.same, told.first, told.rest) == parts
+
+
+def test_round_ticks_lie_within_their_span():
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(-3, 7) == [-2, 0, 2, 4, 6]
+    for low, high in ((0.2141, 0.2727), (1e-9, 3e-9), (19, 150_000), (-1, -0.999)):
+        found = ticks(low, high)
+        assert 3 <= len(found) <= 7 and low <= found[0] and found[-1] <= high + 1e-12
+
+
+def test_a_line_goes_through_its_points_in_the_frame():
+    """Ends of the axes: the left and right edge; the greatest value lies above the least."""
+    chart = line_chart("t", [Series("a", [(0, 1.0), (5, math.nan), (10, 3.0)])], "x", "y")
+    ((left, bottom), (right, top)) = (
+        map(float, p.split()) for p in re.search(r'd="M([^"]*)"/>$', _line(chart)).group(1).split("L")
+    )
+    assert (left, right) == (62, 450) and 10 < top < bottom < 208
+    assert line_chart("t", [Series("a", [(1, math.nan)])], "x", "y") is None
+    assert line_chart("t", [Series("a", [(1, 2.0)])], "x", "y").svg.count("<circle") == 1  # one point: a dot
+
+
+def _line(chart):
+    return next(line for line in chart.svg.split("\n") if 'class="line' in line).removesuffix("</svg>")
+
+
+def test_bars_are_as_high_as_what_is_kept():
+    chart = bar_chart("t", [2, 0], [4, 4], "layer", "heads")
+    heights = [float(found) for found in re.findall(r'height="([\d.]+)"', chart.svg)]
+    full, kept = heights[:2], heights[2:]
+    assert full[0] == full[1] > 0 and kept == pytest.approx([full[0] / 2, 0.0], abs=0.02)
+
+
+def test_a_phase_is_told_of_those_that_are_asked_for(capsys):
+    phases = Phases("a", None, "b")
+    for name in ("a", "x", "b"):
+        phases.begin(name)
+    Phases("a").begin("a")
+    assert capsys.readouterr().out == "phase 1 of 2: a\nphase 2 of 2: b\n"
+
+
+def test_the_page_is_a_part_of_the_package_and_its_engine_of_the_requirements():
+    text = (tiny.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"tvaprune.report" = ["page.html"]' in text and '"Jinja2>=3.1"' in text
+    pins = [
+        line.split("#")[0].strip()
+        for name in ("requirement.txt", "requirement-text.txt")
+        for line in (tiny.ROOT / name).read_text(encoding="utf-8").splitlines()
+        if line.startswith("Jinja2")
+    ]
+    assert len(pins) == 2 and len(set(pins)) == 1  # the text pins it too: the two must not part
