@@ -18,6 +18,7 @@ from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.verbs import MODES, check_flags
 from tvaprune.models.published import PUBLISHED
 from tvaprune.stages.estimate import parser as estimate_parser
+from tvaprune.stages.report import parser as report_parser
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -51,6 +52,9 @@ def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monk
         verb = "prune" if script == "tva_prune.py" else flags.pop(0)
     if verb == "fetch":
         assert set(flags) <= set(PUBLISHED) and len(flags) == 1
+        return
+    if verb == "report":
+        assert report_parser().parse_args(flags).folders
         return
     if verb == "estimate":
         own, flags = estimate_parser().parse_known_args(flags)

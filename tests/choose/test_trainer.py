@@ -4,6 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
 
 from tvaprune.choose import gates
 from tvaprune.choose.gated_model import GatedModel
@@ -29,13 +31,15 @@ def blocks(count=64, length=12):
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
 
 
-def train(model, folder, resume=None, stop_after=None, **options):
+def train(model, folder, resume=None, stop_after=None, callbacks=(), **options):
     torch.manual_seed(0)
     args = RunArguments(
         output_dir=str(folder), max_steps=8, eval_steps=4, logging_steps=1, learning_rate=1.0, disable_tqdm=True,
         use_cpu=True, per_device_train_batch_size=4, save_total_limit=4, **({"save_steps": 4} | options),
     )  # fmt: skip
     trainer = GateTrainer(GatedModel(model, -2.0), settings(), args, blocks(), blocks(8), {"model": "tiny"})
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
     trainer.score_mask()
     trainer.gated.detach_gates()
@@ -134,6 +138,35 @@ def test_gates_and_multipliers_have_rates_of_their_own(make_model, tmp_path):
     assert (gates_group["lr"], gates_group["maximize"]) == (0.03, False)
     assert (multipliers["lr"], multipliers["maximize"]) == (0.07, True)
     assert len(multipliers["params"]) == 2
+
+
+class Board(TrainerCallback):
+    """What ``--report_to`` would show: the names and values that transformers' callbacks are given."""
+
+    def __init__(self):
+        self.shown = {}
+
+    def on_log(self, args, state, control, logs=None, **unused):
+        for name, value in rewrite_logs(logs).items():
+            self.shown.setdefault(name, []).append((state.global_step, value))
+
+
+def test_boards_are_given_sparsity_multipliers_and_the_masks_figures(make_model, tmp_path):
+    """TensorBoard takes numbers alone, wandb and trackio what they are given, all under these names."""
+    board = Board()
+    trainer = train(make_model("llama"), tmp_path, callbacks=[board])
+    each_step = ("task_loss", "expected_sparsity", "target_sparsity", "lambda_1", "lambda_2", "loss", "learning_rate")
+    for name in each_step:
+        assert [step for step, _ in board.shown[f"train/{name}"]] == list(range(1, 9))
+    scored = ("perplexity", "sparsity", "hidden_size", "mean_num_key_value_heads", "mean_intermediate_size")
+    assert {name for name in board.shown if name.startswith("eval/")} == {f"eval/{name}" for name in scored}
+    assert all(isinstance(value, int | float) for shown in board.shown.values() for _, value in shown)
+    plan = plan_from_masks(load_masks(trainer.best), trainer.gated.shape, settings().rules)  # settled: one choice
+    last = {name: board.shown[f"eval/{name}"][-1][1] for name in scored}
+    assert last["hidden_size"] == plan.hidden_size
+    assert last["mean_num_key_value_heads"] == pytest.approx(sum(plan.num_key_value_heads) / 3)
+    assert last["mean_intermediate_size"] == pytest.approx(sum(plan.intermediate_size) / 3)
+    assert last["mean_intermediate_size"] < trainer.gated.shape.intermediate_size[0]  # control: some are gone
 
 
 def test_only_the_gates_rate_decays(make_model, tmp_path):

@@ -57,7 +57,7 @@ def test_it_writes_exactly_these_files(compared):
     turned = {tiny.read_json(path)["rotation"] for path in (output / "tiny" / "masks").glob("vib-*.json")}
     masks += [f"rotation_{digest}.safetensors" for digest in turned]
     assert len(turned) == 1 and own == sorted(
-        ["compare.json", "compare.md", "compare.png", "tiny/dense.json"]
+        ["compare.json", "compare.md", "compare.png", "report.html", "tiny/dense.json"]
         + [f"tiny/cells/{name}" for name in cells]
         + [f"tiny/masks/{name}" for name in masks]
     )

@@ -38,7 +38,15 @@ RUN = (
 FULL = (*without(RUN, "--lora_r"), "--full_ft", True)
 CHECKPOINT_FILES = {"config.json", "generation_config.json", "model.safetensors", "modeling_pruned.py",
                     "tokenizer.json", "tokenizer_config.json", "README.md"}  # fmt: skip
-RESULT_FILES = {"finetune.png", "finetune_log.json", "plan.json", "recipe.yaml", "results.json", "widths.png"}
+RESULT_FILES = {
+    "finetune.png",
+    "finetune_log.json",
+    "plan.json",
+    "recipe.yaml",
+    "report.html",
+    "results.json",
+    "widths.png",
+}
 pytestmark = [  # of peft itself, where a test calls it
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning"),
@@ -111,7 +119,9 @@ def test_it_writes_exactly_these_files(tuned):
 def test_it_says_what_it_did(tuned):
     output, result = tuned
     for words in ("perplexity, fine-tuned", "(gap ", "12 steps of 4 blocks", "speed-up of a training step",
-                  "adapter and merged model differ by at most", "finetune.png", "adapter merged"):  # fmt: skip
+                  "adapter and merged model differ by at most", "finetune.png", "adapter merged", "report.html",
+                  "phase 1 of 3: dense and pruned model", "phase 2 of 3: training",
+                  "phase 3 of 3: tuned model"):  # fmt: skip
         assert words in result.stdout
     results = tiny.read_json(output / "results.json")
     assert set(results["perplexity"]) == {"dense", "pruned", "finetuned"}

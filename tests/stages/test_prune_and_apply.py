@@ -64,14 +64,16 @@ def test_pruning_writes_exactly_these_files(pruned):
     rotation = f"rotation_{tiny.read_json(output / 'plan.json')['rotation']}.safetensors"
     assert own == sorted(
         [f"best/{mask.name}", f"best/{mask.stem}.json", f"best/{rotation}", rotation, "plan.json", "recipe.yaml",
-         "results.json", "training.png", "training_log.json", "widths.png"]
+         "report.html", "results.json", "training.png", "training_log.json", "widths.png"]
     )  # fmt: skip
     assert {name.split("/")[0] for name in files if name.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-8"}
 
 
 def test_pruning_prints_what_it_did(pruned):
     output, result = pruned
-    wanted = ("perplexity", "dense ->", "(target 0.4)", "kept KV heads", "speed-up", "mask_info_", "training.png")
+    wanted = ("perplexity", "dense ->", "(target 0.4)", "kept KV heads", "speed-up", "mask_info_", "training.png",
+              f"{output / 'report.html'}\n", "phase 1 of 3: dense model", "phase 2 of 3: choice of units",
+              "phase 3 of 3: cut at 0.4")  # fmt: skip
     for words in wanted:
         assert words in result.stdout
     assert "sparsity 0." in result.stderr and "lambda" in result.stderr  # the progress bar
@@ -143,8 +145,12 @@ def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, comm
     assert code == 0, error
     assert sorted(path.name for path in output.glob("sparsity_*")) == ["sparsity_0.2", "sparsity_0.4"]
     assert out.count("(target 0.2)") == out.count("(target 0.4)") == 1
+    page = (output / "report.html").read_text(encoding="utf-8")  # of both targets, beside their own
+    assert "2 runs side by side" in page and "Gap over sparsity" in page and page.count("Task loss</b>") == 1
+    assert f"page of all targets: {output / 'report.html'}" in out and "phase 4 of 4: cut at 0.4" in out
     masks = {}
     for target in (0.2, 0.4):
+        assert "1 runs" not in (output / f"sparsity_{target}" / "report.html").read_text(encoding="utf-8")
         results = tiny.read_json(output / f"sparsity_{target}" / "results.json")
         assert results["widths"]["decoder_sparsity"] == pytest.approx(target, abs=0.03)
         assert results["target_sparsity"] == target and results["weight_update"] == "refit"

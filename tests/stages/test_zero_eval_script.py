@@ -47,7 +47,7 @@ def test_the_shipped_model_is_pruned_and_scored_beside_the_dense_one(tree):
     assert all(set(scores) == {"dense", "pruned", "difference"} for scores in zero_shot["tasks"].values())
     written = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
     examples = {f"zero_shot/{model}_{task}.jsonl" for model in ("dense", "pruned") for task in tasks}
-    assert written == {"results.json", "plan.json", "recipe.yaml", "widths.png"} | examples
+    assert written == {"results.json", "plan.json", "recipe.yaml", "report.html", "widths.png"} | examples
     dense, pruned = ((results / f"zero_shot/{model}_tva_name.jsonl").read_text() for model in ("dense", "pruned"))
     assert dense.count("\n") == pruned.count("\n") == 4
     assert dense != pruned  # the pruned object was scored, not the model of the path

@@ -37,14 +37,19 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
     return path
 
 
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the verb's flags."""
+    found = argparse.ArgumentParser(prog="tvaprune report", description=__doc__)
+    found.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's output folder (or --save_loc); "
+                        "or a comparison's")  # fmt: skip
+    found.add_argument("--output", type=Path, help=f"the page's file; default: {PAGE_NAME} in the only folder, or "
+                        "in the working folder where there are several")  # fmt: skip
+    return found
+
+
 def main(arguments: list[str]) -> Path:
     """Parses the flags, writes the page and prints where it is."""
-    parser = argparse.ArgumentParser(prog="tvaprune report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's output folder (or --save_loc); "
-                        "or a comparison's")  # fmt: skip
-    parser.add_argument("--output", type=Path, help=f"the page's file; default: {PAGE_NAME} in the only folder, or "
-                        "in the working folder where there are several")  # fmt: skip
-    args = parser.parse_args(arguments)
+    args = parser().parse_args(arguments)
     path = report(args.folders, args.output)
     print(f"page: {path}")
     return path
