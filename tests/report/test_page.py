@@ -199,16 +199,18 @@ def test_the_verb_and_the_function_write_one_page(run, tmp_path, capsys):
 
 def test_a_comparison_stands_alone(run, tmp_path):
     cell = {"model": "models/mini", "windows": {"prose": 3}, "block_size": 8, "split": "test", "command": "c",
-            "hardware": "a card", "versions": {"torch": "2.13"}, "seconds": {"choosing": 1.25}}  # fmt: skip
+            "hardware": "a card", "versions": {"torch": "2.13"}, "seconds": {"choosing": 1.25}, "zero_shot": None}  # fmt: skip
     cells = [
         cell | {"method": method, "weight_update": "refit", "target_sparsity": sparsity, "seed": seed,
                 "perplexity": {"prose": {"dense": 20.0, "pruned": 20.0 * math.exp(base + sparsity + 0.01 * seed)}}}
         for method, base in (("vib", 0.0), ("flap", 1.0)) for sparsity in (0.25, 0.5) for seed in (0, 1, 2)
     ]  # fmt: skip
+    cells[0]["zero_shot"] = {"pruned": {"average": 0.625}}  # of vib at 0.25
     (tmp_path / "compare.json").write_text(json.dumps({"cells": cells}))
     read, text = page(tmp_path)
     assert read.headings == ["Methods side by side", "mini", "To repeat it"] and read.fetches == []
     assert ["flap", "1.510 (1.500 to 1.520)", "1.2 s"] in read.rows
+    assert ["vib", "0.260 (0.250 to 0.270)", "0.625", "1.2 s"] in read.rows
     assert "vib: 0.26 at 0.25" in text and "flap: 1.51 at 0.5" in text
     with pytest.raises(InputError, match="which has a page of its own; give it alone"):
         report([run, tmp_path])

@@ -67,7 +67,9 @@ def line_chart(
     values = [p[1] for p in points] + ([0.0] if from_zero else [])
     y = _Scale(*_span(values, margin=0.06), HEIGHT - BOTTOM, TOP)
     marks = [_series(one, _colour(index, one), x, y) for index, one in shown]
-    svg = _frame(title, x, y, ticks(x.low, x.high), x_label, y_label, marks)
+    whole = all(float(p[0]).is_integer() for p in points)  # steps have no halves
+    places = [tick for tick in ticks(x.low, x.high) if float(tick).is_integer() or not whole]
+    svg = _frame(title, x, y, places, x_label, y_label, marks)
     return Chart(title, svg, tuple((one.name, _colour(index, one)) for index, one in shown))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tvaprune.errors import InputError
 from tvaprune.report.charts import Chart, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
-from tvaprune.study.report import COMPARISON_NAME, DENSE, Cells, spread
+from tvaprune.study.report import COMPARISON_NAME, DENSE, Cells, spread, zero_shot
 
 
 def is_comparison(folder: Path) -> bool:
@@ -79,14 +79,21 @@ def _tables(cells: Cells, model: str) -> Iterator[Block]:
     columns = [(text, update) for text in cells.texts for update in cells.updates]
     for sparsity in cells.sparsities:
         rows = []
+        scored = cells.updates if any(one["zero_shot"] for one in cells.of(target_sparsity=sparsity)) else []
         for method in cells.methods:
             found = cells.of(model=model, method=method, target_sparsity=sparsity)
             if not found:
                 continue
             place = {"model": model, "method": method, "target_sparsity": sparsity}
             gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text, update in columns]
-            rows.append([method, *gaps, f"{median(one['seconds']['choosing'] for one in found):.1f} s"])
-        head = ["method", *(f"{text}, {update}" for text, update in columns), "choosing"]
+            scores = [zero_shot(cells, weight_update=update, **place) for update in scored]
+            rows.append([method, *gaps, *scores, f"{median(one['seconds']['choosing'] for one in found):.1f} s"])
+        head = [
+            "method",
+            *(f"{text}, {update}" for text, update in columns),
+            *(f"zero-shot, {update}" for update in scored),
+            "choosing",
+        ]
         yield Table(head, rows, f"Sparsity {sparsity:g}", numbers=True)
 
 

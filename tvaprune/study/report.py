@@ -187,16 +187,19 @@ def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
     place = {"model": model, "target_sparsity": sparsity, "method": method}
     found = cells.of(**place)
     gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text in cells.texts for update in cells.updates]
-    scores = []
-    for update in cells.updates:
-        known = [c["zero_shot"][PRUNED]["average"] for c in cells.of(weight_update=update, **place) if c["zero_shot"]]
-        scores.append(f"{median(known):.3f}" if known else NONE)
+    scores = [zero_shot(cells, weight_update=update, **place) for update in cells.updates]
     costs = [
         _median(lambda c: c["seconds"]["choosing"], found, "{:.1f} s"),
         _median(lambda c: c["seconds"]["update"], cells.of(weight_update=REFIT, **place), "{:.1f} s"),
         _median(lambda c: c["peak_memory"]["choosing"] / 2**20, found, "{:.0f} MiB"),
     ]
     return f"| {' | '.join([str(sparsity), method, *gaps, *scores, *costs])} |"
+
+
+def zero_shot(cells: Cells, **place: object) -> str:
+    """Returns the median of the average accuracies in some cells."""
+    known = [cell["zero_shot"][PRUNED]["average"] for cell in cells.of(**place) if cell["zero_shot"]]
+    return f"{median(known):.3f}" if known else NONE
 
 
 def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, object]], form: str) -> str:
