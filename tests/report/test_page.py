@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 
 import pytest
 from support import tiny
+from support.byte_tokenizer import byte_tokenizer
 from support.run_folder import GATES, results, write_run
 
 import tvaprune
+from benchmarks.generations import pieces
 from tvaprune.cli import run_command, run_verb
 from tvaprune.errors import InputError
 from tvaprune.report.charts import Series, bar_chart, line_chart, ticks
@@ -174,12 +176,17 @@ def test_numbers_that_are_none_leave_the_page_whole(run):
         ("training_log.json", {"log": [{"loss": 1.0}]}, "is no log of a training"),
         ("generations.json", {"prompts": ["a"], "models": {"dense": []}}, "not every model was given all prompts"),
         ("generations.json", {"prompts": ["a"]}, "does not say what models added"),
+        ("training_log.json", {"log": [{"step": 1, "task_loss": "low"}]}, "is no log of a training"),
+        ("results.json", {"perplexity": {"dense": "x", "pruned": 2.0}}, "is not what a run measures"),
+        ("results.json", {"perplexity": {"dense": 0.0, "pruned": 2.0}}, "is not what a run measures"),
     ],
 )
 def test_a_folder_without_a_run_of_this_version_is_refused_and_gets_no_page(name, content, said, run, capsys):
     if content is None:
         (run / name).unlink()
     else:
+        if "perplexity" in content:
+            content = tiny.read_json(run / name) | content
         (run / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError, match=said):
         report([run])
@@ -199,7 +206,8 @@ def test_the_verb_and_the_function_write_one_page(run, tmp_path, capsys):
 
 def test_a_comparison_stands_alone(run, tmp_path):
     cell = {"model": "models/mini", "windows": {"prose": 3}, "block_size": 8, "split": "test", "command": "c",
-            "hardware": "a card", "versions": {"torch": "2.13"}, "seconds": {"choosing": 1.25}, "zero_shot": None}  # fmt: skip
+            "hardware": "a card", "versions": {"torch": "2.13"}, "seconds": {"choosing": 1.25},
+            "zero_shot": None}  # fmt: skip
     cells = [
         cell | {"method": method, "weight_update": "refit", "target_sparsity": sparsity, "seed": seed,
                 "perplexity": {"prose": {"dense": 20.0, "pruned": 20.0 * math.exp(base + sparsity + 0.01 * seed)}}}
@@ -215,7 +223,7 @@ def test_a_comparison_stands_alone(run, tmp_path):
     with pytest.raises(InputError, match="which has a page of its own; give it alone"):
         report([run, tmp_path])
     (tmp_path / "compare.json").write_text("{}")
-    with pytest.raises(InputError, match="cannot be read as a comparison"):
+    with pytest.raises(InputError, match=r"compare.json: cannot be read as a comparison \(KeyError\)"):
         report([tmp_path])
 
 
@@ -232,6 +240,15 @@ def test_a_comparison_stands_alone(run, tmp_path):
 def test_the_first_difference_is_found(first, said, parts):
     told = answer("x", list(first), list(said))
     assert (told.same, told.first, told.rest) == parts
+
+
+def test_what_a_model_says_is_parted_into_what_each_token_adds(tmp_path):
+    tokenizer, text = byte_tokenizer(), "é, 10 € <b>"
+    ids = tokenizer(text).input_ids
+    parts = pieces(tokenizer, ids)
+    assert "".join(parts) == text and len(parts) == len(ids) == len(text.encode()) > len(text)
+    assert parts[:3] == ["", "é", ","]  # a letter of two tokens comes with its last
+    assert "".join(pieces(tokenizer, ids[:-5])) == "é, 10 \ufffd"  # cut within one: as the model's text is
 
 
 def test_round_ticks_lie_within_their_span():

@@ -63,7 +63,7 @@ class RunFolder:
             name, path, results,
             None if log is None else (log.resolve(), _log(log)),
             _log(tuned) if results.finetune is not None and tuned.is_file() else None,
-            recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+            recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
             _generations(path / GENERATIONS_NAME),
         )  # fmt: skip
 
@@ -90,9 +90,13 @@ def _runs_in(folder: Path) -> list[Path]:
 def _log(path: Path) -> list[Row]:
     content = _read(path)
     rows = content.get("log") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise InputError(f"{path}: is no log of a training; {_ANEW}")
     return rows
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict) and "step" in row and all(isinstance(one, int | float | None) for one in row.values())
 
 
 def _generations(path: Path) -> Generations | None:

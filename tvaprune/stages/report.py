@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tvaprune.errors import InputError, reason
-from tvaprune.report.folders import read_runs
-from tvaprune.report.page import PAGE_NAME
+from tvaprune.report.folders import RunFolder, read_runs
+from tvaprune.report.page import PAGE_NAME, Page
+from tvaprune.report.results import RESULTS_NAME
 from tvaprune.report.runs import page_of
 from tvaprune.study.page import comparison_page, is_comparison
 
@@ -26,7 +27,7 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
     compared = [folder for folder in folders if is_comparison(folder)]
     if compared and len(folders) > 1:
         raise InputError(f"report: {compared[0]} is of a comparison, which has a page of its own; give it alone")
-    page = comparison_page(compared[0]) if compared else page_of(read_runs(folders))
+    page = comparison_page(compared[0]) if compared else _page(read_runs(folders))
     path = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
     if path.is_dir():
         raise InputError(f"--output {path}: is a folder; give the page's file")
@@ -35,6 +36,16 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
     except OSError as error:
         raise InputError(f"--output {path}: cannot be written ({reason(error)}); give another file") from error
     return path
+
+
+def _page(runs: Sequence[RunFolder]) -> Page:
+    try:
+        return page_of(runs)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # files changed by hand
+        raise InputError(
+            f"{', '.join(str(run.path) for run in runs)}: what is in {RESULTS_NAME} is not what a run measures "
+            f"({reason(error)}); run it again, or give another folder"
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:
