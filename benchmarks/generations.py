@@ -13,10 +13,11 @@ import torch
 from transformers.utils import logging
 
 from tvaprune.cli import run_command
-from tvaprune.errors import one_line
+from tvaprune.errors import InputError, one_line
 from tvaprune.files import write_json
 from tvaprune.models.load import load_model
 from tvaprune.report.folders import GENERATIONS_NAME
+from tvaprune.report.results import Results
 
 PROMPTS = (
     "The capital of France is",
@@ -67,6 +68,9 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="ask by the chat template, in place of continuing the text")
     parser.add_argument("--write", type=Path, help="a run's folder, whose results page is to have them")
     args = parser.parse_args()
+    run = None if args.write is None else Results.read(args.write)
+    if args.write is not None and run is None:
+        raise InputError(f"--write {args.write}: holds no results.json; give a run's folder")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     said: dict[str, list[list[str]]] = {}
@@ -75,8 +79,8 @@ def main() -> None:
         added = (continuation(model, tokenizer, one, args.tokens, args.chat) for one in PROMPTS)
         said[path] = [pieces(tokenizer, ids) for ids in added]
     columns = [[cell("".join(answer)) for answer in answers] for answers in said.values()]
-    if args.write is not None:
-        write_json({"prompts": PROMPTS, "models": said}, args.write / GENERATIONS_NAME)
+    if run is not None:
+        write_json({"command": run.command, "prompts": PROMPTS, "models": said}, args.write / GENERATIONS_NAME)
     print(f"| | {' | '.join(args.models)} |\n{'|---' * (1 + len(columns))}|")
     for prompt, *answers in zip(PROMPTS, *columns, strict=True):
         print(f"| **{cell(prompt)}** | {' | '.join(answers)} |")

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from support import tiny
 from support.byte_tokenizer import byte_tokenizer
-from support.run_folder import GATES, results, write_run
+from support.run_folder import COMMAND, GATES, results, write_run
 
 import tvaprune
 from benchmarks.generations import pieces
@@ -110,8 +110,12 @@ def test_what_a_run_did_not_measure_is_left_out(tmp_path):
 
 def test_of_the_logs_only_those_of_the_run_itself_count(run):
     assert RunFolder.read(run, "run").gates[1] == GATES and RunFolder.read(run, "run").tuning is not None
-    results(target_sparsity=None, finetune=None).write(run)  # a mask was applied where gates had been trained
-    assert RunFolder.read(run, "run").gates is None and RunFolder.read(run, "run").tuning is None
+    assert RunFolder.read(run, "run").generations is not None
+    results(target_sparsity=None, finetune=None, command="other").write(
+        run
+    )  # a mask was applied to where gates trained
+    read = RunFolder.read(run, "run")
+    assert (read.gates, read.tuning, read.generations) == (None, None, None)
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
@@ -174,8 +178,12 @@ def test_numbers_that_are_none_leave_the_page_whole(run):
         ("results.json", {"version": 1}, r"cannot be read as results of version 2 \(version 1\); run it again"),
         ("training_log.json", "[", "cannot be read as JSON"),
         ("training_log.json", {"log": [{"loss": 1.0}]}, "is no log of a training"),
-        ("generations.json", {"prompts": ["a"], "models": {"dense": []}}, "not every model was given all prompts"),
-        ("generations.json", {"prompts": ["a"]}, "does not say what models added"),
+        (
+            "generations.json",
+            {"command": COMMAND, "prompts": ["a"], "models": {"dense": []}},
+            "not every model was given all prompts",
+        ),
+        ("generations.json", {"command": COMMAND, "prompts": ["a"]}, "does not say what models added"),
         ("training_log.json", {"log": [{"step": 1, "task_loss": "low"}]}, "is no log of a training"),
         ("results.json", {"perplexity": {"dense": "x", "pruned": 2.0}}, "is not what a run measures"),
         ("results.json", {"perplexity": {"dense": 0.0, "pruned": 2.0}}, "is not what a run measures"),

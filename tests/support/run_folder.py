@@ -24,7 +24,9 @@ TUNED = [
     {"step": 2, "ce": 3.1, "kl": 0.2},
     {"step": 2, "eval_perplexity": 22.5},
 ]
+COMMAND = "python run.py --x '<script>'"
 GENERATIONS = {
+    "command": COMMAND,
     "prompts": ["The capital <b>"],
     "models": {"dense": [[" is", " Paris", "."]], "pruned": [[" is", " Lyon", ","]], "tuned": [[" is", " Paris"]]},
 }
@@ -36,7 +38,7 @@ def results(**change):
         model="models/mini", target_sparsity=0.5, shape=SHAPE,
         widths=KeptWidths(24, [2, 1, 0], [48, 32, 8], 0.51, 9, 8),
         sparsity_definition="decoder layers", parameters=Parameters(1_600_000, 1_000_000), versions={"torch": "2.13"},
-        perplexity=Perplexities(20.0, 25.0, 22.0), command="python run.py --x '<script>'", hardware="a card",
+        perplexity=Perplexities(20.0, 25.0, 22.0), command=COMMAND, hardware="a card",
         protocol=EvaluationText("own", "prose", "test", None, "</s>", False, 8, 3), dataset_name="prose",
         speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16), training_speed_up=SpeedUp(1.3, 1.2, 3.0, 2.5, 4, 8, 16),
         refit=Refit((0.0, 0.5, 1.0), (0.4, 0.3, 0.35), 0.5,

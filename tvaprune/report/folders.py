@@ -64,7 +64,7 @@ class RunFolder:
             None if log is None else (log.resolve(), _log(log)),
             _log(tuned) if results.finetune is not None and tuned.is_file() else None,
             recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
-            _generations(path / GENERATIONS_NAME),
+            _generations(path / GENERATIONS_NAME, results.command),
         )  # fmt: skip
 
 
@@ -99,12 +99,17 @@ def _is_row(row: object) -> bool:
     return isinstance(row, dict) and "step" in row and all(isinstance(one, int | float | None) for one in row.values())
 
 
-def _generations(path: Path) -> Generations | None:
-    """Returns what models said, from ``{"prompts": [...], "models": {name: [[piece, ...], ...]}}``."""
+def _generations(path: Path, command: str) -> Generations | None:
+    """Returns what the models of a run's command said, from its ``{"command", "prompts", "models"}``.
+
+    ``models`` has for each name, and for each prompt, the pieces of text.
+    """
     if not path.is_file():
         return None
     content = _read(path)
     try:
+        if content["command"] != command:
+            return None  # of a run whose place this one took
         prompts = tuple(map(str, content["prompts"]))
         models = {
             str(name): tuple(tuple(map(str, said)) for said in every) for name, every in content["models"].items()
