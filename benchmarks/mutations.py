@@ -39,7 +39,7 @@ RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
         "the residual target without the factors",
-        REFIT,
+        "tvaprune/cut/walk.py",
         "index_select(-1, kept).float() * scale",
         "index_select(-1, kept).float()",
         "tests/cut/test_refit.py",
@@ -47,8 +47,8 @@ MUTATIONS = [
     Mutation(
         "the residual target with half the stream",
         REFIT,
-        "(lacking - batch.pruned",
-        "(lacking - 0.5 * batch.pruned",
+        "self.aim(batch) - batch.pruned",
+        "self.aim(batch) - 0.5 * batch.pruned",
         "tests/cut/test_refit.py",
     ),
     Mutation(

@@ -36,7 +36,7 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.rotation import _Moments
 from tvaprune.choose.settings import gate_settings
-from tvaprune.cut import narrow
+from tvaprune.cut import narrow, reconstruct
 from tvaprune.flags.settings import DistillSettings, PruneSettings
 from tvaprune.measure.cost import Work
 from tvaprune.measure.perplexity import perplexity
@@ -339,16 +339,24 @@ class Scene:
 
     def refit(self) -> Taken:
         """The cut, the fold and the refit, as `tvaprune.cut.narrow` does them."""
+        return self._update("refit")
+
+    def reconstruct(self) -> Taken:
+        """The same with the reconstruction after it."""
+        return self._update("reconstruct")
+
+    def _update(self, update: str) -> Taken:
         self.card.restart()
         run: Any = SimpleNamespace(
             model=self.dense, refit_blocks=lambda: Blocks(self.work.refit_blocks, self.work.block),
             choice_blocks=lambda: Blocks(self.work.choice_blocks, self.work.block),
             args=SimpleNamespace(
-                training=SimpleNamespace(per_device_eval_batch_size=self.work.eval_batch, device=self.device),
-                prune=SimpleNamespace(refit_offload=self.work.refit_offload),
+                training=SimpleNamespace(per_device_eval_batch_size=self.work.eval_batch, device=self.device, seed=0),
+                prune=SimpleNamespace(refit_offload=self.work.refit_offload, weight_update=update),
             ),
         )  # fmt: skip
-        narrow._refitted(run, self.plan, True)
+        with mock.patch.object(reconstruct, "RATES", reconstruct.RATES[:1]):  # the first helps: here no error falls
+            narrow._refitted(run, self.plan, True)
         return self.card.taken
 
     def finetuning_step(self) -> Taken:
@@ -371,7 +379,9 @@ class Scene:
         return self._steps(student, lambda ids: trainer.compute_loss(student, {"input_ids": ids}))
 
 
-PHASES = ("dense_perplexity", "pruned_perplexity", "gradient_pass", "gate_step", "refit", "finetuning_step")
+PHASES = (
+    "dense_perplexity", "pruned_perplexity", "gradient_pass", "gate_step", "refit", "reconstruct", "finetuning_step",
+)  # fmt: skip
 
 
 def simulate(config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan | None = None) -> Taken:

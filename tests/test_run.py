@@ -70,18 +70,22 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
     class Stopped(Exception):
         pass
 
-    def stop(*args, is_used_up):
+    def stop(*args):
         raise Stopped
+
+    def text():
+        return [{"input_ids": [0]}]
 
     monkeypatch.setattr("torch.nn.Module.to", move)
     monkeypatch.setattr(narrowing, "apply_plan", lambda copied, plan, device: cut_to.append(device) or copied)
     monkeypatch.setattr(narrowing, "fold", lambda copied, plan: copied)
-    monkeypatch.setattr(narrowing, "refit", stop)
+    monkeypatch.setattr(narrowing, "Layers", lambda model, device, is_used_up=False: model)
+    monkeypatch.setattr(narrowing, "refit_layers", stop)
     flags = SimpleNamespace(
-        prune=SimpleNamespace(weight_update="refit", refit_offload=offload),
+        prune=SimpleNamespace(weight_update="refit", refits=True, refit_offload=offload),
         training=SimpleNamespace(per_device_eval_batch_size=1, device="the device"),
     )
-    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=list, choice_blocks=list)
+    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=text, choice_blocks=text)
     with pytest.raises(Stopped):
         narrowing.narrow(run, plan, keep_dense=False)
     assert seen == moves and cut_to == ["the device"]

@@ -65,7 +65,8 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         windows=args.data.max_eval_samples or C4_WINDOWS,
         eval_batch=training.per_device_eval_batch_size,
         choice_blocks=CHOICE_SAMPLES,
-        refits=args.prune.weight_update == "refit",
+        refits=args.prune.refits,
+        reconstructs=args.prune.weight_update == "reconstruct",
         refit_blocks=args.prune.refit_samples,
         refit_offload=args.prune.refit_offload,
         compare_dense=args.evaluation.compare_dense,
@@ -84,11 +85,15 @@ def fitted(args: Arguments, work: Work, memory: float | None = None) -> Work:
     if step is not None:
         ways = list(_ways(args, work))
         work = next((way for way in ways if step(way) <= room), ways[-1])
-    if work.refits and cost.refit(work) > room and "refit_offload" not in args.recipe:
+    if work.refits and _update(work) > room and "refit_offload" not in args.recipe:
         work = replace(work, refit_offload=True)
     teaches = args.recipe["verb"] == "finetune" and work.distill
     again = args.recipe["verb"] == "prune" and len(set(args.prune.target_sparsity)) > 1  # cut at each target
     return replace(work, keep_dense=work.compare_dense or teaches or again or _times(args, work, room))
+
+
+def _update(work: Work) -> float:
+    return max(cost.refit(work), cost.reconstruct(work) if work.reconstructs else 0)
 
 
 def changes(args: Arguments, work: Work) -> dict[str, bool | int]:
@@ -185,5 +190,5 @@ def _over(args: Arguments, work: Work) -> Iterator[str]:
         teaches = step == cost.finetuning_step and work.distill and not work.compare_dense
         hint = "; --teacher_cache DIR leaves the unpruned model out" if teaches else ""
         yield f"training needs about {needed / GIB:.0f} GiB{asked}, {leaves}{hint}"
-    if work.refits and (needed := cost.refit(work)) > room:
+    if work.refits and (needed := _update(work)) > room:
         yield f"the refit needs about {needed / GIB:.0f} GiB, {leaves}; --weight_update fold needs less"

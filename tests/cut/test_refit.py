@@ -7,42 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from support.families import MORE_ROWS, ROWS, logits, make_plan, sliced
+from support.families import MORE_ROWS, ROWS, make_plan, sliced
 from support.other_families import OTHER_ROWS
+from support.updates import CALIBRATION, HELD_OUT, divergence, refit, weights_differ
 
-from tvaprune.cut.refit import refit
 from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
-from tvaprune.losses import distillation_loss
 from tvaprune.models.families import family_of
-
-
-def windows(count, seed, length=16):
-    """Text with a pattern, so that inputs are correlated as those of real text are."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 47, (count, length), generator=generator)
-    ids[:, 1::2] = (ids[:, ::2] * 3 + 1) % 47
-    return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
-
-
-CALIBRATION, HELD_OUT = windows(24, seed=1), windows(8, seed=2)
 
 
 @pytest.fixture(params=(ROWS | MORE_ROWS | OTHER_ROWS).values(), ids=ROWS | MORE_ROWS | OTHER_ROWS)
 def model(request, make_model, other_families):
     model_type, values = request.param
     return make_model(model_type, **values)
-
-
-def divergence(model, dense):
-    """KL from the dense predictions on the held-out windows."""
-    ids = HELD_OUT[:]["input_ids"]
-    return float(distillation_loss(logits(model, ids), logits(dense, ids)))
-
-
-def weights_differ(model, other):
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def test_the_solution_is_numpys_least_squares():

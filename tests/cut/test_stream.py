@@ -116,6 +116,15 @@ def test_without_a_text_the_folder_is_the_same_too(update, dense, text, tmp_path
     assert (again["model.safetensors"] == files["model.safetensors"]) == (update == "none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reconstructed_folder_is_the_same_too(dtype, dense, text, tmp_path):
+    tiny.save_checkpoint(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype), dense)
+    memory, streamed = both(dense, text, tmp_path, "--weight_update", "reconstruct")
+    assert streamed == memory
+    refitted, _ = applied(dense, text, tmp_path, *STREAM, "--overwrite_output_dir")
+    assert refitted["model.safetensors"] != memory[0]["model.safetensors"]  # control
+
+
 def test_a_walk_in_other_steps_ends_at_the_same_weights(dense, text, tmp_path, monkeypatch):
     """Rows read three numbers at a time, one share in each pass, few windows of a perplexity at a time."""
     monkeypatch.setattr(shards, "PART", 3)

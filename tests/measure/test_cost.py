@@ -8,6 +8,8 @@ import torch
 from support import tiny
 
 from benchmarks.simulate import CARD, CONFIGS, PHASES, RealCard, Scene, plan_to, simulate, simulated
+from tvaprune.cut.reconstruct import EPOCHS, WINDOW
+from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
 from tvaprune.cut.refit import SHARES, STRENGTHS
 from tvaprune.cut.ridge import ROWS
 from tvaprune.measure import cost
@@ -38,6 +40,9 @@ CASES = [
     ("Llama-2-7B", "gate_step", {}),
     ("Llama-2-7B", "gate_step", {"batch": 4, "checkpointing": True}),
     ("Llama-2-7B", "refit", {}),
+    ("Llama-2-7B", "reconstruct", {}),
+    ("Llama-2-7B", "reconstruct", {"block": 1024}),
+    ("Mistral-7B", "reconstruct", {"refit_offload": True}),
     ("Llama-2-7B", "finetuning_step", {"batch": 8}),
     ("Llama-2-7B", "finetuning_step", {"batch": 8, "distill": False}),
     ("Llama-2-7B", "finetuning_step", {"batch": 8, "distill": False, "compare_dense": True}),
@@ -116,6 +121,7 @@ def test_the_simulation_counts_what_is_alive_and_where():
 
 def test_the_refits_constants_are_those_of_the_code():
     assert (cost.STRENGTHS, cost.SHARES, cost.ROWS) == (sum(map(math.isfinite, STRENGTHS)), len(SHARES), ROWS)
+    assert (2 * cost.WINDOW_LAYERS, cost.EPOCHS, cost.NEW_SHARES) == (WINDOW, EPOCHS, len(AFTER_REFIT))
     assert layers.ROWS == ROWS
 
 

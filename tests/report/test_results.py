@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 from report.test_zero_shot_report import made, record_of, score
 
+from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.errors import InputError
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import shape_of
@@ -24,6 +25,7 @@ def whole(make_model, tmp_path):
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5), speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
         refit=Refit((0.0, 1.0), (0.5, 0.4), 1.0, {"q": 0.1, "k": None}, 4, 2, 1.5),
+        reconstruct=Reconstruction((0.0, 1.0), (0.4, 0.3), 1.0, ((2.0, 1.0), (3.0, 3.0))),
         training_speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
         finetune=Tuning("lora", True, 10, "live", 1.0, 2.0, 0.0, 1e-3, 4, 24, 1.0, 6, 6, None, 2.5, 2, 4.0, 0.0, 1e-6),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from conftest import TINY, perturb
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from support.updates import reconstruct, refit
 from tvaprune import ranks
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores import score_masks
@@ -20,7 +21,6 @@ from tvaprune.choose.settings import gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.cli import run_command
 from tvaprune.cut.fold import fold
-from tvaprune.cut.refit import refit
 from tvaprune.cut.slice import apply_plan
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import FinetuneRunArguments, RunArguments
@@ -143,13 +143,16 @@ def scores(method):
     return torch.cat([*values.attn, *values.inter])
 
 
-def refitted():
-    """The weights after a refit, and how far from the fold the model went."""
+def refitted(reconstructs=False):
+    """The weights after a refit, perhaps a reconstruction too, and how far of the way the model went."""
     dense = model()
     masks = calibrate(score_masks(dense, "magnitude", blocks(4), 0.3), shape_of(dense.config), 0.3, WidthRules(4))
     plan = plan_from_masks(masks, shape_of(dense.config), WidthRules(4))
     pruned = fold(apply_plan(copy.deepcopy(dense), plan), plan)
-    done = refit(dense, pruned, plan, blocks(24), blocks(10, seed=5), batch_size=4)
+    texts = blocks(24), blocks(10, seed=5)
+    done = refit(dense, pruned, plan, *texts, batch_size=4)
+    if reconstructs:  # a step of two processes is of their batches together
+        done = reconstruct(dense, pruned, plan, *texts, batch_size=4 // ranks.count())
     weights = [parameter.detach().flatten() for parameter in pruned.parameters()]
     return torch.cat([*weights, torch.tensor([done.share, *done.divergences])])
 
@@ -159,6 +162,7 @@ def work(folder):
     found = {"gates": gates(folder), "gates, sharded": gates(folder, sharded=ranks.launched() > 1)}
     found |= {"tuned": tuned(folder), "tuned, sharded": tuned(folder, sharded=ranks.launched() > 1)}
     found |= {method: scores(method) for method in METHODS} | {"refitted": refitted()}
+    found |= {"reconstructed": refitted(reconstructs=True)}
     return found | {"perplexity": torch.tensor([perplexity(model(), blocks(7), 2)], dtype=torch.float64)}
 
 

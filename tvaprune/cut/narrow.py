@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from tvaprune import ranks
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.cut.fold import fold
-from tvaprune.cut.refit import RefitReport, refit, refit_layers
+from tvaprune.cut.reconstruct import Reconstruction, reconstruct_layers
+from tvaprune.cut.refit import RefitReport, refit_layers
 from tvaprune.cut.slice import apply_plan, lent
 from tvaprune.errors import REFITTING, InputError, running_out_in
 from tvaprune.measure.perplexity import windows_per_pass
@@ -29,7 +30,7 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
 
     Args:
         keep_dense: Whether ``run.model`` is needed again; else it may be cut itself (``none``, ``fold``), or leaves the
-            memory (``refit``). With ``--refit_offload`` it stays on the CPU, until `Run.dense_model`.
+            memory (``refit``, ``reconstruct``). With ``--refit_offload`` it stays on the CPU, until `Run.dense_model`.
 
     Returns:
         The narrower model, and what the refit did, for the results.
@@ -61,7 +62,7 @@ def rounded(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-    if run.args.prune.weight_update == "refit":
+    if run.args.prune.refits:
         return _refitted(run, plan, keep_dense)
     folds = run.args.prune.weight_update == "fold"
     model = lent(run.model) if keep_dense else run.model
@@ -75,7 +76,7 @@ def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, d
 
 
 def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Returns a narrower copy of the model, its kept weights refitted, and what the refit did."""
+    """Returns a narrower copy of the model, its kept weights refitted, perhaps reconstructed, and what that did."""
     begin, training, place = time.perf_counter(), run.args.training, place_of(run.model)
     calibration, held_out = refit_texts(run)
     texts = plan, calibration, held_out, windows_per_pass(calibration, training.per_device_eval_batch_size)
@@ -83,18 +84,35 @@ def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedMod
         if isinstance(place, dict):  # half a layer of each at a time goes to one device
             put(run.model, _CPU)
             model = fold(apply_plan(lent(run.model), plan), plan)
-            dense = Layers(run.model, training.device, is_used_up=not keep_dense)
-            done = refit_layers(dense, Layers(model, training.device), *texts)
+            done, more = _fitted(run, model, training.device, keep_dense, texts)
             put(model, place)
             if keep_dense:
                 put(run.model, place)
         else:
             put(run.model, _CPU if run.args.prune.refit_offload else training.device)
             model = fold(apply_plan(lent(run.model), plan, training.device), plan)
-            done = refit(run.model, model, *texts, is_used_up=not keep_dense)
+            done, more = _fitted(run, model, model.device, keep_dense, texts)
     if not keep_dense:
         put(run.model, torch.device("meta"))  # its sizes stay
-    return model, told(done, calibration, held_out, begin)
+    return model, told(done, more, calibration, held_out, begin)
+
+
+def _fitted(
+    run: Run,
+    model: PreTrainedModel,
+    device: torch.device,
+    keep_dense: bool,
+    texts: tuple[KeepPlan, Dataset, Dataset, int],
+) -> tuple[RefitReport, Reconstruction | None]:
+    """Refits a cut and folded model on a device, and reconstructs it where asked for."""
+    trains = run.args.prune.weight_update == "reconstruct"
+    run.model.eval(), model.eval()
+    dense = Layers(run.model, device, is_used_up=not (keep_dense or trains))
+    done = refit_layers(dense, Layers(model, device), *texts)
+    if not trains:
+        return done, None
+    dense = Layers(run.model, device, is_used_up=not keep_dense)
+    return done, reconstruct_layers(dense, Layers(model, device), *texts, seed=run.args.training.seed)
 
 
 def refit_texts(run: Run) -> tuple[Dataset, Dataset]:
@@ -115,11 +133,14 @@ def refit_texts(run: Run) -> tuple[Dataset, Dataset]:
     return calibration, held_out
 
 
-def told(done: RefitReport, calibration: Dataset, held_out: Dataset, begin: float) -> dict[str, Any]:
-    """Returns what a refit did, for the results.
+def told(
+    done: RefitReport, more: Reconstruction | None, calibration: Dataset, held_out: Dataset, begin: float
+) -> dict[str, Any]:
+    """Returns what a refit did, and a reconstruction after it, for the results.
 
     Args:
         begin: When it began, by `time.perf_counter`.
     """
     blocks = {"calibration_blocks": len(calibration), "held_out_blocks": len(held_out)}
-    return {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}
+    found = {"refit": asdict(done) | blocks | {"seconds": time.perf_counter() - begin}}
+    return found if more is None else found | {"reconstruct": asdict(more)}

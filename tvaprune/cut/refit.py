@@ -22,15 +22,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from tvaprune import ranks
-from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
-from tvaprune.losses import Predictions, distillation_loss
+from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, with_one
+from tvaprune.cut.walk import Batch, Walk
 from tvaprune.models.families import residual_factor
-from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
+from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
-from tvaprune.models.logits import head_of
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -58,30 +56,6 @@ class RefitReport:
 
 
 @torch.no_grad()
-def refit(
-    dense: PreTrainedModel,
-    pruned: PreTrainedModel,
-    plan: KeepPlan,
-    calibration: Dataset,
-    held_out: Dataset,
-    batch_size: int = 8,
-    strengths: Sequence[float] = STRENGTHS,
-    shares: Sequence[float] = SHARES,
-    is_used_up: bool = False,
-) -> RefitReport:
-    """Refits a model that was sliced by ``plan`` and folded, in place; as `refit_layers` of two models in memory.
-
-    Args:
-        dense: The unpruned model. On another device than ``pruned`` (the CPU), its layers are fetched one at a time and
-            the residual streams stay with it.
-        is_used_up: Whether the dense layers leave the memory behind the walk.
-    """
-    dense.eval(), pruned.eval()
-    layers = Layers(dense, pruned.device, is_used_up), Layers(pruned)
-    return refit_layers(*layers, plan, calibration, held_out, batch_size, strengths, shares)
-
-
-@torch.no_grad()
 def refit_layers(
     dense: Layers,
     pruned: Layers,
@@ -105,118 +79,35 @@ def refit_layers(
         held_out: Windows of the same length that choose among fits.
         batch_size: Windows of a forward pass.
     """
-    walk = _Walk(dense, pruned, plan, strengths)
-    for blocks in (calibration, held_out):
-        walk.read(blocks, batch_size, held_out=blocks is held_out)
+    walk = _Refit(dense, pruned, plan, strengths)
+    walk.begin(calibration, held_out, batch_size)
     walk.layers()
     if not plan.shape.tie_word_embeddings:  # a tied head is the embedding, whose output is exact
         walk.head()
-    divergences = walk.divergences(shares)
-    best = shares[nearest(divergences)]
-    pruned.settle(best)
+    best, divergences = walk.settle(shares)
     chosen = {name: strength if math.isfinite(strength) else None for name, strength in walk.chosen.items()}
     return RefitReport(tuple(shares), tuple(divergences), best, chosen)
 
 
-@dataclass
-class _Batch:
-    """One batch of windows and its residual streams: shapes ``(batch, length)`` and ``(batch, length, hidden)``."""
-
-    input_ids: torch.Tensor
-    dense: torch.Tensor
-    pruned: torch.Tensor
-    held_out: bool
-
-
-class _Walk:
-    """One walk over the layers, which refits ``pruned``.
-
-    Args:
-        dense: The unpruned model.
-        pruned: The same model, sliced by ``plan`` and folded.
-    """
+class _Refit(Walk):
+    """A walk that refits the linears of each half it passes."""
 
     def __init__(self, dense: Layers, pruned: Layers, plan: KeepPlan, strengths: Sequence[float]) -> None:
-        self.dense, self.pruned, self.plan, self.strengths = dense, pruned, plan, strengths
-        self.device = pruned.device
-        self.edits = edits_of(plan, dense.family, self.device)
+        super().__init__(dense, pruned, plan)
+        self.strengths, self.edits = strengths, edits_of(plan, dense.family, self.device)
         self.chosen: dict[str, float] = {}
-        self.batches: list[_Batch] = []
-        self.options: list[dict[str, Any]] = []
-
-    def read(self, blocks: Dataset, batch_size: int, held_out: bool) -> None:
-        """Starts the streams of these windows: the embeddings."""
-        widths = self.plan.shape.hidden_size, self.plan.hidden_size
-        batches = []
-        batch_size = min(batch_size, len(blocks) // ranks.count())  # one at least falls to every process
-        for start in ranks.share(range(0, len(blocks), batch_size)):
-            ids = blocks[start : start + batch_size]["input_ids"]
-            dense, pruned = (self.dense.room((*ids.shape, width)) for width in widths)
-            batches.append(_Batch(ids, dense, pruned, held_out))
-        ids = [batch.input_ids for batch in batches]
-        embed(self.dense, ids, [batch.dense for batch in batches])
-        embed(self.pruned, ids, [batch.pruned for batch in batches])
-        self.batches += batches
 
     def layers(self) -> None:
         """Walks all layers: attention, then MLP."""
-        self.options = attention_options(self.dense, self.batches[-1].input_ids.shape[1])
-        for index, block, options in self._blocks("refitting"):
+        for index, block, options in tqdm(self.halves(), desc="refitting", unit="half layer", leave=False):
             with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
                 self._half(f"layer {index} ", block, options)
             self.dense.done(*paths_of(block))
-
-    def _blocks(self, description: str) -> Iterator[tuple[int, Block, dict[str, Any]]]:
-        """Yields the halves of the layers in order, each with what it is called with."""
-        blocks = list(self.dense.blocks())
-        for index, block, is_attention in tqdm(blocks, desc=description, unit="half layer", leave=False):
-            yield index, block, self.options[index] if is_attention else {}
 
     def head(self) -> None:
         """Refits the lm_head."""
         with self.dense.holding(*self.dense.ends), self.pruned.changing(*self.pruned.ends):
             self._fit_readers("", Half.ending(self.dense), Half.ending(self.pruned))
-
-    def divergences(self, shares: Sequence[float]) -> list[float]:
-        """Returns the KL from the dense predictions to the pruned model's at each share: the mean over held-out tokens.
-
-        The dense stream must have passed all layers.
-        """
-        passes = [shares[first : first + self.pruned.passes] for first in range(0, len(shares), self.pruned.passes)]
-        return [value for some in passes for value in self._divergences(some)]
-
-    def _divergences(self, shares: Sequence[float]) -> list[float]:
-        """Returns the KL at some shares, whose streams go through a half layer while it is held."""
-        held_out = [batch for batch in self.batches if batch.held_out]
-        ids, own = [batch.input_ids for batch in held_out], [batch.pruned for batch in held_out]
-        streams = [own, *([self.dense.room(hidden.shape) for hidden in own] for _ in shares[1:])]
-        embed(self.pruned, ids, own)
-        for stream in streams[1:]:
-            for room, hidden in zip(stream, own, strict=True):
-                room.copy_(hidden)
-        for _, block, options in self._blocks("choosing a share"):
-            half = Half.of(self.pruned, block, options)
-            for stream, _ in zip(streams, self.pruned.at(shares, *paths_of(block)), strict=True):
-                for hidden in stream:
-                    hidden.copy_(half(hidden.to(self.device)))
-        dense, pruned = Half.ending(self.dense), Half.ending(self.pruned)
-        with self.dense.holding(*self.dense.ends):
-            totals = [
-                self._summed(dense, pruned, held_out, stream)
-                for stream, _ in zip(streams, self.pruned.at(shares, *self.pruned.ends), strict=True)
-            ]
-        windows, *totals = ranks.total(sum(map(len, ids)), *totals)
-        return [total / windows for total in totals]
-
-    def _summed(self, dense: Half, pruned: Half, batches: Sequence[_Batch], stream: Sequence[torch.Tensor]) -> float:
-        """Returns the KL of a stream, summed over the windows."""
-        total = 0.0
-        for batch, hidden in zip(batches, stream, strict=True):
-            for own, other in zip(hidden.split(1), batch.dense.split(1), strict=True):
-                student = Predictions(pruned.norm(own.to(self.device)), head_of(self.pruned.model))
-                teacher = Predictions(dense.norm(other.to(self.device)), head_of(self.dense.model))
-                total += float(distillation_loss(student, teacher))
-        return total
 
     def _half(self, prefix: str, block: Block, options: dict[str, Any]) -> None:
         """Refits half a layer and moves both streams past it."""
@@ -234,22 +125,21 @@ class _Walk:
         for batch in self.batches:
             batch.pruned.copy_(pruned(batch.pruned.to(self.device)))
 
-    def _lacking(self, batch: _Batch) -> torch.Tensor:
+    def _lacking(self, batch: Batch) -> torch.Tensor:
         """Returns what the pruned stream, before a half, lacks of the dense one past it."""
-        kept, scale = (values.hidden.to(self.device) for values in (self.plan.kept, self.plan.scale))
-        lacking = batch.dense.to(self.device).index_select(-1, kept).float() * scale
-        return (lacking - batch.pruned.to(self.device).float()) / residual_factor(self.dense.model.config)
+        lacking = self.aim(batch) - batch.pruned.to(self.device).float()
+        return lacking / residual_factor(self.dense.model.config)
 
-    def _written(self, dense: Half, batch: _Batch) -> torch.Tensor:
+    def _written(self, dense: Half, batch: Batch) -> torch.Tensor:
         """Returns what the dense half writes on the kept dims: the norm after it divides any factor out."""
         with _captured(dense.writer) as inputs:
             dense(batch.dense.to(self.device))
         return dense.writer(inputs[0]).index_select(-1, self.plan.kept.hidden.to(self.device))
 
-    def _fit_writer(self, name: str, pruned: Half, target: Callable[[_Batch], torch.Tensor]) -> None:
+    def _fit_writer(self, name: str, pruned: Half, target: Callable[[Batch], torch.Tensor]) -> None:
         """Refits the linear that writes a half's output."""
 
-        def tokens(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             with _captured(pruned.writer) as inputs:
                 pruned(batch.pruned.to(self.device))
             return with_one(inputs[0], pruned.writer), target(batch)
@@ -261,7 +151,7 @@ class _Walk:
         """Refits the linears that read a norm to the outputs of the dense ones."""
         like = next(iter(pruned.readers.values()))
 
-        def tokens(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             inputs, targets = pruned.norm(batch.pruned.to(self.device)), dense.norm(batch.dense.to(self.device))
             return with_one(inputs, like), with_one(targets, like)
 
@@ -274,7 +164,7 @@ class _Walk:
     def _ridges(self, fit: Moments) -> list[Ridge]:
         return [Ridge(fit.inputs, strength) for strength in self.strengths]
 
-    def _moments(self, tokens: Callable[[_Batch], tuple[torch.Tensor, torch.Tensor]]) -> tuple[Moments, Moments]:
+    def _moments(self, tokens: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]) -> tuple[Moments, Moments]:
         """Returns the moments of the calibration windows and of the held-out ones."""
         sums: dict[bool, Moments] = {}
         for batch in self.batches:

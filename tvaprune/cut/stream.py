@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tvaprune.cut.narrow import refit_texts, rounded, told
+from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import check_size, narrow_shell
@@ -41,12 +42,18 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     model = narrow_shell(dense.model, plan, device)
     cut = _Cut(dense, model, edits_of(plan, dense.family), folds=prune.weight_update != "none")
     pruned, update = Streamed(model, cut, device, dense.scratch), {}
-    if prune.weight_update == "refit":
+    if prune.refits:
         calibration, held_out = refit_texts(run)
         batch_size = windows_per_pass(calibration, run.args.training.per_device_eval_batch_size)
         _check_room(plan, dense, batch_size, calibration, held_out)
-        done = refit_layers(dense, pruned, plan, calibration, held_out, batch_size)
-        update = told(done, calibration, held_out, begin)
+        texts = plan, calibration, held_out, batch_size
+        done, more = refit_layers(dense, pruned, *texts), None
+        if prune.weight_update == "reconstruct":
+            folder = dense.scratch / "reconstructed"
+            folder.mkdir()
+            pruned = Streamed(model, pruned.weight, device, folder)  # from where the refit ends
+            more = reconstruct_layers(dense, pruned, *texts, seed=run.args.training.seed)
+        update = told(done, more, calibration, held_out, begin)
     stored = model.config.dtype = run.stored_dtype
     as_stored = Streamed(model, lambda name: rounded(name, pruned.weight(name), stored), device, dense.scratch)
     return as_stored, update

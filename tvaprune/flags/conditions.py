@@ -60,7 +60,7 @@ CONDITIONS = (
               lambda args: not args.finetune.full_ft),
     Condition(("early_stopping_patience",), "beside --eval_strategy no: it counts evaluations",
               lambda args: args.training.eval_strategy != "no"),
-    Condition(("refit_offload",), "without --weight_update refit", lambda args: args.prune.weight_update == "refit"),
+    Condition(("refit_offload",), "without --weight_update refit or reconstruct", lambda args: args.prune.refits),
     Condition(("refit_offload", "speed_batches", "device_map"), "beside --stream True, where no model is in memory",
               lambda args: not args.prune.stream),
     Condition(("stream",), "without --mask_loc or --plan, as there is nothing to cut",

@@ -176,12 +176,14 @@ class PruneSettings:
         None, "A keep plan (plan.json of a run) to apply as it is, in place of --mask_loc and the width flags."
     )
     save_pruned: str | None = _flag(None, "Folder to write the narrower model to, as a Hugging Face checkpoint.")
-    weight_update: Literal["none", "fold", "refit"] = _flag(
+    weight_update: Literal["none", "fold", "refit", "reconstruct"] = _flag(
         "refit",
         "Instant weight update: none: cut only; fold: the gates' means (flap: its bias terms, where there are biases) "
-        "go into the weights; refit: the kept weights' closed-form optimum on training blocks, where that helps.",
+        "go into the weights; refit: the kept weights' closed-form optimum on training blocks, where that helps; "
+        "reconstruct: refit, then two layers at a time are trained to the unpruned model's hidden states on the same "
+        "blocks, where that helps.",
     )
-    refit_samples: int = _flag(128, "Training blocks whose statistics the refit fits.")
+    refit_samples: int = _flag(128, "Training blocks that refit and reconstruct fit.")
     stream: bool = _flag(
         False,
         "Cut, fold, refit and measure a model that fits neither the GPU nor the memory: half a layer at a time, from "
@@ -189,7 +191,9 @@ class PruneSettings:
         "timed.",
     )
     refit_offload: bool = _flag(
-        False, "Keep the unpruned model and its activations on the CPU during the refit, a layer at a time on the GPU."
+        False,
+        "Keep the unpruned model and its activations on the CPU during refit and reconstruct, a layer or two at a time "
+        "on the GPU.",
     )
 
     def __post_init__(self) -> None:
@@ -203,6 +207,11 @@ class PruneSettings:
             raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
         if self.plan is not None:
             self._check_plan()
+
+    @property
+    def refits(self) -> bool:
+        """Whether the weight update is fitted on text."""
+        return self.weight_update in ("refit", "reconstruct")
 
     def _check_plan(self) -> None:
         decided = ("mask_loc", "dim_multiple", "keep_one_kv_head", "uniform", "tensor_parallel")

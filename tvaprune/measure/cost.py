@@ -20,6 +20,7 @@ GIB = 2**30
 OVERHEAD = 0.75 * GIB  # of a card, that no tensor of ours takes: the context, workspaces, the allocator's rounding
 CARDS = {"24 GB": 23.6 * GIB, "40 GB": 39.4 * GIB, "80 GB": 79.2 * GIB}  # what a card of this name has
 STRENGTHS, SHARES, ROWS = 5, 6, 8192  # of `tvaprune.cut`: finite strengths, shares, rows at a time
+WINDOW_LAYERS, EPOCHS, NEW_SHARES = 2, 4, 3  # of `tvaprune.cut.reconstruct`
 ROTATION_BLOCKS = 128  # that a rotation is learned of
 
 
@@ -41,7 +42,7 @@ class Work:
         scorings: How often masks, or checkpoints, are compared in training, on ``choice_blocks`` blocks.
         refit_blocks: Blocks that the refit fits; what it chooses among is compared on ``choice_blocks``.
         refit_offload: Whether the dense model and the streams are on the host meanwhile.
-        refits: Whether the kept weights are refitted, or only cut.
+        refits: Whether the kept weights are refitted, or only cut; ``reconstructs``: trained after that.
         keep_dense: Whether the dense model is on the card while the narrower one is measured; ``compare_dense``: while
             that is tuned, too.
         rotation_batch: Blocks of a pass of what learns a rotation; 0: nothing is turned.
@@ -64,6 +65,7 @@ class Work:
     scorings: int = 60
     choice_blocks: int = 128
     refits: bool = True
+    reconstructs: bool = False
     refit_blocks: int = 128
     refit_offload: bool = False
     keep_dense: bool = True
@@ -104,6 +106,12 @@ def _layers(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
     """Yields q, k and f of every layer."""
     for heads, channels in zip(shape.num_key_value_heads, shape.intermediate_size, strict=True):
         yield heads * shape.group_size * shape.head_dim, heads * shape.head_dim, channels
+
+
+def _layer_sizes(shape: ModelShape) -> list[int]:
+    """Returns the numbers of every layer's linears, of which an MLP without a gate has one fewer."""
+    h = shape.hidden_size
+    return [h * (2 * q + 2 * k + (2 + shape.gated_mlp) * f) for q, k, f in _layers(shape)]
 
 
 def narrower(shape: ModelShape, sparsity: float) -> ModelShape:
@@ -367,8 +375,7 @@ def refit(work: Work) -> float:
     """
     there = weights(work.dense, work) + _streams(work)
     if work.refit_offload:
-        h, b = work.dense.hidden_size, work.weight_bytes
-        there = b * max(h * work.dense.vocab_size, *(h * (2 * q + 2 * k + 3 * f) for q, k, f in _layers(work.dense)))
+        there = work.weight_bytes * max(work.dense.hidden_size * work.dense.vocab_size, *_layer_sizes(work.dense))
     share = head_share(work.dense, work.pruned.hidden_size, work.weight_bytes)
     return there + weights(work.pruned, work) + max(share, *(fit.bytes for fit in _fits(work)))
 
@@ -385,17 +392,52 @@ def refit_flops(work: Work) -> float:
     return passes + sum(fit.flops(tokens) for fit in _fits(work))
 
 
+def reconstruct(work: Work) -> float:
+    """Returns the bytes on the card in the reconstruction: both models, both streams, and a window in training.
+
+    Of what is trained there are a float32 copy where it is in half precision, the best so far, two moments, and at the
+    end of a step its gradients in both precisions; before that the activations, the norms' inputs in float32.
+    """
+    b, h, layers = work.weight_bytes, work.pruned.hidden_size, WINDOW_LAYERS
+    copy = 4 * (b < 4)
+    sizes, dense = _layer_sizes(work.pruned), _layer_sizes(work.dense)
+    per_token = [b * (4 * h + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
+    windows = range(0, len(sizes), layers)
+    trained = max(sum(sizes[first : first + layers]) for first in windows)
+    kept = work.pass_tokens(work.block) * (max(sum(per_token[first : first + layers]) for first in windows) + 12 * h)
+    there = weights(work.dense, work) + _streams(work)
+    if work.refit_offload:
+        there = b * max(sum(dense[first : first + layers]) for first in windows)
+    throughout = (copy + b + 8) * trained
+    return there + weights(work.pruned, work) + throughout + max((copy + b) * trained, kept)
+
+
+def reconstruct_flops(work: Work) -> float:
+    """Returns the operations of the reconstruction: both streams, the training, held-out errors, shares."""
+    fit, held = work.refit_blocks * work.block, work.choice_blocks * work.block
+
+    def passes(shape: ModelShape, tokens: int) -> float:
+        return forward_flops(shape, tokens, work.block, head=False)
+
+    streams = passes(work.dense, fit + held) + passes(work.pruned, fit + held)
+    training = 3 * EPOCHS * passes(work.pruned, fit) + (EPOCHS + 1) * passes(work.pruned, held)
+    heads = _head_flops(work.pruned, held) + _head_flops(work.dense, held)
+    return streams + training + NEW_SHARES * (passes(work.pruned, held) + heads)
+
+
 def of_pass(phase: str, work: Work) -> tuple[float, float]:
     """Returns the bytes on the device and the operations of one pass: what ``benchmarks/simulate.py`` counts.
 
     Args:
         phase: ``dense_perplexity``, ``pruned_perplexity`` (both models there), ``gradient_pass``,
-            ``gate_step``, ``refit`` or ``finetuning_step``.
+            ``gate_step``, ``refit``, ``reconstruct`` (after a refit) or ``finetuning_step``.
     """
     if phase == "gradient_pass":
         return gradient_pass(work), gradient_flops(work)
     if phase == "refit":
         return refit(work), refit_flops(work)
+    if phase == "reconstruct":
+        return max(refit(work), reconstruct(work)), refit_flops(work) + reconstruct_flops(work)
     if phase == "gate_step":
         return gate_step(work), gate_flops(work)
     if phase == "finetuning_step":
@@ -422,7 +464,7 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
             found.append(Phase("gate training", gate_step(work), 0, flops, _SMALLER_STEP))
-    found.append(_cut(work))
+    found += _cut(work)
     beside = weights(work.dense, work) if work.keep_dense else 0
     found.append(_evaluated("pruned perplexity", work, work.pruned, beside))
     if verb == "finetune":
@@ -452,10 +494,14 @@ def _rotation(work: Work) -> Phase:
     return Phase("rotation", gradient_pass(work), host, flops, helps)
 
 
-def _cut(work: Work) -> Phase:
-    """The refit, which holds the folded and the refitted weights on the host, or the cut alone, weight by weight."""
+def _cut(work: Work) -> Iterator[Phase]:
+    """The fits, which hold the weights before and after on the host, or the cut alone, weight by weight."""
     dense, pruned = weights(work.dense, work), weights(work.pruned, work)
     if not work.refits:
-        return Phase("cut", dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
+        yield Phase("cut", dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
+        return
     host = 2 * pruned + work.refit_offload * (dense + _streams(work))
-    return Phase("refit", refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")
+    yield Phase("refit", refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")
+    if work.reconstructs:
+        helps = "--refit_offload True, a smaller --per_device_eval_batch_size, --weight_update refit"
+        yield Phase("reconstruct", reconstruct(work), host, reconstruct_flops(work), helps)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.cut.refit import RefitReport
 from tvaprune.errors import InputError, reason
 from tvaprune.files import write_json
@@ -182,6 +183,7 @@ class Results:
     perplexity: Perplexities | None = None
     speed_up: SpeedUp | None = None
     refit: Refit | None = None
+    reconstruct: Reconstruction | None = None
     training_speed_up: SpeedUp | None = None
     finetune: Tuning | None = None
     zero_shot: ZeroShotResults | None = None
@@ -199,7 +201,7 @@ class Results:
         if plan is not None:
             results.plan, results.weight_update = prune.plan, prune.weight_update
             results.widths = KeptWidths.of(plan)
-            if prune.weight_update == "refit":
+            if prune.refits:
                 data, seed = run.args.data, run.args.training.seed
                 results.calibration = Calibration(data.dataset_name, data.block_size, prune.refit_samples, seed)
         return results
@@ -207,6 +209,7 @@ class Results:
     def note_update(self, update: Mapping[str, object]) -> None:
         """Takes what the weight update did, as `cut.narrow.narrow` tells it or a file kept it."""
         self.refit = _read(Refit, update["refit"]) if "refit" in update else None
+        self.reconstruct = _read(Reconstruction, update["reconstruct"]) if "reconstruct" in update else None
 
     def differing(self, other: "Results") -> list[str]:
         """Returns the fields that say that two results are not of the same pruned model."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
 from tvaprune.report.charts import Chart, Series, bar_chart, line_chart
@@ -306,7 +307,18 @@ def _update(runs: Sequence[RunFolder]) -> list[Block]:
             )
         )
         notes.append(Note(_of(run, runs, _refit(done))))
+        if run.results.reconstruct is not None:
+            notes.append(Note(_of(run, runs, _reconstructed(run.results.reconstruct))))
     return [*charts(pictures), *notes]
+
+
+def _reconstructed(done: Reconstruction) -> str:
+    known = dict(zip(done.shares, done.divergences, strict=True))
+    nearer = sum(after < before for before, after in done.errors)
+    return (
+        f"then reconstructed, {nearer} of {len(done.errors)} windows of half layers nearer to the dense hidden states, "
+        f"and left at {done.share:g} of the way: KL from {known[0.0]:.3f} to {known[done.share]:.3f}."
+    )
 
 
 def _refit(done: Refit) -> str:

@@ -21,7 +21,7 @@ COMPARISON_NAME = "compare.json"
 DENSE, PRUNED = "dense", "pruned"
 LEARNED = (VIB, VIB_ONCE)
 FOLD, REFIT = "fold", "refit"
-STYLES: dict[str, Any] = {FOLD: "--", REFIT: "-"}
+STYLES: dict[str, Any] = {"none": "-.", FOLD: "--", REFIT: "-", "reconstruct": ":"}
 NONE = "-"  # of what was not measured
 # What the figures are held against, at 50% (issue: "Figures to reach").
 TARGET_SPARSITY = 0.5

@@ -1,0 +1,208 @@
+"""Reconstruction by sub-blocks, after the refit: some half layers at a time are trained to end where the dense ones do.
+
+The closed form fits one linear at a time; what several make together, with the attention and the activation between
+them, it cannot weigh. Here a window of half layers is trained at once: its input is the pruned residual stream, its aim
+the dense stream past the window, on the kept dims. Nothing passes backward beyond a window, so the memory is that of a
+few layers whatever the model's size, and the weights stay as many as they were.
+Source: "free lunch" in the compression of pretrained LLMs (arXiv 2510.14444): any window with a nonlinearity in it does
+better than single matrices. The aim, the rate and the two stops (held-out error, held-out predictions) are this
+project's.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+
+from tvaprune import ranks
+from tvaprune.cut.walk import Batch, Walk
+from tvaprune.models.layers import Half, Layers, paths_of
+from tvaprune.plan.keep_plan import KeepPlan
+
+WINDOW = 4  # half layers that are trained together
+EPOCHS = 4  # over the calibration windows
+# Adam's at the beginning, relative to the root mean square of each weight; a cosine ends it at 0. The second is tried
+# where the first brings a window no nearer.
+RATES = (0.03, 0.003)
+SHARES = (0.0, 0.5, 1.0)  # of the way from the refit
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a reconstruction did.
+
+    Attributes:
+        shares: Shares of the way from the refitted weights that were tried.
+        divergences: KL from the dense model's next-token distributions on the held-out windows, at each share.
+        share: The share that the model was left at: that of the smallest divergence.
+        errors: Squared error of the stream past each window of half layers, before and after its training: the mean
+            over the held-out tokens.
+    """
+
+    shares: tuple[float, ...]
+    divergences: tuple[float, ...]
+    share: float
+    errors: tuple[tuple[float, float], ...]
+
+
+def reconstruct_layers(
+    dense: Layers,
+    pruned: Layers,
+    plan: KeepPlan,
+    calibration: Dataset,
+    held_out: Dataset,
+    batch_size: int = 8,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+) -> Reconstruction:
+    """Trains a model that was sliced by ``plan`` towards the dense one, in place, a few half layers at a time.
+
+    Args:
+        dense: The unpruned model; it has the room for both residual streams.
+        pruned: The narrower one; it is left settled at the best share.
+        calibration: Windows that are trained on, all of one length.
+        held_out: Windows of the same length: of every pass over the calibration windows that of their least error
+            counts, and their predictions choose the share.
+        batch_size: Windows of a pass; a training step is of one in each process.
+        seed: Of the order of the steps.
+    """
+    with torch.no_grad():
+        walk = _Reconstruction(dense, pruned, plan)
+        walk.begin(calibration, held_out, batch_size)
+        walk.layers(seed)
+        share, divergences = walk.settle(shares)
+    return Reconstruction(tuple(shares), tuple(divergences), share, tuple(walk.errors))
+
+
+class _Trained:
+    """A window of half layers while it is trained: Adam works on float32 copies of weights in half precision.
+
+    Args:
+        halves: What the stream passes.
+        weights: What is trained, some number in each.
+    """
+
+    def __init__(self, halves: list[Half], weights: Sequence[nn.Parameter]) -> None:
+        self.halves, self.weights = halves, weights
+        self.keep()
+
+    def begin(self, rate: float, steps: int) -> None:
+        """Starts from the best weights so far."""
+        self.restore()
+        self.masters = [weight.detach().float() for weight in self.weights]
+        sizes = [float(master.square().mean().sqrt()) for master in self.masters]
+        groups = [{"params": [master], "lr": rate * size} for master, size in zip(self.masters, sizes, strict=True)]
+        self.optimizer = torch.optim.Adam(groups)
+        self.cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the stream past the window."""
+        for half in self.halves:
+            hidden = half(hidden)
+        return hidden
+
+    def keep(self) -> None:
+        """Remembers the weights as the best so far."""
+        self.best = [weight.detach().clone() for weight in self.weights]
+
+    def restore(self) -> None:
+        """Takes the best weights."""
+        for weight, best in zip(self.weights, self.best, strict=True):
+            weight.copy_(best)
+
+    def step(self, loss: Callable[[], torch.Tensor] | None) -> None:
+        """Moves the weights down a loss's gradients, which the processes add up: Adam does not mind the scale.
+
+        Args:
+            loss: None: this process has none, and the others do.
+        """
+        gradients = [torch.zeros_like(weight) for weight in self.weights] if loss is None else self._gradients(loss)
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient.float()
+            ranks.add_up(master.grad)
+        self.optimizer.step()
+        self.cosine.step()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None
+            weight.copy_(master)
+
+    def _gradients(self, loss: Callable[[], torch.Tensor]) -> Sequence[torch.Tensor]:
+        asked = [weight.requires_grad for weight in self.weights]
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), self.weights, allow_unused=True, materialize_grads=True)
+        for weight, before in zip(self.weights, asked, strict=True):
+            weight.requires_grad_(before)
+        return gradients
+
+
+class _Reconstruction(Walk):
+    """A walk that trains what it passes."""
+
+    def __init__(self, dense: Layers, pruned: Layers, plan: KeepPlan) -> None:
+        super().__init__(dense, pruned, plan)
+        self.errors: list[tuple[float, float]] = []
+
+    def layers(self, seed: int) -> None:
+        """Walks all layers, window by window."""
+        halves = self.halves()
+        windows = [halves[first : first + WINDOW] for first in range(0, len(halves), WINDOW)]
+        for window in tqdm(windows, desc="reconstructing", unit="window", leave=False):
+            paths = [path for _, block, _ in window for path in paths_of(block)]
+            with self.dense.holding(*paths), self.pruned.changing(*paths):
+                for _, block, options in window:
+                    half = Half.of(self.dense, block, options)
+                    for batch in self.batches:
+                        batch.dense.copy_(half(batch.dense.to(self.device)))
+                own = [Half.of(self.pruned, block, options) for _, block, options in window]
+                self._train(own, self.pruned.weights(*paths), seed)
+                for batch in self.batches:
+                    hidden = batch.pruned.to(self.device)
+                    for half in own:
+                        hidden = half(hidden)
+                    batch.pruned.copy_(hidden)
+            self.dense.done(*paths)
+
+    def _train(self, halves: list[Half], weights: dict[str, nn.Parameter], seed: int) -> None:
+        """Trains a window, as far as its held-out error falls."""
+        window = _Trained(halves, [weight for weight in weights.values() if weight.numel()])
+        before = best = self._error(window)
+        if not (window.weights and before > 0 and math.isfinite(before)):
+            self.errors.append((before, before))
+            return
+        for rate in RATES:
+            if best == before:
+                best = self._tried(window, rate, seed, before)
+        window.restore()
+        self.errors.append((before, best))
+
+    def _tried(self, window: _Trained, rate: float, seed: int, best: float) -> float:
+        """Trains a window at a rate, and returns its error where it was least after a pass over the text."""
+        fit = [batch for batch in self.batches if not batch.held_out]
+        most, order = ranks.largest(len(fit)), torch.Generator().manual_seed(seed)
+        window.begin(rate, EPOCHS * most)
+        for _ in range(EPOCHS):
+            for place in torch.randperm(most, generator=order).tolist():
+                window.step(partial(self._distance, window, fit[place]) if place < len(fit) else None)
+            if (error := self._error(window)) < best:
+                best = error
+                window.keep()
+        return best
+
+    def _distance(self, window: _Trained, batch: Batch) -> torch.Tensor:
+        """Returns the squared error of a batch's stream past the window: the mean over tokens."""
+        missed = window(batch.pruned.to(self.device)).float() - self.aim(batch)
+        return missed.square().sum(-1).mean()
+
+    def _error(self, window: _Trained) -> float:
+        """Returns the same of all held-out windows; NaN counts as infinite."""
+        held = [batch for batch in self.batches if batch.held_out]
+        error = sum(float(self._distance(window, batch)) * len(batch.input_ids) for batch in held)
+        total, windows = ranks.total(error, sum(len(batch.input_ids) for batch in held))
+        return total / windows if math.isfinite(total) else math.inf
