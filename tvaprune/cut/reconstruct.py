@@ -2,15 +2,17 @@
 
 The closed form fits one linear at a time; what several make together, with the attention and the activation between
 them, it cannot weigh. Here a window of half layers is trained at once: its input is the pruned residual stream, its aim
-the dense stream past the window, on the kept dims. Nothing passes backward beyond a window, so the memory is that of a
-few layers whatever the model's size, and the weights stay as many as they were.
+the dense stream past the window, on the kept dims; the aim of the last one, with the final norm, are the dense
+predictions. Nothing passes backward beyond a window, so the memory is that of a few layers whatever the model's size,
+and the weights stay as many as they were.
 Source: "free lunch" in the compression of pretrained LLMs (arXiv 2510.14444): any window with a nonlinearity in it does
 better than single matrices. The aim, the rate and the two stops (held-out error, held-out predictions) are this
 project's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +23,9 @@ from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.cut.walk import Batch, Walk
+from tvaprune.losses import Predictions, distillation_loss
 from tvaprune.models.layers import Half, Layers, paths_of
+from tvaprune.models.logits import head_of
 from tvaprune.plan.keep_plan import KeepPlan
 
 WINDOW = 4  # half layers that are trained together
@@ -40,8 +44,8 @@ class Reconstruction:
         shares: Shares of the way from the refitted weights that were tried.
         divergences: KL from the dense model's next-token distributions on the held-out windows, at each share.
         share: The share that the model was left at: that of the smallest divergence.
-        errors: Squared error of the stream past each window of half layers, before and after its training: the mean
-            over the held-out tokens.
+        errors: Squared error of the stream past each window of half layers, of the last one the KL of the predictions,
+            before and after its training: the mean over the held-out tokens.
     """
 
     shares: tuple[float, ...]
@@ -84,11 +88,11 @@ class _Trained:
 
     Args:
         halves: What the stream passes.
-        weights: What is trained, some number in each.
+        weights: What is trained.
     """
 
-    def __init__(self, halves: list[Half], weights: Sequence[nn.Parameter]) -> None:
-        self.halves, self.weights = halves, weights
+    def __init__(self, halves: Sequence[Half], weights: Iterable[nn.Parameter]) -> None:
+        self.halves, self.weights = halves, [weight for weight in weights if weight.numel()]
         self.keep()
 
     def begin(self, rate: float, steps: int) -> None:
@@ -142,6 +146,9 @@ class _Trained:
         return gradients
 
 
+Distance = Callable[[_Trained, Batch], torch.Tensor]
+
+
 class _Reconstruction(Walk):
     """A walk that trains what it passes."""
 
@@ -153,56 +160,69 @@ class _Reconstruction(Walk):
         """Walks all layers, window by window."""
         halves = self.halves()
         windows = [halves[first : first + WINDOW] for first in range(0, len(halves), WINDOW)]
+        norm, head = self.pruned.ends
         for window in tqdm(windows, desc="reconstructing", unit="window", leave=False):
-            paths = [path for _, block, _ in window for path in paths_of(block)]
-            with self.dense.holding(*paths), self.pruned.changing(*paths):
-                for _, block, options in window:
-                    half = Half.of(self.dense, block, options)
-                    for batch in self.batches:
-                        batch.dense.copy_(half(batch.dense.to(self.device)))
+            paths, last = [path for _, block, _ in window for path in paths_of(block)], window is windows[-1]
+            changing = [*paths, norm] if last else paths
+            with ExitStack() as stack:
+                if last:
+                    stack.enter_context(self.dense.holding(*self.dense.ends))
+                    stack.enter_context(self.pruned.holding(head))  # which stays as it is, tied or not
+                stack.enter_context(self.dense.holding(*paths))
+                stack.enter_context(self.pruned.changing(*changing))
+                self._pass(self.dense, [Half.of(self.dense, block, options) for _, block, options in window])
                 own = [Half.of(self.pruned, block, options) for _, block, options in window]
-                self._train(own, self.pruned.weights(*paths), seed)
-                for batch in self.batches:
-                    hidden = batch.pruned.to(self.device)
-                    for half in own:
-                        hidden = half(hidden)
-                    batch.pruned.copy_(hidden)
+                distance = self._of_predictions if last else self._of_streams
+                self._train(_Trained(own, self.pruned.weights(*changing).values()), distance, seed)
+                self._pass(self.pruned, own)
             self.dense.done(*paths)
 
-    def _train(self, halves: list[Half], weights: dict[str, nn.Parameter], seed: int) -> None:
+    def _pass(self, layers: Layers, halves: Sequence[Half]) -> None:
+        """Moves a model's streams past some halves."""
+        for batch in self.batches:
+            stream = batch.dense if layers is self.dense else batch.pruned
+            hidden = stream.to(self.device)
+            for half in halves:
+                hidden = half(hidden)
+            stream.copy_(hidden)
+
+    def _train(self, window: _Trained, distance: Distance, seed: int) -> None:
         """Trains a window, as far as its held-out error falls."""
-        window = _Trained(halves, [weight for weight in weights.values() if weight.numel()])
-        before = best = self._error(window)
-        if not (window.weights and before > 0 and math.isfinite(before)):
-            self.errors.append((before, before))
-            return
-        for rate in RATES:
+        before = best = self._error(window, distance)
+        for rate in RATES if before > 0 and math.isfinite(before) else ():
             if best == before:
-                best = self._tried(window, rate, seed, before)
+                best = self._tried(window, distance, rate, seed, before)
         window.restore()
         self.errors.append((before, best))
 
-    def _tried(self, window: _Trained, rate: float, seed: int, best: float) -> float:
+    def _tried(self, window: _Trained, distance: Distance, rate: float, seed: int, best: float) -> float:
         """Trains a window at a rate, and returns its error where it was least after a pass over the text."""
         fit = [batch for batch in self.batches if not batch.held_out]
         most, order = ranks.largest(len(fit)), torch.Generator().manual_seed(seed)
         window.begin(rate, EPOCHS * most)
         for _ in range(EPOCHS):
             for place in torch.randperm(most, generator=order).tolist():
-                window.step(partial(self._distance, window, fit[place]) if place < len(fit) else None)
-            if (error := self._error(window)) < best:
+                window.step(partial(distance, window, fit[place]) if place < len(fit) else None)
+            if (error := self._error(window, distance)) < best:
                 best = error
                 window.keep()
         return best
 
-    def _distance(self, window: _Trained, batch: Batch) -> torch.Tensor:
+    def _of_streams(self, window: _Trained, batch: Batch) -> torch.Tensor:
         """Returns the squared error of a batch's stream past the window: the mean over tokens."""
         missed = window(batch.pruned.to(self.device)).float() - self.aim(batch)
         return missed.square().sum(-1).mean()
 
-    def _error(self, window: _Trained) -> float:
-        """Returns the same of all held-out windows; NaN counts as infinite."""
+    def _of_predictions(self, window: _Trained, batch: Batch) -> torch.Tensor:
+        """Returns the KL from the dense predictions of a batch to those that follow the window."""
+        dense, pruned = Half.ending(self.dense), Half.ending(self.pruned)
+        student = Predictions(pruned.norm(window(batch.pruned.to(self.device))), head_of(self.pruned.model))
+        teacher = Predictions(dense.norm(batch.dense.to(self.device)), head_of(self.dense.model))
+        return distillation_loss(student, teacher)
+
+    def _error(self, window: _Trained, distance: Distance) -> float:
+        """Returns the distance of all held-out windows; NaN counts as infinite."""
         held = [batch for batch in self.batches if batch.held_out]
-        error = sum(float(self._distance(window, batch)) * len(batch.input_ids) for batch in held)
+        error = sum(float(distance(window, batch)) * len(batch.input_ids) for batch in held)
         total, windows = ranks.total(error, sum(len(batch.input_ids) for batch in held))
         return total / windows if math.isfinite(total) else math.inf

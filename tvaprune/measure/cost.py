@@ -396,25 +396,31 @@ def reconstruct(work: Work) -> float:
     """Returns the bytes on the card in the reconstruction: both models, both streams, and a window in training.
 
     Of what is trained there are a float32 copy where it is in half precision, the best so far, two moments, and at the
-    end of a step its gradients in both precisions; before that the activations, the norms' inputs in float32.
+    end of a step its gradients in both precisions; before that the activations, the norms' inputs in float32, and past
+    the last window a chunk of the predictions.
     """
-    b, h, layers = work.weight_bytes, work.pruned.hidden_size, WINDOW_LAYERS
-    copy = 4 * (b < 4)
+    b, h, v, layers = work.weight_bytes, work.pruned.hidden_size, work.dense.vocab_size, WINDOW_LAYERS
+    copy, tokens = 4 * (b < 4), work.pass_tokens(work.block)
     sizes, dense = _layer_sizes(work.pruned), _layer_sizes(work.dense)
     per_token = [b * (4 * h + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
-    windows = range(0, len(sizes), layers)
-    trained = max(sum(sizes[first : first + layers]) for first in windows)
-    kept = work.pass_tokens(work.block) * (max(sum(per_token[first : first + layers]) for first in windows) + 12 * h)
+    windows = [slice(first, first + layers) for first in range(0, len(sizes), layers)]
+    losses = [12 * h * tokens] * (len(windows) - 1) + [(21 + 2 * b) * v * min(LOSS_TOKENS, tokens)]
     there = weights(work.dense, work) + _streams(work)
     if work.refit_offload:
-        there = b * max(sum(dense[first : first + layers]) for first in windows)
-    throughout = (copy + b + 8) * trained
-    return there + weights(work.pruned, work) + throughout + max((copy + b) * trained, kept)
+        last = sum(dense[windows[-1]]) + work.dense.hidden_size * v
+        there = b * max(last, *(sum(dense[window]) for window in windows))
+    trained = (
+        (copy + b + 8) * sum(sizes[window])
+        + max((copy + b) * sum(sizes[window]), tokens * sum(per_token[window]) + loss)
+        for window, loss in zip(windows, losses, strict=True)
+    )
+    return there + weights(work.pruned, work) + max(trained)
 
 
 def reconstruct_flops(work: Work) -> float:
     """Returns the operations of the reconstruction: both streams, the training, held-out errors, shares."""
     fit, held = work.refit_blocks * work.block, work.choice_blocks * work.block
+    again = work.pass_tokens(work.block) > LOSS_TOKENS  # both heads, backward
 
     def passes(shape: ModelShape, tokens: int) -> float:
         return forward_flops(shape, tokens, work.block, head=False)
@@ -422,7 +428,8 @@ def reconstruct_flops(work: Work) -> float:
     streams = passes(work.dense, fit + held) + passes(work.pruned, fit + held)
     training = 3 * EPOCHS * passes(work.pruned, fit) + (EPOCHS + 1) * passes(work.pruned, held)
     heads = _head_flops(work.pruned, held) + _head_flops(work.dense, held)
-    return streams + training + NEW_SHARES * (passes(work.pruned, held) + heads)
+    last = EPOCHS * ((2 + again) * _head_flops(work.pruned, fit) + (1 + again) * _head_flops(work.dense, fit))
+    return streams + training + last + (EPOCHS + 1) * heads + NEW_SHARES * (passes(work.pruned, held) + heads)
 
 
 def of_pass(phase: str, work: Work) -> tuple[float, float]:
