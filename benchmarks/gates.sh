@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the gates' training settings are worth: one setting changed at a time, on the validation split, folded and
-# refitted. Some 40 minutes on two idle CPU cores; what is measured is not measured again. Prints the table of gates.md.
+# refitted, in the checkpoint's own basis. Some 40 minutes on two idle CPU cores; what is measured is not measured
+# again. Prints the table of gates.md.
 #   bash benchmarks/gates.sh [OUTPUT]     default: out/gates
 set -euo pipefail
 NEEDS=text
@@ -14,7 +15,7 @@ variant() {
     local name=$1
     shift
     "$PYTHON" -m tvaprune compare --models mistral_saves_tva/mini_mistral --methods vib --sparsities 0.5 --seeds 0 1 \
-        --split validation --max_eval_samples 128 --zero_eval_seeds --output "$OUTPUT/$name" "$@" >/dev/null
+        --rotate off --split validation --max_eval_samples 128 --zero_eval_seeds --output "$OUTPUT/$name" "$@" >/dev/null
 }
 
 variant default

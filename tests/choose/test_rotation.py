@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from support import tiny
 from support.families import logits
 
+from tvaprune.choose.choose import in_basis
 from tvaprune.choose.rotation import learn_rotation, moments_of
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.rotate import rotate
@@ -69,6 +71,14 @@ def test_the_last_dims_of_the_learned_basis_carry_least(source):
     learned = learn_rotation(run)
     assert all(parameter.requires_grad for parameter in run.model.parameters())
     assert lost_by_cutting(rotate(run.model, learned), size // 2, ids) < 1e-3 * lost
+
+
+@pytest.mark.parametrize(("flags", "told"), [((), True), (("--rotate", "off"), False)])
+def test_a_sharded_run_says_that_it_is_not_turned(flags, told, source, capsys):
+    run = run_of(*source, *FLAGS, *flags, "--output_dir", "unused")
+    sharded = replace(run, args=replace(run.args, source=replace(run.args.source, shard=True)))
+    assert in_basis(sharded) is sharded
+    assert ("note: --rotate auto turns nothing beside --shard True" in capsys.readouterr().out) == told
 
 
 def test_masks_and_plans_take_the_rotation_along(pruned, source, tmp_path, command):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tvaprune import ranks
 from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
-from tvaprune.choose.rotation import learn_rotation, wants_rotation
+from tvaprune.choose.rotation import learn_rotation, loses_rotation, wants_rotation
 from tvaprune.choose.scores import score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
@@ -75,6 +75,8 @@ def _is_interrupted(folder: Path) -> bool:
 def in_basis(run: Run, checkpoint: str | None = None) -> Run:
     """Returns the run in the basis that ``--rotate`` asks for; one that is gone on with, in the one it began in."""
     if not wants_rotation(run.args, run.model.config):
+        if loses_rotation(run.args, run.model.config):
+            print("note: --rotate auto turns nothing beside --shard True: gates train in the checkpoint's own basis")
         return run
     best, found = run.args.output_dir / "best", None
     if checkpoint is not None:

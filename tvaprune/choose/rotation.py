@@ -4,6 +4,8 @@ A hidden dim that goes, goes in every layer. In the basis of the checkpoint each
 directions that matter, sorted by how much, the last of them carry nearly nothing.
 """
 
+from dataclasses import replace
+
 import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
@@ -36,6 +38,13 @@ def wants_rotation(args: Arguments, config: PretrainedConfig) -> bool:
     if asked == "auto":
         return args.prune.prune_method == "vib" and not shape.tie_word_embeddings and reason is None
     return asked == "on"
+
+
+def loses_rotation(args: Arguments, config: PretrainedConfig) -> bool:
+    """Tells whether ``--shard`` alone keeps ``--rotate auto`` from turning this model."""
+    if not args.source.shard or args.prune.rotate != "auto":
+        return False
+    return wants_rotation(replace(args, source=replace(args.source, shard=False)), config)
 
 
 def learn_rotation(run: Run) -> torch.Tensor:
