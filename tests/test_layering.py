@@ -79,7 +79,7 @@ def wrong_imports(name, imports):
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - ENTRIES))
 def test_every_module_has_a_room_and_imports_from_lower_ones_only(name):
-    assert room_of(name) in FLOOR, f"tvaprune/{name} has no room: add it to the table, and to the README's tree"
+    assert room_of(name) in FLOOR, f"tvaprune/{name} has no room: add it to the table, and to docs/developers.md"
     assert wrong_imports(name, IMPORTS[name]) == []
 
 

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import yaml
-from support import tiny
-from test_readme import README
+from support import pages, tiny
 
 import tvaprune
 from tvaprune import (
@@ -51,8 +50,8 @@ def pruned(source, text, tmp_path_factory):
     return output, prune(source[0], text, settings, EvalSettings(speed_batches=0), output_dir=output, use_cpu=True)
 
 
-def test_the_lines_of_the_readme_prune_save_and_load(source, tmp_path, monkeypatch, capsys):
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "prune(" in block)
+def test_the_lines_of_the_page_prune_save_and_load(source, tmp_path, monkeypatch, capsys):
+    code = pages.code("prune(")
     assert len(code.strip().splitlines()) <= 12
     for shipped, own in (("mistral_saves_tva/mini_mistral", source[0]), ("python_docs", source[1])):
         assert shipped in code

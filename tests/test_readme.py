@@ -1,4 +1,4 @@
-"""What the README says is so: its commands parse and run, its tree is the tree."""
+"""What README and docs/ say is so: links and files are there, commands parse and run, the tree is the tree."""
 
 import math
 import os
@@ -7,44 +7,131 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 from support import tiny
+from support.pages import NOT_RUN, PAGES, code, commands
 
-from tvaprune import shipped
+from tvaprune import _VERBS, shipped
 from tvaprune.cli import released
-from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.arguments import Arguments, parse_comparison
 from tvaprune.flags.verbs import MODES, check_flags
 from tvaprune.models.published import PUBLISHED
 from tvaprune.stages.estimate import parser as estimate_parser
 from tvaprune.stages.report import parser as report_parser
 
-README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.strip().splitlines()
-    if not line.startswith("git clone")
-]
 SHIPPED_TEXT = {"TVAPRUNE_CACHE": os.path.expanduser("~/.cache/tvaprune")}  # extracting it takes over a minute
+RUN_BY = {  # every command of the pages that is not marked, and the test that runs it
+    "bash script/tva_prune.sh": "tests/test_readme.py::test_the_main_job_runs_as_a_new_user_runs_it",
+    "bash script/tva_fine.sh": "tests/test_readme.py::test_fine_tuning_recovers_the_shipped_model",
+    "bash script/tva_fine.sh --resume_from_checkpoint True": "tests/test_readme.py::test_a_driver_passes_flags_on",
+    "bash script/smollm2.sh": "tests/test_smollm2_script.py::test_the_script_goes_from_a_model_to_its_table",
+    "--output_dir out/flap": "tests/test_readme.py::test_three_commands_and_the_page_of_both_runs",
+    "--do_zero_eval": "tests/stages/test_zero_eval_script.py::test_",
+    "--do_eval": "tests/test_readme.py::test_the_evaluation_command_prints_a_pruned_model_that_works",
+    "--save_pruned out/pruned_mistral": "tests/test_readme.py::test_a_saved_model_generates_by_transformers_alone",
+    "python -m tvaprune.export": "tests/test_readme.py::test_a_saved_model_generates_by_transformers_alone",
+    "python -m tvaprune.describe": "tests/test_readme.py::test_the_describe_command_runs",
+    "python -m benchmarks.scale": "tests/measure/test_scale.py::test_",
+    "tvaprune estimate": "tests/test_readme.py::test_the_estimate_command_runs",
+    "tvaprune fetch": "tests/stages/test_fetch.py::test_",
+    "out/mine": "tests/test_readme.py::test_three_commands_and_the_page_of_both_runs",
+}
+PATH = re.compile(r"`((?:tests|tvaprune|script|benchmarks|docs|lm-evaluation-harness)/[\w./-]*)`")
+ROOMS = "choose|cut|plan|models|report|measure|text|flags|export|checkpoint|recover|study|stages"
+MODULE = re.compile(rf"`((?:{ROOMS})/\w+\.py)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
-def commands(words):
-    return [line for line in COMMANDS if words in line]
+def anchors(text):
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page, text):
+    found = []
+    for target in LINK.findall(text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (tiny.ROOT / page).parent / name if name else tiny.ROOT / page
+        there = path.is_file() and (not anchor or anchor in anchors(path.read_text(encoding="utf-8")))
+        found += [] if there else [target]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere_and_files_are_there(page):
+    text = PAGES[page]
+    assert broken_links(page, text) == []
+    named = [*PATH.findall(text), *(f"tvaprune/{name}" for name in MODULE.findall(text))]
+    assert [name for name in named if not (tiny.ROOT / name).exists()] == []
+
+
+def test_a_broken_link_is_seen():
+    wrong = "[a](docs/none.md) [b](README.md#nowhere) [c](#limits) [d](docs/method.md#2-training)"
+    assert broken_links("README.md", wrong) == ["docs/none.md", "README.md#nowhere"]
+    assert PATH.findall("`tests/none.py` `script/tva_prune.sh`") == ["tests/none.py", "script/tva_prune.sh"]
+
+
+def test_the_readme_is_short_and_names_every_page():
+    readme = PAGES["README.md"]
+    assert len(readme.splitlines()) <= 200
+    assert [page for page in PAGES if page != "README.md" and f"({page}" not in readme] == []
+
+
+def test_every_command_is_run_by_a_test_or_says_that_it_is_not():
+    for line in commands(""):
+        exact = RUN_BY.get(line)
+        tests = [exact] if exact else [test for words, test in RUN_BY.items() if words in line]
+        assert NOT_RUN in line or tests, f"no test runs {line}"
+        for test in tests:
+            name, _, function = test.partition("::")
+            assert f"def {function}" in (tiny.ROOT / name).read_text(encoding="utf-8"), test
+
+
+def test_every_function_of_the_library_is_named():
+    told = PAGES["docs/usage.md"].split("## From Python")[1]
+    assert [name for name in _VERBS if f"`{name}`" not in told] == []
+
+
+def test_the_table_of_memory_is_that_of_benchmarks_scale():
+    page = (tiny.ROOT / "benchmarks" / "scale.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| .* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGES["README.md"],
+                      flags=re.MULTILINE)  # fmt: skip
+    assert len(rows) == 3
+    for model, whole, small, step, minutes in rows:
+        part = page.split(f"## {model}\n")[1].split("\n## ")[0]
+        assert f"at most: {whole} GiB at --memory 40" in part and f", {small} GiB at --memory 24" in part
+        assert f"| finetuning step | {step} |" in part and f"{minutes} min at 150 TFLOP/s" in part
 
 
 @pytest.mark.parametrize("line", commands("bash script/"))
 def test_a_script_that_the_readme_names_is_there_and_is_valid(line):
-    script = tiny.ROOT / shlex.split(line)[1]
+    script = tiny.ROOT / shlex.split(line, comments=True)[1]
     subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("line", commands("script/compare.sh"))
+def test_a_comparison_of_the_pages_parses(line, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    words = shlex.split(line, comments=True)[2:]
+    given = list(takewhile(lambda word: not word.startswith("--"), words))
+    settings = parse_comparison(words[len(given) :])
+    assert not given or (Path(given[0], "config.json").is_file() and len(given) == 2)
+    assert given or (settings.max_eval_samples == 128 and settings.flags == ["--rotate", "off"])
 
 
 @pytest.mark.parametrize(
     "line", commands("python tva_prune.py") + commands("python lora_ft_vib.py") + commands("tvaprune ")
 )
-def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monkeypatch):
+def test_a_command_of_the_pages_names_flags_and_files_that_are_there(line, monkeypatch, tmp_path):
     monkeypatch.chdir(tiny.ROOT)
+    (tmp_path / "plan.json").touch()  # what the command before it leaves
+    line = line.replace("out/mine/plan.json", str(tmp_path / "plan.json"))
     _, script, *flags = ["python", *shlex.split(line)] if line.startswith("tvaprune") else shlex.split(line)
     if script == "lora_ft_vib.py":
         verb, flags = released(shipped.complete(flags, tiny.ROOT))
@@ -52,6 +139,8 @@ def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monk
         verb = "prune" if script == "tva_prune.py" else flags.pop(0)
     if verb == "fetch":
         assert set(flags) <= set(PUBLISHED) and len(flags) == 1
+        return
+    if verb == "export":  # its own test
         return
     if verb == "report":
         assert report_parser().parse_args(flags).folders
@@ -64,13 +153,15 @@ def test_a_command_of_the_readme_names_flags_and_files_that_are_there(line, monk
     assert Path(args.source.model_name_or_path, "config.json").is_file()
 
 
-def test_the_readmes_tree_names_every_module():
-    tree = README.split("```\ntva_prune.py")[1].split("```")[0]
+def test_the_tree_names_every_module():
+    tree = PAGES["docs/developers.md"].split("```\ntva_prune.py")[1].split("```")[0]
     modules = [path.name for path in (tiny.ROOT / "tvaprune").glob("*.py") if path.name != "__init__.py"]
     folders = [path.name for path in (tiny.ROOT / "tvaprune").iterdir() if (path / "__init__.py").is_file()]
     assert [name for name in modules + folders if f"  {name}" not in tree] == []
     named = re.findall(r"^  (\w+\.py)", tree, flags=re.MULTILINE)
     assert sorted(named) == sorted(modules)
+    short = PAGES["README.md"].split("```\ntva_prune.py")[1].split("```")[0]
+    assert [name for name in folders if f"{name}/" not in short] == []
 
 
 @pytest.mark.slow
@@ -103,20 +194,34 @@ def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path)
 
 @pytest.mark.slow
 def test_a_saved_model_generates_by_transformers_alone_and_is_exported(tmp_path):
-    (save,) = commands("--save_pruned")
+    (save,) = commands("--save_pruned out/pruned_mistral")
     for line in [save, *commands("tvaprune.export")]:
         result = tiny.run(" ".join(shlex.split(line)[1:]).replace(" out/", f" {tmp_path}/"), **SHIPPED_TEXT)
         assert result.returncode == 0, result.stderr
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (code,) = (block for block in blocks if "transformers" in block)
+    opens = code("from transformers import AutoModelForCausalLM, AutoTokenizer").replace('"out/', f'"{tmp_path}/')
     alone = subprocess.run(
-        [sys.executable, "-c", code.replace('"out/', f'"{tmp_path}/')], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", opens], cwd=tmp_path, capture_output=True, text=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     assert "Return the number of " in alone.stdout
     exported = {path.name for path in tmp_path.iterdir()}
     assert {"pruned_mistral.gguf", "pruned_mistral_onnx", "pruned_mistral_vanilla"} <= exported
+
+
+@pytest.mark.slow
+def test_three_commands_and_the_page_of_both_runs(tmp_path):
+    """With few blocks: what each takes of the one before is what counts."""
+    short = ["--max_eval_samples", 8, "--block_size", 64, "--ctx_length", 64, "--speed_batches", 0]
+    short += ["--max_train_samples", 16, "--refit_samples", 8]
+    for line in [*commands("out/mine"), *commands("out/flap")]:
+        flags = () if "tvaprune export" in line or "tvaprune report" in line else short
+        script = line.removeprefix("python ") if line.startswith("python") else f"-m {line}"
+        result = tiny.run(script.replace(" out/", f" {tmp_path}/"), *flags, **SHIPPED_TEXT)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+    assert {"model", "plan.json", "results.json"} <= {path.name for path in (tmp_path / "mine").iterdir()}
+    assert (tmp_path / "mine_tuned" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "mine.gguf").is_file() and (tmp_path / "both.html").is_file()
 
 
 @pytest.mark.slow

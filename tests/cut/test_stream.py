@@ -430,4 +430,4 @@ def test_a_70b_is_refitted_on_a_card_of_24_gb():
     streams = 2 * 2 * tokens * 2 * 8192
     assert streams == pytest.approx(4.3e9, rel=0.01)
     assert disk_needed(half, 2, tokens, tokens) - 2 * half.num_parameters == streams + 5 * 2 * tokens * 8192
-    assert room.line() in " ".join((tiny.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert room.line() in " ".join((tiny.ROOT / "docs" / "scale.md").read_text(encoding="utf-8").split())
