@@ -15,7 +15,7 @@ from support import tiny
 from support.pages import NOT_RUN, PAGES, code, commands
 
 from tvaprune import _VERBS, shipped
-from tvaprune.cli import released
+from tvaprune.cli import released, run_verb
 from tvaprune.flags.arguments import Arguments, parse_comparison
 from tvaprune.flags.verbs import MODES, check_flags
 from tvaprune.models.published import PUBLISHED
@@ -210,17 +210,19 @@ def test_a_saved_model_generates_by_transformers_alone_and_is_exported(tmp_path)
 
 
 @pytest.mark.slow
-def test_three_commands_and_the_page_of_both_runs(tmp_path):
+def test_three_commands_and_the_page_of_both_runs(tmp_path, monkeypatch):
     """With few blocks: what each takes of the one before is what counts."""
-    short = ["--max_eval_samples", 8, "--block_size", 64, "--ctx_length", 64, "--speed_batches", 0]
-    short += ["--max_train_samples", 16, "--refit_samples", 8]
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.setenv("TVAPRUNE_CACHE", SHIPPED_TEXT["TVAPRUNE_CACHE"])
+    short = ["--max_eval_samples=8", "--block_size=64", "--ctx_length=64", "--speed_batches=0", "--use_cpu=True"]
+    short += ["--max_train_samples=16", "--refit_samples=8"]
     for line in [*commands("out/mine"), *commands("out/flap")]:
-        flags = () if "tvaprune export" in line or "tvaprune report" in line else short
-        script = line.removeprefix("python ") if line.startswith("python") else f"-m {line}"
-        result = tiny.run(script.replace(" out/", f" {tmp_path}/"), *flags, **SHIPPED_TEXT)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
+        line = line.replace("python tva_prune.py", "tvaprune prune").replace(" out/", f" {tmp_path}/")
+        _, verb, *flags = shlex.split(line)
+        run_verb(verb, flags if verb in ("export", "report") else [*flags, *short])
     assert {"model", "plan.json", "results.json"} <= {path.name for path in (tmp_path / "mine").iterdir()}
     assert (tmp_path / "mine_tuned" / "merged" / "model.safetensors").is_file()
+    assert list((tmp_path / "flap" / "best").glob("mask_info_*.pkl"))
     assert (tmp_path / "mine.gguf").is_file() and (tmp_path / "both.html").is_file()
 
 

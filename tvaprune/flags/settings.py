@@ -41,7 +41,7 @@ class ModelSettings:
     shard: bool = _flag(
         False,
         "Spread the frozen layers over the processes of torchrun or accelerate launch (FSDP2), for a model that is "
-        "larger than one GPU; script/fsdp2.yaml says so too.",
+        "larger than one GPU; script/fsdp2.yaml says so too. Gates then train in the basis of the checkpoint.",
     )
     device_map: Literal["none", "auto"] = _flag(
         "none", "auto: one process spreads a model that is larger than one GPU over all of them, layer by layer."
