@@ -23,20 +23,20 @@ from tvaprune.stages.estimate import parser as estimate_parser
 from tvaprune.stages.report import parser as report_parser
 
 SHIPPED_TEXT = {"TVAPRUNE_CACHE": os.path.expanduser("~/.cache/tvaprune")}  # extracting it takes over a minute
-RUN_BY = {  # every command of the pages that is not marked, and the test that runs it
+RUN_BY = {  # every command of the pages that is not marked, and the test that runs it, some on a smaller model
     "bash script/tva_prune.sh": "tests/test_readme.py::test_the_main_job_runs_as_a_new_user_runs_it",
     "bash script/tva_fine.sh": "tests/test_readme.py::test_fine_tuning_recovers_the_shipped_model",
     "bash script/tva_fine.sh --resume_from_checkpoint True": "tests/test_readme.py::test_a_driver_passes_flags_on",
     "bash script/smollm2.sh": "tests/test_smollm2_script.py::test_the_script_goes_from_a_model_to_its_table",
     "--output_dir out/flap": "tests/test_readme.py::test_three_commands_and_the_page_of_both_runs",
-    "--do_zero_eval": "tests/stages/test_zero_eval_script.py::test_",
+    "--do_zero_eval": "tests/stages/test_zero_eval_script.py::test_the_shipped_model_is_pruned_and_scored",
     "--do_eval": "tests/test_readme.py::test_the_evaluation_command_prints_a_pruned_model_that_works",
     "--save_pruned out/pruned_mistral": "tests/test_readme.py::test_a_saved_model_generates_by_transformers_alone",
     "python -m tvaprune.export": "tests/test_readme.py::test_a_saved_model_generates_by_transformers_alone",
     "python -m tvaprune.describe": "tests/test_readme.py::test_the_describe_command_runs",
-    "python -m benchmarks.scale": "tests/measure/test_scale.py::test_",
+    "python -m benchmarks.scale": "tests/measure/test_scale.py::test_the_page_of_a_small_shape_has_every_measure",
     "tvaprune estimate": "tests/test_readme.py::test_the_estimate_command_runs",
-    "tvaprune fetch": "tests/stages/test_fetch.py::test_",
+    "tvaprune fetch": "tests/stages/test_fetch.py::test_the_real_model_is_fetched",
     "out/mine": "tests/test_readme.py::test_three_commands_and_the_page_of_both_runs",
 }
 PATH = re.compile(r"`((?:tests|tvaprune|script|benchmarks|docs|lm-evaluation-harness)/[\w./-]*)`")
