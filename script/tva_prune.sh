@@ -24,6 +24,7 @@ if [ $given -eq 0 ]; then
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
         --target_sparsity 0.5 \
         --max_train_samples 1200 --per_device_train_batch_size 4 --max_eval_samples 256 \
+        --weight_update reconstruct --refit_samples 256 \
         "$@"
 fi
 

@@ -41,6 +41,7 @@ def test_it_comes_nearer_to_the_dense_model_than_the_refit(model, updated):
     assert weights_differ(model, dense) == 0.0
     assert sum(p.numel() for p in narrow.parameters()) == plan.num_parameters
     assert [p.requires_grad for p in narrow.parameters()] == [p.requires_grad for p in refitted.parameters()]
+    assert len(report.errors) == 2  # three layers: one, then two
     assert all(after <= before for before, after in report.errors)
     assert any(after < before for before, after in report.errors)
     divergences = [divergence(one, model, KNOWN[1]) for one in (refitted, narrow)]

@@ -159,7 +159,8 @@ class _Reconstruction(Walk):
     def layers(self, seed: int) -> None:
         """Walks all layers, window by window."""
         halves = self.halves()
-        windows = [halves[first : first + WINDOW] for first in range(0, len(halves), WINDOW)]
+        stops = range(len(halves) % WINDOW or WINDOW, len(halves) + 1, WINDOW)  # the last window is a whole one
+        windows = [halves[max(0, stop - WINDOW) : stop] for stop in stops]
         norm, head = self.pruned.ends
         for window in tqdm(windows, desc="reconstructing", unit="window", leave=False):
             paths, last = [path for _, block, _ in window for path in paths_of(block)], window is windows[-1]

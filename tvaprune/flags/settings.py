@@ -181,7 +181,7 @@ class PruneSettings:
         "Instant weight update: none: cut only; fold: the gates' means (flap: its bias terms, where there are biases) "
         "go into the weights; refit: the kept weights' closed-form optimum on training blocks, where that helps; "
         "reconstruct: refit, then two layers at a time are trained to the unpruned model's hidden states on the same "
-        "blocks, where that helps.",
+        "blocks, the last two to its predictions, where that helps.",
     )
     refit_samples: int = _flag(128, "Training blocks that refit and reconstruct fit.")
     stream: bool = _flag(

@@ -403,7 +403,8 @@ def reconstruct(work: Work) -> float:
     copy, tokens = 4 * (b < 4), work.pass_tokens(work.block)
     sizes, dense = _layer_sizes(work.pruned), _layer_sizes(work.dense)
     per_token = [b * (4 * h + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
-    windows = [slice(first, first + layers) for first in range(0, len(sizes), layers)]
+    stops = range(len(sizes) % layers or layers, len(sizes) + 1, layers)
+    windows = [slice(max(0, stop - layers), stop) for stop in stops]
     losses = [12 * h * tokens] * (len(windows) - 1) + [(21 + 2 * b) * v * min(LOSS_TOKENS, tokens)]
     there = weights(work.dense, work) + _streams(work)
     if work.refit_offload:
