@@ -2,7 +2,8 @@ import pytest
 import yaml
 
 from tvaprune.errors import InputError
-from tvaprune.flags.recipes import expand, recipe_of
+from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.recipes import PRESETS, expand, recipe_of
 
 FLAGS = ["--target_sparsity", "0.2", "0.5", "--uniform", "--dataset_name", "a b", "--run_name", "007", "--seed=3"]
 
@@ -60,3 +61,22 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
         expand("prune", ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(InputError, match="there is no such file"):
         expand("prune", ["--config"])
+
+
+def test_a_preset_is_a_recipe_that_is_there(tmp_path):
+    flags = recipe_of("prune", expand("prune", ["--preset", "paper", "--settle_share", "0.1"]))
+    assert flags["rotate"] == "off" and flags["weight_update"] == "fold" and flags["distill"] is False
+    assert flags["settle_share"] == 0.1  # the command line wins
+    assert "rotate" not in recipe_of("prune", expand("prune", ["--settle_share", "0.1"]))  # control
+    for words in (["--preset=nothing"], ["--preset"]):
+        with pytest.raises(InputError, match="there is none of this name; give paper"):
+            expand("prune", words)
+    with pytest.raises(InputError, match="of another verb than apply"):
+        expand("apply", ["--preset", "paper"])
+
+
+def test_every_preset_parses():
+    for name in PRESETS:
+        assert Arguments.parse(
+            [*expand("prune", ["--preset", name]), "--model_name_or_path", "m", "--output_dir", "o"], "prune"
+        )

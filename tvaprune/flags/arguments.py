@@ -200,6 +200,7 @@ def help_text(verb: str, parser: HfArgumentParser) -> str:
     actions = {action.dest: action for action in parser._actions}
     row, lines = VERBS[verb], [f"tvaprune {verb}: {VERBS[verb].help}"]
     lines.append("  --config FILE: read flags from a recipe.yaml; those on the command line win")
+    lines.append("  --preset paper: those of prune that make the paper's method, likewise")
     for title, names, is_short in (
         ("", row.first, False),
         ("for experts", (*row.expert, *ALWAYS), True),

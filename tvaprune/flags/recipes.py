@@ -1,4 +1,7 @@
-"""Recipes: a verb's flags as YAML. ``--config FILE`` reads one; the command line wins; every run writes its own."""
+"""Recipes: a verb's flags as YAML. ``--config FILE`` reads one; the command line wins; every run writes its own.
+
+``--preset NAME`` reads one of those beside this module.
+"""
 
 import difflib
 from pathlib import Path
@@ -10,6 +13,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, given_names
 
 RECIPE_NAME = "recipe.yaml"
+PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
 _AS_FLAGS = {"true": "True", "false": "False"}  # YAML's words for what a command line spells so
 
 
@@ -17,24 +21,31 @@ def expand(verb: str, arguments: list[str]) -> list[str]:
     """Returns a command line in which ``--config FILE`` is replaced by the file's flags, before those given.
 
     Raises:
-        InputError: If the file cannot be read, is of another verb, or has a key that is no flag of this one.
+        InputError: If the file cannot be read, is of another verb, or has a key that is no flag of this one; or if there
+            is no such preset.
     """
     rest, recipes = [], []
     words = iter(arguments)
     for word in words:
-        if word == "--config":
-            recipes.append(next(words, None))
-        elif word.startswith("--config="):
-            recipes.append(word.partition("=")[2])
-        else:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "--preset"):
             rest.append(word)
+            continue
+        given = value if equals else next(words, "")
+        recipes.append(given if flag == "--config" else _preset(given))
     flags: list[str] = []
     for recipe in recipes:
         flags += _flags_of(verb, recipe, not set(TARGETS).isdisjoint(given_names(rest)))
     return flags + rest
 
 
-def _flags_of(verb: str, recipe: str | None, is_target_given: bool) -> list[str]:
+def _preset(name: str) -> str:
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: there is none of this name; give {' or '.join(sorted(PRESETS))}")
+    return str(PRESETS[name])
+
+
+def _flags_of(verb: str, recipe: str, is_target_given: bool) -> list[str]:
     if not recipe or not Path(recipe).is_file():
         raise InputError(f"--config {recipe}: there is no such file; give a recipe.yaml")
     try:
