@@ -21,8 +21,8 @@ def expand(verb: str, arguments: list[str]) -> list[str]:
     """Returns a command line in which ``--config FILE`` is replaced by the file's flags, before those given.
 
     Raises:
-        InputError: If the file cannot be read, is of another verb, or has a key that is no flag of this one; or if there
-            is no such preset.
+        InputError: If there is no such preset, or the file cannot be read, is of another verb, or has a key that is no
+            flag of this one.
     """
     rest, recipes = [], []
     words = iter(arguments)
