@@ -56,7 +56,7 @@ def test_the_objective_is_the_sum_of_its_three_terms(make_model, input_ids, dist
         objective.lagrangian.lambda_2.fill_(3.0)
     parts = objective(input_ids, beta=5.0, target=0.25)
     masks = objective.gated.masks()
-    # att_mul 256, inter_mul 1, emb_mult 30, and the hidden gate twice in each of 3 layers (method: section 3)
+    # att_mul 256, inter_mul 1, emb_mult 30, and the hidden gate twice in each of 3 layers
     kl = masks.mu.map(lambda *gate: gates.information(*gate).sum(), masks.log_variance)
     information = sum(256 * a + 1 * i + 2 * kl.hidden for a, i in zip(kl.attn, kl.inter, strict=True)) + 30 * kl.hidden
     gap = parts["expected_sparsity"] - 0.25

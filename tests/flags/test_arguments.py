@@ -1,4 +1,4 @@
-"""The released command lines keep working: every flag of method.md, section 7, that this version acts on."""
+"""The released command lines keep working: every flag of theirs that this version acts on."""
 
 import subprocess
 import sys

@@ -41,7 +41,7 @@ def beta_at(step: int, num_steps: int, start: float, end: float) -> float:
     """Returns the sharpness of the keep probability at a step.
 
     At ``log_alpha = -9`` and a beta of 10 the penalty's gradient on a gate is nil; a beta that rises geometrically over
-    the choosing steps lets it reach every gate from the start (method: section 10).
+    the choosing steps lets it reach every gate from the start.
     """
     progress = min(1.0, step / max(1, num_steps))
     return float(start * (end / start) ** progress)

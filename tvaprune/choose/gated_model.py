@@ -1,10 +1,9 @@
 """Puts gates on a transformers model by hooks, and takes them off.
 
-One object owns all hooks, and the forward methods of the norms meanwhile. Where each gate multiplies (method: section
-1): the hidden gate the embedding's output, once, and the output of every attention block and MLP before the residual
-add; the attention gate the input of the output projection, a KV head with the query heads that share it; the MLP gate
-the input of the down projection. Under a hidden gate an RMSNorm averages over the kept dims only, as the sliced model
-will.
+One object owns all hooks, and the forward methods of the norms meanwhile. Where each gate multiplies: the hidden
+gate the embedding's output, once, and the output of every attention block and MLP before the residual add; the
+attention gate the input of the output projection, a KV head with the query heads that share it; the MLP gate the input
+of the down projection. Under a hidden gate an RMSNorm averages over the kept dims only, as the sliced model will.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
 from tvaprune.plan.masks import Masks
 
 INITIAL_MU = 1.0
-INITIAL_STD = 0.01  # of both means and log-variances (method: section 2)
+INITIAL_STD = 0.01  # of both means and log-variances, as in the released tool
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What gate training minimises: the objective of the method's section 3, over a frozen model."""
+"""What gate training minimises: the objective of docs/method.md, section 2, over a frozen model."""
 
 from typing import Any
 

@@ -94,7 +94,7 @@ def describe(settings: GateSettings, num_steps: int, num_tokens: int) -> str:
         f"--vib_learning_rate {settings.vib_learning_rate:g}, --beta_start {settings.beta_start:g}, "
         f"--initial_log_variance {settings.initial_log_variance:g}, where you gave none"
     )
-    reach = settings.vib_learning_rate * num_steps / 2  # AdamW under linear decay (method: section 3)
+    reach = settings.vib_learning_rate * num_steps / 2  # AdamW's steps under linear decay
     if reach < -settings.initial_log_variance:
         line += (
             f"\nnote: {num_steps} steps at this rate move a log-variance by {reach:.1f} at most, and the cut is "

@@ -1,6 +1,6 @@
 """The instant weight update: the learned means of the kept gates go into the weights of the sliced model.
 
-Source: method, section 5.1. Which factor enters where is `tvaprune.plan.edits`.
+Source: docs/method.md, section 5. Which factor enters where is `tvaprune.plan.edits`.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """The closed-form instant update: a ridge least-squares refit of the kept weights, centred on the folded ones.
 
-For a linear layer whose dense input is ``x`` and whose input in the pruned model is ``xhat`` (method: section 5):
+For a linear layer whose dense input is ``x`` and whose input in the pruned model is ``xhat`` (docs/method.md,
+section 6):
 
     W' = (W C + lam W_fold) (H + lam I)^-1,   C = sum x xhat^T,   H = sum xhat xhat^T
 

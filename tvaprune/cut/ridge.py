@@ -2,8 +2,8 @@
 
     W' = (W C + lam W_0) (H + lam I)^-1,   C = sum x xhat^T,   H = sum xhat xhat^T
 
-minimises ``sum |W x - W' xhat|^2 + lam |W' - W_0|^2`` (method: section 5, "A better instant update"). Everything is
-solved in float64: a Gram matrix squares the condition number. A constant input of 1 stands for a bias.
+minimises ``sum |W x - W' xhat|^2 + lam |W' - W_0|^2`` (docs/method.md, section 6). Everything is solved in float64: a
+Gram matrix squares the condition number. A constant input of 1 stands for a bias.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Keep plan -> narrower model: the one knife that cuts.
 
-One weight at a time: the peak of memory is the dense model and one weight. Source: method, section 5.3.
+One weight at a time: the peak of memory is the dense model and one weight. Source: docs/method.md, section 5.
 """
 
 import copy

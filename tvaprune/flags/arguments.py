@@ -67,6 +67,10 @@ class RunArguments(TrainingArguments):
         metadata={"help": "Pin the memory of batches; default: where there is a GPU."},
     )
     report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Go on with an interrupted run: True, or a checkpoint's folder."},
+    )
 
     def __post_init__(self) -> None:
         """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no.
@@ -121,6 +125,7 @@ class FinetuneRunArguments(RunArguments):
     gradient_accumulation_steps: int = field(
         default=0, metadata={"help": f"Batches a step; 0: as many as make {RELEASED_BATCH} blocks."}
     )
+    eval_strategy: str = field(default="steps", metadata={"help": "When the validation perplexity is measured."})
     eval_steps: float | None = field(
         default=0.1, metadata={"help": "Steps between two validation perplexities, or share."}
     )
@@ -200,7 +205,8 @@ def help_text(verb: str, parser: HfArgumentParser) -> str:
     actions = {action.dest: action for action in parser._actions}
     row, lines = VERBS[verb], [f"tvaprune {verb}: {VERBS[verb].help}"]
     lines.append("  --config FILE: read flags from a recipe.yaml; those on the command line win")
-    lines.append("  --preset paper: those of prune that make the paper's method, likewise")
+    if verb == "prune":
+        lines.append("  --preset paper: read those that make the paper's method, likewise")
     for title, names, is_short in (
         ("", row.first, False),
         ("for experts", (*row.expert, *ALWAYS), True),

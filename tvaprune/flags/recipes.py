@@ -32,10 +32,10 @@ def expand(verb: str, arguments: list[str]) -> list[str]:
             rest.append(word)
             continue
         given = value if equals else next(words, "")
-        recipes.append(given if flag == "--config" else _preset(given))
+        recipes.append((f"{flag} {given}", given if flag == "--config" else _preset(given)))
     flags: list[str] = []
-    for recipe in recipes:
-        flags += _flags_of(verb, recipe, not set(TARGETS).isdisjoint(given_names(rest)))
+    for said, recipe in recipes:
+        flags += _flags_of(verb, said, recipe, not set(TARGETS).isdisjoint(given_names(rest)))
     return flags + rest
 
 
@@ -45,28 +45,28 @@ def _preset(name: str) -> str:
     return str(PRESETS[name])
 
 
-def _flags_of(verb: str, recipe: str, is_target_given: bool) -> list[str]:
+def _flags_of(verb: str, given: str, recipe: str, is_target_given: bool) -> list[str]:
     if not recipe or not Path(recipe).is_file():
-        raise InputError(f"--config {recipe}: there is no such file; give a recipe.yaml")
+        raise InputError(f"{given}: there is no such file; give a recipe.yaml")
     try:
         text = Path(recipe).read_text(encoding="utf-8")
         content = yaml.load(text, Loader=yaml.BaseLoader)  # all values are text: off and no are no booleans
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {recipe}: is not YAML ({' '.join(str(error).split())[:120]})") from error
+        raise InputError(f"{given}: is not YAML ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(content, dict):
-        raise InputError(f"--config {recipe}: needs lines of `flag: value`")
+        raise InputError(f"{given}: needs lines of `flag: value`")
     if content.pop("verb", verb) != verb:
-        raise InputError(f"--config {recipe}: is a recipe of another verb than {verb}; call the verb that it names")
+        raise InputError(f"{given}: is a recipe of another verb than {verb}; call the verb that it names")
     flags = []
     for key, value in content.items():
         if key not in VERBS[verb].flags:
             near = difflib.get_close_matches(str(key), VERBS[verb].flags, 1)
-            raise InputError(f"--config {recipe}: {key!r} is no flag of {verb}{f'; perhaps {near[0]}' if near else ''}")
+            raise InputError(f"{given}: {key!r} is no flag of {verb}{f'; perhaps {near[0]}' if near else ''}")
         if is_target_given and key in TARGETS:
             continue
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, dict | list) or item == "" for item in values):
-            raise InputError(f"--config {recipe}: {key} needs a plain value, or a list of them")
+            raise InputError(f"{given}: {key} needs a plain value, or a list of them")
         flags += [f"--{key}", *(_AS_FLAGS.get(text, text) for text in map(str, values))]
     return flags
 

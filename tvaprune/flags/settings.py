@@ -13,7 +13,7 @@ from tvaprune.flags.ranges import AUTO, BYTES, NUMBERS, amount, check_ranges, nu
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
-# Below this many tokens the released gate settings cannot reach their target (method: section 10). Tokens, not steps:
+# Below this many tokens the released gate settings cannot reach their target. Tokens, not steps:
 # the same run in larger batches takes fewer steps and is no shorter.
 SHORT_RUN_TOKENS = 512_000
 
@@ -108,12 +108,13 @@ class PruneSettings:
     )
     target_memory: str | None = _flag(
         None,
-        "In place of it: what the weights are to take as they are saved, such as 6GB or 5.5GiB; counted likewise.",
+        "In place of --target_sparsity: what the weights are to take as they are saved, such as 6GB or 5.5GiB; counted "
+        "likewise.",
     )
     target_speedup: float | None = _flag(
         None,
-        "In place of it: how many times fewer operations a forward pass is to take, such as 1.5. Counted, not timed: "
-        "what the hardware makes of it is measured after the cut.",
+        "In place of --target_sparsity: how many times fewer operations a forward pass is to take, such as 1.5. "
+        "Counted, not timed: what the hardware makes of it is measured after the cut.",
     )
     rotate: Literal["auto", "on", "off"] = _flag(
         "auto",
@@ -183,7 +184,7 @@ class PruneSettings:
         "reconstruct: refit, then two layers at a time are trained to the unpruned model's hidden states on the same "
         "blocks, the last two to its predictions, where that helps.",
     )
-    refit_samples: int = _flag(128, "Training blocks that refit and reconstruct fit.")
+    refit_samples: int = _flag(128, "Training blocks that refit and reconstruct are fitted on.")
     stream: bool = _flag(
         False,
         "Cut, fold, refit and measure a model that fits neither the GPU nor the memory: half a layer at a time, from "

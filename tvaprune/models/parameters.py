@@ -1,6 +1,6 @@
 """Parameters of a model as a function of its widths: the same formula for tensors (expected) and ints (exact).
 
-Sparsity counts the decoder layers' projections without bias and their norms of the hidden width (method: section 3);
+Sparsity counts the decoder layers' projections without bias and their norms of the hidden width (docs/method.md);
 embeddings, lm_head and the final norm are not counted.
 """
 

@@ -1,6 +1,6 @@
 """Gate means and log-variances as one value, and the mask files that carry them.
 
-A mask file is a pickled ``dict`` of float32 tensors (method: section 4). A pickle runs code when it is loaded: it is
+A mask file is a pickled ``dict`` of float32 tensors (docs/formats.md). A pickle runs code when it is loaded: it is
 written here, and read by `mask_pickle` as data.
 """
 

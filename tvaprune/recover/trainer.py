@@ -1,8 +1,8 @@
 """Fine-tuning any causal LM towards a teacher, on `transformers.Trainer`.
 
-``loss = CE + alpha * KL(teacher || student) [+ beta * distance of hidden states]`` (method: section 6), on the shifted
-tokens whose label counts, the mean per token. Accumulation, precision, checkpoints, their resumption and early stopping
-are `Trainer`'s own.
+``loss = CE + alpha * KL(teacher || student) [+ beta * distance of hidden states]``, on the shifted tokens whose label
+counts, the mean per token. Accumulation, precision, checkpoints, their resumption and early stopping are `Trainer`'s
+own.
 """
 
 import math
