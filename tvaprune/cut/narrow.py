@@ -1,4 +1,4 @@
-"""Keep plan -> narrower model, its weights updated as asked: cut, fold, refit."""
+"""Keep plan -> narrower model, its weights updated as asked: cut, fold, refit, reconstruct."""
 
 import copy
 import time
@@ -33,7 +33,7 @@ def narrow(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel,
             memory (``refit``, ``reconstruct``). With ``--refit_offload`` it stays on the CPU, until `Run.dense_model`.
 
     Returns:
-        The narrower model, and what the refit did, for the results.
+        The narrower model, and what the refit and the reconstruction did, for the results.
     """
     stored = run.stored_dtype  # before the dense model is used up
     model, update = _cut(run, plan, keep_dense)

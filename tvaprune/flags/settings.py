@@ -329,14 +329,14 @@ class CompareSettings:
     )
     dataset: str = _flag("python_docs", "Text that units are chosen by and that is tested first.")
     second_text: str = _flag("package_readmes", "Text from another source, tested only.")
-    split: Literal["validation", "test"] = _flag("test", "Of both texts; choose nothing on the test split.")
+    split: Literal["validation", "test"] = _flag("test", "Split of both texts; choose nothing on the test split.")
     methods: list[str] = _flags(
         list(METHODS), f"Of {', '.join(METHODS)} and {VIB_ONCE}; vib trains gates for each sparsity, {VIB_ONCE} to the "
         "largest only"
     )  # fmt: skip
     weight_updates: list[str] = _flags(["fold", "refit"], "Instant weight updates")
     sparsities: list[float] = _flags([0.2, 0.35, 0.5, 0.65], "Shares of the decoder to remove")
-    seeds: list[int] = _flags([0, 1, 2], "Of the calibration blocks and of training")
+    seeds: list[int] = _flags([0, 1, 2], "Seeds of the calibration blocks and of training")
     output: str = _flag("out/compare", "Folder of cells, table and picture.")
     block_size: int = _flag(256, "Tokens of a block and of an evaluation window.")
     train_samples: int = _flag(1200, "Blocks that gates are trained on.")
