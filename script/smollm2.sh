@@ -47,8 +47,10 @@ step "tune" "$OUTPUT/tuned/results.json" tvaprune finetune "${TEXT[@]}" \
     --distill_temp 2 --weight_update reconstruct --speed_batches 10 \
     --output_dir "$OUTPUT/tuned" "$@" ${TUNE:-}
 if [ ! -e "$OUTPUT/generations.md" ]; then
-    "$PYTHON" -P -m benchmarks.generations "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" >"$OUTPUT/generations.part"
+    "$PYTHON" -P -m benchmarks.generations "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" --write "$OUTPUT/tuned" \
+        >"$OUTPUT/generations.part"
     mv "$OUTPUT/generations.part" "$OUTPUT/generations.md"
+    "$PYTHON" -P -m tvaprune report "$OUTPUT/tuned" # with what they say
 fi
 cat "$OUTPUT/generations.md"
 for outtype in f16 q8_0; do
