@@ -98,6 +98,12 @@ def test_an_offload_that_was_refused_stays_refused(arguments, capsys):
     fit(args)
     assert not args.prune.refit_offload
     assert "note: the refit needs about 23 GiB, and --memory 24 leaves 22" in capsys.readouterr().out
+    args = arguments(
+        "prune", "Llama-2-7B", "--memory", 26, "--refit_offload", "False", "--weight_update", "reconstruct"
+    )
+    fit(args)
+    told = capsys.readouterr().out
+    assert "note: the reconstruct needs about" in told and "leaves 24; --weight_update refit needs less" in told
     folds = arguments("apply", "Llama-2-7B", "--mask_loc", __file__, "--memory", 24, "--weight_update", "fold")
     fit(folds)
     assert not folds.prune.refit_offload and capsys.readouterr().out == ""

@@ -191,4 +191,5 @@ def _over(args: Arguments, work: Work) -> Iterator[str]:
         hint = "; --teacher_cache DIR leaves the unpruned model out" if teaches else ""
         yield f"training needs about {needed / GIB:.0f} GiB{asked}, {leaves}{hint}"
     if work.refits and (needed := _update(work)) > room:
-        yield f"the refit needs about {needed / GIB:.0f} GiB, {leaves}; --weight_update fold needs less"
+        update, less = args.prune.weight_update, "refit" if cost.refit(work) <= room else "fold"
+        yield f"the {update} needs about {needed / GIB:.0f} GiB, {leaves}; --weight_update {less} needs less"

@@ -157,6 +157,9 @@ def test_the_metadata_is_what_the_hub_reads(narrow, tmp_path):
     path.write_text(model_card(model.config, plan, record | {"protocol": text}, "pruned"))
     (found,) = ModelCard(path.read_text()).data.eval_results
     assert (found.dataset_type, found.dataset_split, found.dataset_config) == ("own", "validation", None)
+    record["perplexity"] = {"dense": 9.25, "pruned": None}  # of weights that overflow
+    path.write_text(model_card(model.config, plan, record, "pruned"))
+    assert "| 9.25 | not a number |" in path.read_text() and "model-index" not in metadata_load(path)
     path.write_text(model_card(model.config, plan, {"model": "acme/not-there"}, "pruned"))  # nothing was measured
     assert "model-index" not in metadata_load(path) and metadata_load(path)["base_model_relation"] == "finetune"
 

@@ -10,8 +10,10 @@ import torch
 from support import tiny
 from support.families import logits
 
+from tvaprune.choose import rotation
 from tvaprune.choose.choose import in_basis
 from tvaprune.choose.rotation import learn_rotation, moments_of
+from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.rotate import rotate
 from tvaprune.plan.rotation import Rotation, read_rotation
@@ -71,6 +73,16 @@ def test_the_last_dims_of_the_learned_basis_carry_least(source):
     learned = learn_rotation(run)
     assert all(parameter.requires_grad for parameter in run.model.parameters())
     assert lost_by_cutting(rotate(run.model, learned), size // 2, ids) < 1e-3 * lost
+
+
+@pytest.mark.parametrize("place", ["carried", "needed"])
+def test_moments_that_are_no_numbers_end_in_one_line(place, source, monkeypatch):
+    run = run_of(*source, *FLAGS, "--output_dir", "unused")
+    moments = dict(zip(("carried", "needed"), moments_of(run), strict=True))
+    moments[place][0, 0] = float("nan")
+    monkeypatch.setattr(rotation, "moments_of", lambda run: tuple(moments.values()))
+    with pytest.raises(InputError, match="the streams' moments are no numbers"):
+        learn_rotation(run)
 
 
 @pytest.mark.parametrize(("flags", "told"), [((), True), (("--rotate", "off"), False)])

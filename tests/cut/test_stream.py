@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks import room
 from tvaprune.checkpoint import weights
 from tvaprune.cut import stream
+from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import narrow_shell
@@ -386,6 +387,17 @@ def test_a_disk_that_is_too_small_is_told_before_the_walk(dense, text, tmp_path,
     assert not (tmp_path / "pruned").exists()
 
 
+def test_a_disk_that_holds_a_refit_alone_is_told_before_a_reconstruction(dense, text, tmp_path, monkeypatch):
+    free = []
+    monkeypatch.setattr("tvaprune.run.CHOICE_SAMPLES", 4)  # else the shares of a refit are more than weights this small
+    monkeypatch.setattr(stream, "disk_needed", lambda *args: free.append(disk_needed(*args[:4])) or disk_needed(*args))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[-1]))
+    flags = (*flags_of(dense, text, tmp_path), *STREAM, "--do_eval", "False")
+    ended = run("apply", *flags, "--weight_update", "reconstruct")
+    assert (ended.code, ended.fault) == (2, "") and "weights of the reconstruct need" in ended.err
+    assert run("apply", *flags).code == 0  # control
+
+
 def test_a_full_disk_is_one_line(dense, text, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -396,7 +408,10 @@ def test_a_full_disk_is_one_line(dense, text, tmp_path, monkeypatch):
     assert not (tmp_path / "pruned").exists()
 
 
-def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_layers(make_model, make_masks, tmp_path):
+@pytest.mark.parametrize(("update", "layers_held"), [(refit_layers, 1), (reconstruct_layers, 2)])
+def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_layers(
+    update, layers_held, make_model, make_masks, tmp_path
+):
     def peak(num_layers):
         model = make_model("llama", num_hidden_layers=num_layers, hidden_size=96, intermediate_size=256)
         plan = make_plan(model, make_masks)
@@ -410,10 +425,10 @@ def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_l
         cut = stream._Cut(dense, narrow, edits_of(plan, dense.family), folds=True)
         pruned = layers.Streamed(narrow, cut, torch.device("cpu"), tmp_path)
         with MemoryMeter(shell) as meter:
-            refit_layers(dense, pruned, plan, blocks, blocks.select(range(2)), 2, shares=(0.0, 1.0))
-        return meter.peak, memory_needed(plan, 4, 32)
+            update(dense, pruned, plan, blocks, blocks.select(range(2)), 2, shares=(0.0, 1.0))
+        return meter.peak, memory_needed(plan, 4, 32, update is reconstruct_layers)
 
-    (few, wanted), (many, same) = peak(1), peak(3)
+    (few, wanted), (many, same) = peak(layers_held), peak(layers_held + 2)
     assert 0.7 * wanted < few <= wanted
     assert many < 1.3 * few and same < 1.3 * wanted
 
@@ -430,4 +445,6 @@ def test_a_70b_is_refitted_on_a_card_of_24_gb():
     streams = 2 * 2 * tokens * 2 * 8192
     assert streams == pytest.approx(4.3e9, rel=0.01)
     assert disk_needed(half, 2, tokens, tokens) - 2 * half.num_parameters == streams + 5 * 2 * tokens * 8192
+    assert memory_needed(half, 2, 8 * 512, reconstructs=True) > 24 * 2**30  # it trains two layers at a time
+    assert disk_needed(half, 2, tokens, tokens, True) == 2 * 2 * half.num_parameters + streams + 2 * 2 * tokens * 8192
     assert room.line() in " ".join((tiny.ROOT / "docs" / "scale.md").read_text(encoding="utf-8").split())

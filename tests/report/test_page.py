@@ -4,6 +4,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from support import tiny
@@ -18,7 +19,7 @@ from tvaprune.report.charts import Series, bar_chart, line_chart, ticks
 from tvaprune.report.folders import RunFolder, read_runs
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.runs import answer
-from tvaprune.report.steps import Phases
+from tvaprune.report.steps import Phases, write_results
 from tvaprune.stages.report import report
 
 SECTIONS = ["Asked and reached", "Perplexity", "Zero-shot", "Training", "Kept widths", "What the weight update did",
@@ -200,6 +201,20 @@ def test_a_folder_without_a_run_of_this_version_is_refused_and_gets_no_page(name
         report([run])
     assert run_command(lambda: run_verb("report", [str(run)])) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (run / PAGE_NAME).exists()
+
+
+@pytest.mark.parametrize("content", [[1], {"command": COMMAND}, None])
+def test_a_file_that_no_page_can_be_made_of_ends_no_run(content, run, capsys):
+    report([run])
+    older = (run / PAGE_NAME).read_bytes()
+    if content is not None:
+        (run / "generations.json").write_text(json.dumps(content))
+    args = SimpleNamespace(save_loc=run, recipe={"verb": "prune", "seed": 2})
+    write_results(args, results())
+    assert "seed: 2" in (run / "recipe.yaml").read_text()
+    assert ("note: no report.html is written: " in capsys.readouterr().out) == (content is not None)
+    assert (run / PAGE_NAME).exists() == (content is None)
+    assert content is not None or (run / PAGE_NAME).read_bytes() != older  # control
 
 
 def test_the_verb_and_the_function_write_one_page(run, tmp_path, capsys):

@@ -11,6 +11,7 @@ from support import tiny
 from tvaprune.cli import run_command, run_verb
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
+from tvaprune.study.page import comparison_page
 from tvaprune.study.report import Cells, orders_of, ratios, worst_change, write_report
 
 FIRST, SECOND = "first", "second"
@@ -261,3 +262,16 @@ def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     report = tiny.read_json(tmp_path / "compare.json")
     assert [row["to_refitted"] for row in report["figures"]] == pytest.approx([0.3, 1.5])
     assert len(report["cells"]) == 22
+
+
+def test_a_model_that_fell_to_no_number_is_the_worst_and_ends_nothing(tmp_path):
+    fallen = {"perplexity": {FIRST: {"dense": 1.0, "pruned": None}, SECOND: {"dense": 1.0, "pruned": 2.0}}}
+    lost = [row | {"versions": {}} for row in HAND_MADE]
+    lost = [row | fallen if (row["method"], row["weight_update"]) == ("flap", "fold") else row for row in lost]
+    write_report(lost, tmp_path)
+    cells = Cells(tiny.read_json(tmp_path / "compare.json")["cells"])
+    assert orders_of(cells, "m/one")[0]["orders"][FIRST] == ["vib", "taylor", "flap"]
+    assert worst_change(cells, FIRST)["method"] == "vib"
+    assert "| 0.5 | flap | inf (inf to inf) | 1.000 " in (tmp_path / "compare.md").read_text()
+    comparison_page(tmp_path).write(tmp_path / "report.html")
+    assert "<td>inf (inf to inf)</td>" in (tmp_path / "report.html").read_text()

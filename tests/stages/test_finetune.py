@@ -210,6 +210,7 @@ def test_a_folder_without_checkpoints_that_is_no_interrupted_run_stays(has, tune
     [
         (("--lora_r", 3), "is the checkpoint of a run with --lora_r 2, not 3; give"),
         (("--weight_update", "none"), "is the checkpoint of a run with --weight_update refit, not none; give"),
+        (("--refit_samples", 5), "is the checkpoint of a run with --refit_samples 128, not 5; give"),
         (("--full_ft", True), "is the checkpoint of a run with --full_ft False, not True"),
     ],
 )

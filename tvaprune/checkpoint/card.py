@@ -131,10 +131,14 @@ def _perplexity_rows(record: dict[str, Any]) -> list[str]:
         return ["", "Its perplexity was not measured when it was saved."]
     text = record["protocol"]
     where = f"{text['dataset_name']} {text['split']}, windows of {text['window']}"
-    pruned = f"{values['pruned']:.2f}"
+    pruned = _figure(values["pruned"])
     if "finetuned" in values:
-        pruned = f"{values['finetuned']:.2f}, before fine-tuning {pruned}"
-    return [f"| perplexity ({where}) | {values['dense']:.2f} | {pruned} |"]
+        pruned = f"{_figure(values['finetuned'])}, before fine-tuning {pruned}"
+    return [f"| perplexity ({where}) | {_figure(values['dense'])} | {pruned} |"]
+
+
+def _figure(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.2f}"  # as JSON has it
 
 
 def _loading(config: PretrainedConfig, name: str) -> str:

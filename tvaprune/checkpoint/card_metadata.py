@@ -113,9 +113,13 @@ def _texts(value: object) -> list[str]:
 
 
 def _results(record: Mapping[str, Any]) -> list[EvalResult]:
-    """Returns the perplexity that was measured last, under the text's hub id; a text without one is its own name."""
+    """Returns the perplexity that was measured last, under the text's hub id; a text without one is its own name.
+
+    Nothing where it is none, as of a model whose weights overflow.
+    """
     values, text = record.get("perplexity"), record.get("protocol")
-    if not values or not text:
+    value = values.get("finetuned", values["pruned"]) if values else None
+    if value is None or not text:
         return []
     name = text["dataset_name"]
     hub_set = HUB_SETS.get(name)
@@ -128,6 +132,6 @@ def _results(record: Mapping[str, Any]) -> list[EvalResult]:
         dataset_split=text["split"] if file is None else next(split for split in SPLITS if split in file),
         metric_type="perplexity",
         metric_name=f"perplexity, windows of {text['window']}",
-        metric_value=round(values.get("finetuned", values["pruned"]), 4),
+        metric_value=round(value, 4),
     )
     return [found]

@@ -82,11 +82,10 @@ def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
-    root = _root(carried)
-    product = root @ needed @ root
-    if not bool(product.isfinite().all()):
+    if not all(bool(moment.isfinite().all()) for moment in (carried, needed)):  # of which eigh finds no vectors
         raise InputError("--rotate: the streams' moments are no numbers; use --dtype float32, or --rotate off")
-    vectors: torch.Tensor = torch.linalg.eigh(product).eigenvectors
+    root = _root(carried)
+    vectors: torch.Tensor = torch.linalg.eigh(root @ needed @ root).eigenvectors
     return vectors.flip(1).float()
 
 

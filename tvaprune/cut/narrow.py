@@ -127,8 +127,8 @@ def refit_texts(run: Run) -> tuple[Dataset, Dataset]:
         raise InputError(f"{error}; --weight_update fold needs no text") from error
     if ranks.count() > max(1, min(len(calibration), len(held_out))):
         raise InputError(
-            f"--weight_update refit: {ranks.count()} processes share {len(calibration)} calibration and "
-            f"{len(held_out)} held-out blocks: start fewer, or give more text"
+            f"--weight_update {run.args.prune.weight_update}: {ranks.count()} processes share {len(calibration)} "
+            f"calibration and {len(held_out)} held-out blocks: start fewer, or give more text"
         )
     return calibration, held_out
 

@@ -1,19 +1,22 @@
 """What a refit out of core needs, by arithmetic: memory for its largest step, disk for what waits."""
 
+from tvaprune.cut.reconstruct import SHARES as NEW_SHARES
 from tvaprune.cut.refit import SHARES
-from tvaprune.measure.cost import Fit, head_share
+from tvaprune.measure.cost import Fit, Work, head_share, reconstruct_streamed
 from tvaprune.plan.keep_plan import KeepPlan
 
 
-def memory_needed(plan: KeepPlan, itemsize: int, tokens: int) -> int:
-    """Returns the bytes of the refit's largest step, which do not grow with the number of layers.
+def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool = False) -> int:
+    """Returns the bytes of the largest step, which do not grow with the number of layers.
 
     That is half a layer of the dense model and of the pruned one, or both heads; what the fit of a linear of it holds,
-    or the head's share, as `tvaprune.measure.cost` says; and what a batch makes within that half.
+    or the head's share, as `tvaprune.measure.cost` says; and what a batch makes within that half. A reconstruction
+    after it holds and trains a window of both models.
 
     Args:
         itemsize: Bytes of a weight.
         tokens: Of a batch.
+        reconstructs: Whether the refit is followed by one.
     """
     shape = plan.shape
     wide, narrow = shape.hidden_size, plan.hidden_size
@@ -31,6 +34,9 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int) -> int:
         weights = (2 + shape.gated_mlp) * (channels * wide + kept * narrow)
         inside = tokens * (3 * channels + 4 * wide)
         steps.append(itemsize * (weights + inside) + _fits(wide, narrow, kept))
+    if reconstructs:
+        work = Work(shape, plan.shape_after, weight_bytes=itemsize, block=tokens, eval_batch=1)  # one pass, one batch
+        steps.append(round(reconstruct_streamed(work)))
     return max(steps)
 
 
@@ -39,13 +45,19 @@ def _fits(wide: int, narrow: int, features: int) -> int:
     return max(Fit(narrow, wide, (features,), True).bytes, Fit(features, narrow, (narrow,), False).bytes)
 
 
-def disk_needed(plan: KeepPlan, itemsize: int, calibration: int, held_out: int) -> int:
+def disk_needed(plan: KeepPlan, itemsize: int, calibration: int, held_out: int, reconstructs: bool = False) -> int:
     """Returns the bytes of what waits on disk: two residual streams, one for each share, the refitted weights.
+
+    A reconstruction keeps its own weights beside these, and tries fewer shares.
 
     Args:
         itemsize: Bytes of a weight and of a number of a stream.
         calibration: Tokens that are fitted.
         held_out: Tokens that choose.
+        reconstructs: Whether the refit is followed by one.
     """
-    streams = (calibration + held_out) * (plan.shape.hidden_size + plan.hidden_size)
-    return itemsize * (streams + (len(SHARES) - 1) * held_out * plan.hidden_size + plan.num_parameters)
+    streams, share = (calibration + held_out) * (plan.shape.hidden_size + plan.hidden_size), held_out * plan.hidden_size
+    waiting = (len(SHARES) - 1) * share + plan.num_parameters
+    if reconstructs:
+        waiting = max(waiting, (len(NEW_SHARES) - 1) * share + 2 * plan.num_parameters)
+    return itemsize * (streams + waiting)

@@ -45,7 +45,7 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     if prune.refits:
         calibration, held_out = refit_texts(run)
         batch_size = windows_per_pass(calibration, run.args.training.per_device_eval_batch_size)
-        _check_room(plan, dense, batch_size, calibration, held_out)
+        _check_room(plan, dense, batch_size, calibration, held_out, prune.weight_update)
         texts = plan, calibration, held_out, batch_size
         done, more = refit_layers(dense, pruned, *texts), None
         if prune.weight_update == "reconstruct":
@@ -59,19 +59,21 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     return as_stored, update
 
 
-def _check_room(plan: KeepPlan, dense: Streamed, batch_size: int, calibration: Dataset, held_out: Dataset) -> None:
-    """Says what the refit needs, and refuses to begin where the disk cannot hold it."""
-    size, window = dense.model.dtype.itemsize, len(calibration[0]["input_ids"])
-    memory = memory_needed(plan, size, batch_size * window) / 2**30
-    disk = disk_needed(plan, size, len(calibration) * window, len(held_out) * window)
+def _check_room(
+    plan: KeepPlan, dense: Streamed, batch_size: int, calibration: Dataset, held_out: Dataset, update: str
+) -> None:
+    """Says what the weight update needs, and refuses to begin where the disk cannot hold it."""
+    size, window, reconstructs = dense.model.dtype.itemsize, len(calibration[0]["input_ids"]), update == "reconstruct"
+    memory = memory_needed(plan, size, batch_size * window, reconstructs) / 2**30
+    disk = disk_needed(plan, size, len(calibration) * window, len(held_out) * window, reconstructs)
     free = shutil.disk_usage(dense.scratch).free
     if disk > free:
         raise InputError(
-            f"--stream True: hidden states and weights of the refit need {disk / 2**30:.1f} GiB beside "
+            f"--stream True: hidden states and weights of the {update} need {disk / 2**30:.1f} GiB beside "
             f"{dense.scratch.parent}, which has {free / 2**30:.1f}; put --save_pruned on a larger disk, or give fewer "
             "--refit_samples"
         )
-    print(f"out of core: the refit needs some {memory:.1f} GiB of memory and {disk / 2**30:.1f} GiB of disk")
+    print(f"out of core: the {update} needs some {memory:.1f} GiB of memory and {disk / 2**30:.1f} GiB of disk")
 
 
 class _Cut:

@@ -399,23 +399,45 @@ def reconstruct(work: Work) -> float:
     end of a step its gradients in both precisions; before that the activations, the norms' inputs in float32, and past
     the last window a chunk of the predictions.
     """
-    b, h, v, layers = work.weight_bytes, work.pruned.hidden_size, work.dense.vocab_size, WINDOW_LAYERS
-    copy, tokens = 4 * (b < 4), work.pass_tokens(work.block)
-    sizes, dense = _layer_sizes(work.pruned), _layer_sizes(work.dense)
-    per_token = [b * (4 * h + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
-    stops = range(len(sizes) % layers or layers, len(sizes) + 1, layers)
-    windows = [slice(max(0, stop - layers), stop) for stop in stops]
-    losses = [12 * h * tokens] * (len(windows) - 1) + [(21 + 2 * b) * v * min(LOSS_TOKENS, tokens)]
-    there = weights(work.dense, work) + _streams(work)
+    there: float = weights(work.dense, work) + _streams(work)
     if work.refit_offload:
-        last = sum(dense[windows[-1]]) + work.dense.hidden_size * v
-        there = b * max(last, *(sum(dense[window]) for window in windows))
-    trained = (
+        there = max(_held(work, work.dense))
+    return there + weights(work.pruned, work) + max(_window_training(work))
+
+
+def reconstruct_streamed(work: Work) -> float:
+    """Returns the bytes of the largest window where nothing else is there: of both models, and its training."""
+    held = zip(_held(work, work.dense), _held(work, work.pruned), _window_training(work), strict=True)
+    return max(map(sum, held))
+
+
+def _windows(work: Work) -> list[slice]:
+    """Returns the layers that are trained together; the last ones are as many as can be."""
+    count, layers = work.dense.num_hidden_layers, WINDOW_LAYERS
+    stops = range(count % layers or layers, count + 1, layers)
+    return [slice(max(0, stop - layers), stop) for stop in stops]
+
+
+def _held(work: Work, shape: ModelShape) -> list[float]:
+    """Returns the bytes of a model's weights in each window, the head beside the last."""
+    sizes = [sum(_layer_sizes(shape)[window]) for window in _windows(work)]
+    sizes[-1] += shape.hidden_size * shape.vocab_size
+    return [work.weight_bytes * size for size in sizes]
+
+
+def _window_training(work: Work) -> list[float]:
+    """Returns the bytes that training each window takes beside the weights, as `reconstruct` says."""
+    b, h, windows = work.weight_bytes, work.pruned.hidden_size, _windows(work)
+    copy, tokens = 4 * (b < 4), work.pass_tokens(work.block)
+    sizes = _layer_sizes(work.pruned)
+    per_token = [b * (4 * h + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
+    predictions = (21 + 2 * b) * work.dense.vocab_size * min(LOSS_TOKENS, tokens)
+    losses = [12 * h * tokens] * (len(windows) - 1) + [predictions]
+    return [
         (copy + b + 8) * sum(sizes[window])
         + max((copy + b) * sum(sizes[window]), tokens * sum(per_token[window]) + loss)
         for window, loss in zip(windows, losses, strict=True)
-    )
-    return there + weights(work.pruned, work) + max(trained)
+    ]
 
 
 def reconstruct_flops(work: Work) -> float:

@@ -143,6 +143,8 @@ def _identity(job: Job) -> Identity:
         "distill": args.distill.distill,
         "early_stopping_patience": finetune.early_stopping_patience,
     }
+    if args.prune.refits:
+        flags["refit_samples"] = args.prune.refit_samples
     if not finetune.full_ft:
         flags |= {name: getattr(finetune, name) for name in ("lora_r", "lora_alpha_ratio", "lora_dropout")}
     if args.distill.distill:

@@ -75,7 +75,7 @@ class Perplexities:
 
 @dataclass(frozen=True)
 class Refit(RefitReport):
-    """What the refit did, on how many blocks, and what it took."""
+    """What the refit did, on how many blocks, and what the whole update took, a reconstruction after it included."""
 
     calibration_blocks: int
     held_out_blocks: int

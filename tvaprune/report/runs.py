@@ -331,8 +331,8 @@ def _refit(done: Refit) -> str:
     )
     fell = f"from {known[0.0]:.3f} to {known[done.share]:.3f}" if {0.0, done.share} <= set(known) else "unknown"
     return (
-        f"refitted on {done.calibration_blocks} blocks in {done.seconds:.0f} s and left at {done.share:g} of the way; "
-        f"KL {fell} on {done.held_out_blocks} held-out blocks; {refused}."
+        f"refitted on {done.calibration_blocks} blocks and left at {done.share:g} of the way; KL {fell} on "
+        f"{done.held_out_blocks} held-out blocks; {refused}. The whole update took {done.seconds:.0f} s."
     )
 
 

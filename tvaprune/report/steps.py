@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tvaprune import ranks
 from tvaprune.budget import times
-from tvaprune.errors import EVALUATING, running_out_in
+from tvaprune.errors import EVALUATING, InputError, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
@@ -94,10 +94,17 @@ def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Datase
 
 
 def write_results(args: Arguments, results: Results) -> None:
-    """Writes what a run ends with: its results, the flags that repeat it, and the page, of all that lies there."""
+    """Writes what a run ends with: its results, the flags that repeat it, and the page, of all that lies there.
+
+    A file there that the page cannot be made of, somebody else's perhaps, ends no run.
+    """
     results.write(args.save_loc)
     write_recipe(args)
-    write_page([args.save_loc], args.save_loc)
+    try:
+        write_page([args.save_loc], args.save_loc)
+    except InputError as error:
+        (args.save_loc / PAGE_NAME).unlink(missing_ok=True)  # an older run's
+        print(f"note: no {PAGE_NAME} is written: {error}")
 
 
 def write_page(folders: Sequence[Path], place: Path) -> None:

@@ -56,8 +56,13 @@ class Cells:
 
 def gap(content: dict[str, Any], text: str) -> float:
     """Returns log perplexity pruned minus dense."""
-    perplexity = content["perplexity"][text]
-    return math.log(perplexity[PRUNED]) - math.log(perplexity[DENSE])
+    return math.log(_pruned(content, text)) - math.log(content["perplexity"][text][DENSE])
+
+
+def _pruned(content: dict[str, Any], text: str) -> float:
+    """Returns the pruned model's perplexity; one that was no number is infinite: it is no better than any."""
+    value: float | None = content["perplexity"][text][PRUNED]
+    return math.inf if value is None else value
 
 
 def write_report(contents: Iterable[dict[str, object]], folder: Path) -> None:
@@ -114,7 +119,7 @@ def _best_baseline(cells: Cells, text: str, **place: object) -> tuple[float | No
 
 
 def _ratio(own: float, other: float | None) -> float | None:
-    return own / other if other else None
+    return own / other if other and math.isfinite(other) else None
 
 
 def worst_change(cells: Cells, text: str) -> dict[str, object] | None:
@@ -124,8 +129,9 @@ def worst_change(cells: Cells, text: str) -> dict[str, object] | None:
     for refitted in cells.of(weight_update=REFIT):
         where = {name: refitted[name] for name in names}
         for folded in cells.of(weight_update=FOLD, **where):
-            values = [content["perplexity"][text][PRUNED] for content in (refitted, folded)]
-            found.append({"text": text, **where, "change": values[0] / values[1] - 1})
+            values = [_pruned(content, text) for content in (refitted, folded)]
+            if math.isfinite(values[1]):
+                found.append({"text": text, **where, "change": values[0] / values[1] - 1})
     return max(found, key=lambda row: row["change"], default=None)
 
 
@@ -275,7 +281,7 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
     for method in cells.methods:
         for update in cells.updates:
             values = {
-                sparsity: [content["perplexity"][text][PRUNED] for content in found]
+                sparsity: [_pruned(content, text) for content in found]
                 for sparsity in cells.sparsities
                 if (found := cells.of(model=model, method=method, weight_update=update, target_sparsity=sparsity))
             }
