@@ -50,11 +50,11 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
     plan = None if units is None else plan_of(args, units)
     shape = shape_of(config) if plan is None else plan.shape
     device = torch.device("cuda" if on_card else "cpu")
-    asked = finetune.train_lm_head
+    asked, trains = finetune.train_lm_head, _step(args) is not None or args.prune.reconstructs
     return Work(
         dense=shape,
         pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_after,
-        weight_bytes=precision(args.source.dtype, device, config.dtype, _step(args) is not None).itemsize,
+        weight_bytes=precision(args.source.dtype, device, config.dtype, trains).itemsize,
         sliding_window=getattr(config, "sliding_window", None),
         block=args.data.block_size,
         batch=training.per_device_train_batch_size,
@@ -66,7 +66,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         eval_batch=training.per_device_eval_batch_size,
         choice_blocks=CHOICE_SAMPLES,
         refits=args.prune.refits,
-        reconstructs=args.prune.weight_update == "reconstruct",
+        reconstructs=args.prune.reconstructs,
         refit_blocks=args.prune.refit_samples,
         refit_offload=args.prune.refit_offload,
         compare_dense=args.evaluation.compare_dense,

@@ -105,7 +105,7 @@ class Run:
             model, tokenizer = load_model(*source, place, trains)
             digest = model_digest(model)
         else:
-            model, tokenizer, shards = open_model(*source)
+            model, tokenizer, shards = open_model(*source, trains)
             digest = model_digest(model, shards.parts)  # reads, and so checks, all before any work
             streamed = Streamed(model, shards.weight, device, scratch)
         tied = bool(model.config.tie_word_embeddings)

@@ -126,6 +126,21 @@ def test_a_reconstructed_folder_is_the_same_too(dtype, dense, text, tmp_path):
     assert refitted["model.safetensors"] != memory[0]["model.safetensors"]  # control
 
 
+@pytest.mark.parametrize("flags", [STREAM, ()])
+def test_what_is_reconstructed_is_loaded_to_be_trained(flags, dense, text, tmp_path, monkeypatch):
+    asked = []
+
+    def precision(dtype, device, stored, trains=False):
+        asked.append(trains)
+        return torch.float32
+
+    monkeypatch.setattr(load, "precision", precision)
+    for update in ("refit", "reconstruct"):
+        more = ("--weight_update", update, "--do_eval", "False", "--overwrite_output_dir")
+        assert run("apply", *flags_of(dense, text, tmp_path), *flags, *more).code == 0
+    assert asked == [False, True]
+
+
 def test_a_walk_in_other_steps_ends_at_the_same_weights(dense, text, tmp_path, monkeypatch):
     """Rows read three numbers at a time, one share in each pass, few windows of a perplexity at a time."""
     monkeypatch.setattr(shards, "PART", 3)

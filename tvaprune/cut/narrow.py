@@ -105,7 +105,7 @@ def _fitted(
     texts: tuple[KeepPlan, Dataset, Dataset, int],
 ) -> tuple[RefitReport, Reconstruction | None]:
     """Refits a cut and folded model on a device, and reconstructs it where asked for."""
-    trains = run.args.prune.weight_update == "reconstruct"
+    trains = run.args.prune.reconstructs
     run.model.eval(), model.eval()
     dense = Layers(run.model, device, is_used_up=not (keep_dense or trains))
     done = refit_layers(dense, Layers(model, device), *texts)

@@ -19,6 +19,7 @@ from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import check_size, narrow_shell
 from tvaprune.errors import InputError
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Streamed
 from tvaprune.models.pruned import shared_names
@@ -45,10 +46,10 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     if prune.refits:
         calibration, held_out = refit_texts(run)
         batch_size = windows_per_pass(calibration, run.args.training.per_device_eval_batch_size)
-        _check_room(plan, dense, batch_size, calibration, held_out, prune.weight_update)
+        _check_room(plan, dense, batch_size, calibration, held_out, prune)
         texts = plan, calibration, held_out, batch_size
         done, more = refit_layers(dense, pruned, *texts), None
-        if prune.weight_update == "reconstruct":
+        if prune.reconstructs:
             folder = dense.scratch / "reconstructed"
             folder.mkdir()
             pruned = Streamed(model, pruned.weight, device, folder)  # from where the refit ends
@@ -60,12 +61,12 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
 
 
 def _check_room(
-    plan: KeepPlan, dense: Streamed, batch_size: int, calibration: Dataset, held_out: Dataset, update: str
+    plan: KeepPlan, dense: Streamed, batch_size: int, calibration: Dataset, held_out: Dataset, prune: PruneSettings
 ) -> None:
     """Says what the weight update needs, and refuses to begin where the disk cannot hold it."""
-    size, window, reconstructs = dense.model.dtype.itemsize, len(calibration[0]["input_ids"]), update == "reconstruct"
-    memory = memory_needed(plan, size, batch_size * window, reconstructs) / 2**30
-    disk = disk_needed(plan, size, len(calibration) * window, len(held_out) * window, reconstructs)
+    size, window, update = dense.model.dtype.itemsize, len(calibration[0]["input_ids"]), prune.weight_update
+    memory = memory_needed(plan, size, batch_size * window, prune.reconstructs) / 2**30
+    disk = disk_needed(plan, size, len(calibration) * window, len(held_out) * window, prune.reconstructs)
     free = shutil.disk_usage(dense.scratch).free
     if disk > free:
         raise InputError(

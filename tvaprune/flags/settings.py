@@ -212,7 +212,12 @@ class PruneSettings:
     @property
     def refits(self) -> bool:
         """Whether the weight update is fitted on text."""
-        return self.weight_update in ("refit", "reconstruct")
+        return self.weight_update == "refit" or self.reconstructs
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it trains, too."""
+        return self.weight_update == "reconstruct"
 
     def _check_plan(self) -> None:
         decided = ("mask_loc", "dim_multiple", "keep_one_kv_head", "uniform", "tensor_parallel")

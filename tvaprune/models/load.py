@@ -189,7 +189,9 @@ def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options
     return model.eval()
 
 
-def open_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreTrainedModel, Any, Shards]:
+def open_model(
+    path: str | None, dtype: str, device: torch.device, trains: bool = False
+) -> tuple[PreTrainedModel, Any, Shards]:
     """Opens a checkpoint as `load_model` loads it, and leaves its weights on disk.
 
     Returns:
@@ -208,7 +210,7 @@ def open_model(path: str | None, dtype: str, device: torch.device) -> tuple[PreT
         stored = stored_in(files_of(path, named), named)
         check_sizes(stored, _sizes_of(config), named)
         first = next((FLOATS[entry.dtype] for entry in stored.values() if entry.dtype in FLOATS), None)
-        read_as = precision(dtype, device, config.dtype or first)
+        read_as = precision(dtype, device, config.dtype or first, trains)
         model = bare_model(config, read_as, _kernel(config), device)
         found = Shards(model, stored, read_as, named)
         if not found.tied():

@@ -59,7 +59,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if units is not None and not args.prune.stream:  # whose need is told by the stream itself
         announce(args, units)
     phases = Phases(DENSE_MODEL if training.do_eval else None, CUT, SCORING if tasks else None)
-    run = Run.load(args, scratch)
+    run = Run.load(args, scratch, trains=args.prune.reconstructs)
     plan = None if units is None else run.plan(units)
     if plan is not None and run.streamed is None:
         fit(run.args, plan)
