@@ -299,7 +299,9 @@ CUDA, HALF = torch.device("cuda"), torch.float16
 
 def test_what_is_trained_is_not_in_float16_unless_asked(monkeypatch):
     """Without scaling the loss, float16 loses a third of a 7B model's gradients of the gates; bfloat16 loses none."""
-    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+    cases = ((True, True, torch.bfloat16), (True, False, torch.float32), (False, False, torch.bfloat16))
+    for is_there, has, expected in cases:  # without a GPU the card of an estimate is taken to have it
+        monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, has=has: has)
         assert precision("auto", CUDA, HALF, trains=True) == expected
         assert precision("auto", CUDA, torch.bfloat16, trains=True) == torch.bfloat16
