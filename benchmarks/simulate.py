@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from unittest import mock
 
 import torch
@@ -345,14 +345,14 @@ class Scene:
         """The same with the reconstruction after it."""
         return self._update("reconstruct")
 
-    def _update(self, update: str) -> Taken:
+    def _update(self, update: Literal["refit", "reconstruct"]) -> Taken:
         self.card.restart()
         run: Any = SimpleNamespace(
             model=self.dense, refit_blocks=lambda: Blocks(self.work.refit_blocks, self.work.block),
             choice_blocks=lambda: Blocks(self.work.choice_blocks, self.work.block),
             args=SimpleNamespace(
                 training=SimpleNamespace(per_device_eval_batch_size=self.work.eval_batch, device=self.device, seed=0),
-                prune=SimpleNamespace(refit_offload=self.work.refit_offload, weight_update=update),
+                prune=PruneSettings(refit_offload=self.work.refit_offload, weight_update=update),
             ),
         )  # fmt: skip
         with mock.patch.object(reconstruct, "RATES", reconstruct.RATES[:1]):  # the first helps: here no error falls

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 import tvaprune.cut.narrow as narrowing
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.run import CHOICE_SAMPLES, Run
 
 
@@ -82,7 +83,7 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
     monkeypatch.setattr(narrowing, "Layers", lambda model, device, is_used_up=False: model)
     monkeypatch.setattr(narrowing, "refit_layers", stop)
     flags = SimpleNamespace(
-        prune=SimpleNamespace(weight_update="refit", refits=True, refit_offload=offload),
+        prune=PruneSettings(refit_offload=offload),
         training=SimpleNamespace(per_device_eval_batch_size=1, device="the device"),
     )
     run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=text, choice_blocks=text)
