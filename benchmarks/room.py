@@ -23,12 +23,13 @@ def half_plan(channels: int = 14336) -> KeepPlan:
     return KeepPlan(kept, kept.map(torch.Tensor.float), SHAPE, 128)
 
 
-def line() -> str:
+def line(reconstructs: bool = False) -> str:
     """Returns what is needed, in words."""
     tokens, plan = WINDOWS * WINDOW, half_plan()
-    memory, disk = memory_needed(plan, BYTES, BATCH * WINDOW), disk_needed(plan, BYTES, tokens, tokens)
+    memory = memory_needed(plan, BYTES, BATCH * WINDOW, reconstructs)
+    disk = disk_needed(plan, BYTES, tokens, tokens, reconstructs)
     return f"{memory / GIB:.0f} GiB of memory and {disk / GIB:.0f} GiB of disk"
 
 
 if __name__ == "__main__":
-    print(line())
+    print(f"refit: {line()}; reconstruct: {line(True)}")
