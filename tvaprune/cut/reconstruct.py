@@ -218,7 +218,9 @@ class _Reconstruction(Walk):
         """Returns the KL from the dense predictions of a batch to those that follow the window."""
         dense, pruned = Half.ending(self.dense), Half.ending(self.pruned)
         student = Predictions(pruned.norm(window(batch.pruned.to(self.device))), head_of(self.pruned.model))
-        teacher = Predictions(dense.norm(batch.dense.to(self.device)), head_of(self.dense.model))
+        with torch.no_grad():
+            states = dense.norm(batch.dense.to(self.device))
+        teacher = Predictions(states, torch.no_grad()(head_of(self.dense.model)))
         return distillation_loss(student, teacher)
 
     def _error(self, window: _Trained, distance: Distance) -> float:
