@@ -53,6 +53,13 @@ def test_two_processes_measure_what_one_does(name, shared, alone):
     torch.testing.assert_close(shared[0][name], alone[name], rtol=1e-4, atol=1e-5)
 
 
+def test_two_processes_reconstruct_what_one_does(shared, alone):
+    """Adam makes steps of one size of gradients that are rounding: few weights differ, and by little."""
+    torch.testing.assert_close(shared[0]["reconstructed"], alone["reconstructed"], rtol=0, atol=1e-3)
+    moved = alone["reconstructed"][:-4] - alone["refitted"][:-7]  # the weights: shares and divergences end each
+    assert moved.abs().max() > 0.02  # control: how far it went
+
+
 def test_half_of_the_batch_is_another_training(alone, monkeypatch, tmp_path):
     monkeypatch.setattr(shared_work, "BATCH", shared_work.BATCH // 2)  # control: what one process alone would learn
     assert (shared_work.gates(tmp_path) - alone["gates"]).abs().max() > 1e-3

@@ -57,9 +57,10 @@ def test_with_text_enough_it_does_on_windows_that_it_never_saw(make_model, updat
     assert report.share == 1.0 and report.divergences[-1] < 0.97 * report.divergences[0]
 
 
-def test_a_layer_without_attention_is_passed(make_model, updated):
+@pytest.mark.parametrize("layer", [0, 2], ids=["the first", "the last"])
+def test_a_layer_without_attention_is_passed(layer, make_model, updated):
     model = make_model()
-    plan, narrow = updated(model, empty_layer=0)
+    plan, narrow = updated(model, empty_layer=layer)
     report = reconstruct(model, narrow, plan, *KNOWN)
     assert all(map(math.isfinite, report.divergences)) and report.errors[-1][1] < report.errors[-1][0]
 

@@ -141,6 +141,17 @@ def test_what_is_reconstructed_is_loaded_to_be_trained(flags, dense, text, tmp_p
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize("row", ["gemma3_text tied", "olmo3"])
+def test_so_it_is_of_tied_models_and_norms_after_the_blocks(row, make_model, make_masks, text, tmp_path):
+    model_type, values = (ROWS | MORE_ROWS | OTHER_ROWS)[row]
+    model = make_model(model_type, **values)
+    make_plan(model, make_masks, empty_layer=0).save(tmp_path / "plan.json")
+    source = tiny.save_checkpoint(model, tmp_path / "dense")
+    (files, results), streamed = both(source, text, tmp_path, "--weight_update", "reconstruct")
+    assert streamed == (files, results)
+    assert results["reconstruct"]["errors"] and results["reconstruct"]["divergences"][1] > 0
+
+
 def test_a_walk_in_other_steps_ends_at_the_same_weights(dense, text, tmp_path, monkeypatch):
     """Rows read three numbers at a time, one share in each pass, few windows of a perplexity at a time."""
     monkeypatch.setattr(shards, "PART", 3)

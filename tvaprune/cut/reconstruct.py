@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tvaprune import ranks
-from tvaprune.cut.walk import Batch, Walk
+from tvaprune.cut.walk import Batch, Settled, Walk
 from tvaprune.losses import Predictions, distillation_loss
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.logits import head_of
@@ -37,20 +37,14 @@ SHARES = (0.0, 0.5, 1.0)  # of the way from the refit
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """What a reconstruction did.
+class Reconstruction(Settled):
+    """What a reconstruction did, on the way from the refitted weights.
 
     Attributes:
-        shares: Shares of the way from the refitted weights that were tried.
-        divergences: KL from the dense model's next-token distributions on the held-out windows, at each share.
-        share: The share that the model was left at: that of the smallest divergence.
         errors: Squared error of the stream past each window of half layers, of the last one the KL of the predictions,
             before and after its training: the mean over the held-out tokens.
     """
 
-    shares: tuple[float, ...]
-    divergences: tuple[float, ...]
-    share: float
     errors: tuple[tuple[float, float], ...]
 
 
@@ -79,8 +73,8 @@ def reconstruct_layers(
         walk = _Reconstruction(dense, pruned, plan)
         walk.begin(calibration, held_out, batch_size)
         walk.layers(seed)
-        share, divergences = walk.settle(shares)
-    return Reconstruction(tuple(shares), tuple(divergences), share, tuple(walk.errors))
+        done = walk.settle(shares)
+    return Reconstruction(done.shares, done.divergences, done.share, tuple(walk.errors))
 
 
 class _Trained:
@@ -171,21 +165,12 @@ class _Reconstruction(Walk):
                     stack.enter_context(self.pruned.holding(head))  # which stays as it is, tied or not
                 stack.enter_context(self.dense.holding(*paths))
                 stack.enter_context(self.pruned.changing(*changing))
-                self._pass(self.dense, [Half.of(self.dense, block, options) for _, block, options in window])
+                self.move(self.dense, *(Half.of(self.dense, block, options) for _, block, options in window))
                 own = [Half.of(self.pruned, block, options) for _, block, options in window]
                 distance = self._of_predictions if last else self._of_streams
                 self._train(_Trained(own, self.pruned.weights(*changing).values()), distance, seed)
-                self._pass(self.pruned, own)
+                self.move(self.pruned, *own)
             self.dense.done(*paths)
-
-    def _pass(self, layers: Layers, halves: Sequence[Half]) -> None:
-        """Moves a model's streams past some halves."""
-        for batch in self.batches:
-            stream = batch.dense if layers is self.dense else batch.pruned
-            hidden = stream.to(self.device)
-            for half in halves:
-                hidden = half(hidden)
-            stream.copy_(hidden)
 
     def _train(self, window: _Trained, distance: Distance, seed: int) -> None:
         """Trains a window, as far as its held-out error falls."""

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, with_one
-from tvaprune.cut.walk import Batch, Walk
+from tvaprune.cut.walk import Batch, Settled, Walk
 from tvaprune.models.families import residual_factor
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
@@ -40,19 +40,13 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class RefitReport:
-    """What a refit did.
+class RefitReport(Settled):
+    """What a refit did, on the way from the fold.
 
     Attributes:
-        shares: Shares of the way from the fold to the refit that were tried.
-        divergences: KL from the dense model's next-token distributions on the held-out windows, at each share.
-        share: The share that the model was left at: that of the smallest divergence.
         strengths: The relative ``lam`` of every linear; None: it stays folded.
     """
 
-    shares: tuple[float, ...]
-    divergences: tuple[float, ...]
-    share: float
     strengths: dict[str, float | None]
 
 
@@ -85,9 +79,9 @@ def refit_layers(
     walk.layers()
     if not plan.shape.tie_word_embeddings:  # a tied head is the embedding, whose output is exact
         walk.head()
-    best, divergences = walk.settle(shares)
+    done = walk.settle(shares)
     chosen = {name: strength if math.isfinite(strength) else None for name, strength in walk.chosen.items()}
-    return RefitReport(tuple(shares), tuple(divergences), best, chosen)
+    return RefitReport(done.shares, done.divergences, done.share, chosen)
 
 
 class _Refit(Walk):
@@ -119,12 +113,10 @@ class _Refit(Walk):
             self._fit_readers(prefix, dense, pruned)
         if not lost and block.post_norm is not None:
             self._fit_writer(name, pruned, lambda batch: self._written(dense, batch))
-        for batch in self.batches:
-            batch.dense.copy_(dense(batch.dense.to(self.device)))
+        self.move(self.dense, dense)
         if not lost and block.post_norm is None:
             self._fit_writer(name, pruned, self._lacking)
-        for batch in self.batches:
-            batch.pruned.copy_(pruned(batch.pruned.to(self.device)))
+        self.move(self.pruned, pruned)
 
     def _lacking(self, batch: Batch) -> torch.Tensor:
         """Returns what the pruned stream, before a half, lacks of the dense one past it."""

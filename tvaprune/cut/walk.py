@@ -5,6 +5,7 @@ the layers half a layer at a time, and the held-out predictions say how far of t
 ones to go.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,27 @@ class Batch:
     dense: torch.Tensor
     pruned: torch.Tensor
     held_out: bool
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How far of the way from its old weights to the new ones a model went.
+
+    Attributes:
+        shares: Shares of the way that were tried, 0 among them as a rule: the old weights.
+        divergences: KL from the dense model's next-token distributions on the held-out windows, at each share.
+        share: The share that the model was left at: that of the smallest divergence.
+    """
+
+    shares: tuple[float, ...]
+    divergences: tuple[float, ...]
+    share: float
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The divergence of the old weights, NaN where they were not tried, and that of those it was left at."""
+        known = dict(zip(self.shares, self.divergences, strict=True))
+        return known.get(0.0, math.nan), known[self.share]
 
 
 class Walk:
@@ -76,16 +98,21 @@ class Walk:
         kept, scale = (values.hidden.to(self.device) for values in (self.plan.kept, self.plan.scale))
         return batch.dense.to(self.device).index_select(-1, kept).float() * scale
 
-    def settle(self, shares: Sequence[float]) -> tuple[float, list[float]]:
-        """Leaves the pruned model at the share of its way whose held-out predictions are nearest to the dense ones.
+    def move(self, layers: Layers, *halves: Half) -> None:
+        """Moves the stream of one of the models past some of its halves."""
+        for batch in self.batches:
+            stream = batch.dense if layers is self.dense else batch.pruned
+            hidden = stream.to(self.device)
+            for half in halves:
+                hidden = half(hidden)
+            stream.copy_(hidden)
 
-        Returns:
-            That share, and the divergence at each.
-        """
+    def settle(self, shares: Sequence[float]) -> Settled:
+        """Leaves the pruned model at the share of its way whose held-out predictions are nearest to the dense ones."""
         divergences = self.divergences(shares)
         best = shares[nearest(divergences)]
         self.pruned.settle(best)
-        return best, divergences
+        return Settled(tuple(shares), tuple(divergences), best)
 
     def divergences(self, shares: Sequence[float]) -> list[float]:
         """Returns the KL from the dense predictions to the pruned model's at each share: the mean over held-out tokens.

@@ -313,26 +313,25 @@ def _update(runs: Sequence[RunFolder]) -> list[Block]:
 
 
 def _reconstructed(done: Reconstruction) -> str:
-    known = dict(zip(done.shares, done.divergences, strict=True))
+    first, last = done.ends
     nearer = sum(after < before for before, after in done.errors)
     return (
         f"then reconstructed, {nearer} of {len(done.errors)} windows of half layers nearer to the dense hidden states, "
-        f"and left at {done.share:g} of the way: KL from {known[0.0]:.3f} to {known[done.share]:.3f}."
+        f"and left at {done.share:g} of the way: KL from {first:.3f} to {last:.3f}."
     )
 
 
 def _refit(done: Refit) -> str:
-    known = dict(zip(done.shares, done.divergences, strict=True))
+    first, last = done.ends
     stayed = [name for name, strength in done.strengths.items() if strength is None]
     refused = (
         f"{len(stayed)} of {len(done.strengths)} linears refused it and stayed folded: {', '.join(stayed)}"
         if stayed
         else f"none of {len(done.strengths)} linears refused it"
     )
-    fell = f"from {known[0.0]:.3f} to {known[done.share]:.3f}" if {0.0, done.share} <= set(known) else "unknown"
     return (
-        f"refitted on {done.calibration_blocks} blocks and left at {done.share:g} of the way; KL {fell} on "
-        f"{done.held_out_blocks} held-out blocks; {refused}. The whole update took {done.seconds:.0f} s."
+        f"refitted on {done.calibration_blocks} blocks and left at {done.share:g} of the way; KL from {first:.3f} to "
+        f"{last:.3f} on {done.held_out_blocks} held-out blocks; {refused}. The whole update took {done.seconds:.0f} s."
     )
 
 

@@ -87,12 +87,12 @@ def _update(results: Results) -> str:
     done = results.refit
     if done is None:
         return str(results.weight_update)
-    known, more, trained = dict(zip(done.shares, done.divergences, strict=True)), results.reconstruct, ""
-    if more is not None:
-        trained = f" -> {dict(zip(more.shares, more.divergences, strict=True))[more.share]:.3f} reconstructed"
+    before, after = done.ends
+    more = results.reconstruct
+    trained = "" if more is None else f" -> {more.ends[1]:.3f} reconstructed"
     return (
         f"refit on {done.calibration_blocks} blocks, {done.share:g} of the way from the fold: "
-        f"held-out KL to dense {known[0.0]:.3f} -> {known[done.share]:.3f}{trained}, {done.seconds:.0f} s"
+        f"held-out KL to dense {before:.3f} -> {after:.3f}{trained}, {done.seconds:.0f} s"
     )
 
 

@@ -196,7 +196,7 @@ def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
     scores = [zero_shot(cells, weight_update=update, **place) for update in cells.updates]
     costs = [
         _median(lambda c: c["seconds"]["choosing"], found, "{:.1f} s"),
-        _median(lambda c: c["seconds"]["update"], cells.of(weight_update=REFIT, **place), "{:.1f} s"),
+        _median(lambda c: c["seconds"]["update"], cells.of(weight_update=cells.updates[-1], **place), "{:.1f} s"),
         _median(lambda c: c["peak_memory"]["choosing"] / 2**20, found, "{:.0f} MiB"),
     ]
     return f"| {' | '.join([str(sparsity), method, *gaps, *scores, *costs])} |"
@@ -223,7 +223,8 @@ def spread(values: Sequence[float]) -> str:
 def _figures(figures: list[dict[str, Any]], worst: list[dict[str, Any]], orders: list[dict[str, Any]]) -> list[str]:
     """Returns the figures as Markdown, the targets in the head of their columns."""
     lines = ["\n## Figures\n"]
-    lines += _header(
+    if figures:  # none without both updates
+        lines += _header(
         [
             "model", "sparsity", "text", "masks",
             f"gap with refit / best baseline's with refit (sought at {TARGET_SPARSITY}: {TARGETS['to_refitted']})",
