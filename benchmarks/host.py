@@ -6,11 +6,12 @@ activations are larger here than of a 7B. Nothing is timed, so the unpruned mode
 
     python -m benchmarks.host
 
-    prune, fold: 680 MiB, 1.56 times the weights
-    apply, fold: 660 MiB, 1.52 times the weights
-    apply, refit: 1225 MiB, 2.82 times the weights
+    prune, fold: 694 MiB, 1.59 times the weights
+    prune, refit: 1191 MiB, 2.74 times the weights
+    apply, fold: 734 MiB, 1.69 times the weights
+    apply, refit: 1181 MiB, 2.72 times the weights
 
-(prune, refit was not waited for.)
+(Two cores of an AMD EPYC.)
 """
 
 import gc
