@@ -121,7 +121,7 @@ def test_a_plan_is_applied_as_it_is(pruned, source, text, tmp_path):
 def test_a_comparison_returns_its_folder(source, tmp_path, monkeypatch):
     other = tiny.write_text(tmp_path / "other.txt", 1500)
     settings = CompareSettings(
-        models=[str(source[0])], dataset=str(source[1]), second_text=str(other), methods=["magnitude"],
+        models=[str(source[0])], dataset=str(source[1]), other_texts=[str(other)], methods=["magnitude"],
         weight_updates=["fold"], sparsities=[0.3], seeds=[0], output=str(tmp_path / "out"), block_size=16,
         calibration_samples=4, max_eval_samples=4, zero_eval_sparsities=[],
     )  # fmt: skip

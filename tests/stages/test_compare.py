@@ -1,7 +1,9 @@
 """The comparison: the whole command on a tiny model, and its figures against cells written by hand."""
 
+import json
 import math
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -27,7 +29,7 @@ def flags(make_model, tmp_path_factory):
     choose = random.Random(1)
     second.write_text("\n\n".join(" ".join(choose.choices(tiny.WORDS[:6], k=12)) for _ in range(300)))
     return [
-        "--models", checkpoint, "--dataset", first, "--second_text", second, "--methods", "vib", "magnitude",
+        "--models", checkpoint, "--dataset", first, "--other_texts", second, "--methods", "vib", "magnitude",
         "--weight_updates", "none", "fold", "refit", "--sparsities", 0.3, 0.5, "--seeds", 0, "--block_size", 16,
         "--train_samples", 16, "--calibration_samples", 8, "--max_eval_samples", 6, "--zero_eval_sparsities",
         "--threads", 1, "--dim_multiple", 4, "--use_cpu",
@@ -73,7 +75,7 @@ def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
     for path in (output / "tiny" / "cells").iterdir():
         cell = tiny.read_json(path)
         assert abs(cell["sparsity"] - cell["target_sparsity"]) < 0.05
-        text = cell["second_text"]
+        (text,) = cell["other_texts"]
         assert {name: value["dense"] for name, value in cell["perplexity"].items()} == dense
         assert all(value["pruned"] != value["dense"] for value in cell["perplexity"].values())
         assert set(cell["windows"].values()) == {6}
@@ -87,6 +89,31 @@ def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
     assert len({value["pruned"] for value in vib}) == 3  # the update is applied
     magnitude = [tiny.read_json(output / "tiny" / "cells" / f"magnitude-{u}-0.5-0.json") for u in ("none", "fold")]
     assert magnitude[0]["perplexity"] == magnitude[1]["perplexity"]  # control: the means of a score are one
+
+
+def test_masks_that_were_learned_before_serve_in_place_of_gates(compared, flags, tmp_path, command):
+    output, _ = compared
+    given = tmp_path / "given"  # as a run of prune leaves them: the file, its rotation, its record
+    shutil.copytree(output / "tiny" / "masks", given)
+    for sparsity in (0.3, 0.5):
+        record = tiny.read_json(given / f"vib-{sparsity}-0.json")
+        kept = {"target_sparsity": sparsity, "rotation": record["rotation"]}
+        (given / f"vib-{sparsity}-0.json").write_text(json.dumps(kept))
+    masks = ["--masks", *(given / f"vib-{sparsity}-0.pkl" for sparsity in (0.5, 0.3))]
+    code, out, error = command([*flags, *masks, "--methods", "vib", "--weight_updates", "fold"], tmp_path / "out")
+    assert code == 0, error
+    assert not any("masks/" in name or "gates/" in name for name in files_of(tmp_path / "out"))
+    for sparsity in (0.3, 0.5):
+        name = f"tiny/cells/vib-fold-{sparsity}-0.json"
+        before, cell = tiny.read_json(output / name), tiny.read_json(tmp_path / "out" / name)
+        assert cell["perplexity"] == before["perplexity"] and cell["widths"] == before["widths"]
+        assert cell["seconds"]["choosing"] is None and before["seconds"]["choosing"] > 0
+        assert cell["mask"] == f"vib-{sparsity}-0.pkl"
+    assert "| 0.5 | vib |" in out and " | - | " in out.split("| 0.5 | vib |")[1].split("\n")[0]
+    line = refusal(command, [*flags, *masks[:2]], tmp_path / "other")
+    assert "--sparsities asks for 0.3 too: give a mask of each" in line
+    line = refusal(command, [*flags, *masks, "--models", flags[1], "elsewhere"], tmp_path / "other")
+    assert "--models has 2: compare one at a time" in line
 
 
 def times(folder):
@@ -150,7 +177,7 @@ def test_a_broken_cell_is_refused_in_one_line(text, words, flags, tmp_path, comm
     ("change", "words"),
     [
         (("--max_eval_samples", 5), "made with --max_eval_samples 6; give the same flags, or another --output"),
-        (("--second_text", "python_docs"), "made with --second_text "),
+        (("--other_texts", "python_docs"), "made with --other_texts "),
         (("--dim_multiple", 8), "made with --flags "),
     ],
 )
@@ -165,7 +192,7 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
         (("--no_such_flag", 1), "no_such_flag"),
         (("--models", "a/tiny", "b/tiny"), "two have the same name"),
         (("--models", "nowhere"), "--model_name_or_path nowhere: cannot be loaded"),
-        (("--dataset", "python_docs", "--second_text", "python_docs"), "is the --dataset too"),
+        (("--dataset", "python_docs", "--other_texts", "python_docs"), "is the --dataset too"),
         (("--sparsities", 1.5), "--sparsities is 1.5: give a number between 0 and 1"),
         (("--seeds", -1), "--seeds is -1: give a whole number from 0"),
         (("--methods", "melt"), "--methods melt: give some of vib"),
@@ -221,9 +248,20 @@ def test_the_figures_by_hand():
     # first text: 0.3 / 1.0 (flap is the best refitted), 0.3 / 1.5 (taylor the best folded), (0.4 - 0.3) / 0.4 closed
     assert (first["best_refitted"], first["best_folded"]) == ("flap", "taylor")
     assert [first[name] for name in ("to_refitted", "to_folded", "closed")] == pytest.approx([0.3, 0.2, 0.25])
-    # second text: 0.6 / 0.4, 0.6 / 1.0, (0.8 - 0.6) / 0.8
+    assert (first["to_best"], first["best"]) == (pytest.approx(0.3), "flap, refit")
+    # second text: 0.6 / 0.4, 0.6 / 1.0, (0.8 - 0.6) / 0.8; with their best updates 0.6 / 0.4
     assert (second["best_refitted"], second["best_folded"]) == ("taylor", "flap")
     assert [second[name] for name in ("to_refitted", "to_folded", "closed")] == pytest.approx([1.5, 0.6, 0.25])
+    assert (second["to_best"], second["best"]) == (pytest.approx(1.5), "taylor, refit")
+    # another update alone: of the best update of each something is known, of refit and fold nothing
+    trained = [row | {"weight_update": "reconstruct"} for row in HAND_MADE if row["weight_update"] == "refit"]
+    first, second = ratios(Cells(trained), "m/one")
+    assert (first["to_best"], first["best"]) == (pytest.approx(0.3), "flap, reconstruct")
+    assert (first["to_refitted"], first["closed"], second["best_folded"]) == (None, None, "-")
+    folded = [row for row in HAND_MADE if row["weight_update"] == "fold"]
+    first, second = ratios(Cells(folded + trained), "m/one")  # each with its best: taylor has none better folded
+    assert (second["to_best"], second["best"]) == (pytest.approx(1.5), "taylor, reconstruct")
+    assert [row["best"] for row in ratios(Cells(folded), "m/one")] == ["taylor, fold", "flap, fold"]  # control
 
 
 def test_the_worst_change_by_hand():
@@ -253,7 +291,7 @@ def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     text = (tmp_path / "compare.md").read_text()
     assert "| 0.5 | vib | 0.400 (0.300 to 0.900) | 0.300 (0.100 to 0.500) | 0.800 (0.800 to 0.800) |" in text
     assert "| 0.550 | - | 1.5 s | 0.5 s | 1 MiB |" in text
-    assert "| one | 0.5 | first | vib | 0.300 (flap) | 0.200 (taylor) | 0.250 |" in text
+    assert "| one | 0.5 | first | vib | 0.300 (flap) | 0.200 (taylor) | 0.250 | 0.300 (flap, refit) |" in text
     assert "at most 0.30" in text and "at most 0.15" in text and "at least 0.33" in text
     assert "first: +22.14% (one, vib, 0.5, seed 2); sought: at most +1%" in text
     assert "Order at 0.5, one, refit: first: vib, flap, taylor; second: taylor, vib, flap." in text

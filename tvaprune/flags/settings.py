@@ -333,14 +333,15 @@ class CompareSettings:
         ["mistral_saves_tva/mini_mistral", "llama3_saves_tva/mini_llama3"], "Checkpoint folders or hub ids"
     )
     dataset: str = _flag("python_docs", "Text that units are chosen by and that is tested first.")
-    second_text: str = _flag("package_readmes", "Text from another source, tested only.")
-    split: Literal["validation", "test"] = _flag("test", "Split of both texts; choose nothing on the test split.")
+    other_texts: list[str] = _flags(["package_readmes"], "Texts from other sources, tested only")
+    split: Literal["validation", "test"] = _flag("test", "Split of all texts; choose nothing on the test split.")
     methods: list[str] = _flags(
         list(METHODS), f"Of {', '.join(METHODS)} and {VIB_ONCE}; vib trains gates for each sparsity, {VIB_ONCE} to the "
         "largest only"
     )  # fmt: skip
     weight_updates: list[str] = _flags(["fold", "refit"], "Instant weight updates")
     sparsities: list[float] = _flags([0.2, 0.35, 0.5, 0.65], "Shares of the decoder to remove")
+    masks: list[str] = _flags([], "Masks of vib that were learned before, one for each sparsity; none are trained")
     seeds: list[int] = _flags([0, 1, 2], "Seeds of the calibration blocks and of training")
     output: str = _flag("out/compare", "Folder of cells, table and picture.")
     block_size: int = _flag(256, "Tokens of a block and of an evaluation window.")
@@ -364,5 +365,6 @@ class CompareSettings:
         names = [Path(model).name for model in self.models]
         if len(set(names)) < len(names):
             raise InputError(f"--models {' '.join(self.models)}: two have the same name; give each once")
-        if self.dataset == self.second_text:
-            raise InputError(f"--second_text {self.second_text}: is the --dataset too; give a text from another source")
+        texts = [self.dataset, *self.other_texts]
+        if len(set(texts)) < len(texts):
+            raise InputError(f"--other_texts {' '.join(self.other_texts)}: one is given twice, or is the --dataset too")

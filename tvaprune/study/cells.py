@@ -25,7 +25,7 @@ from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import OFFLINE_GROUP, Score, ZeroShot
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths
-from tvaprune.plan.masks import Masks, load_masks, save_masks
+from tvaprune.plan.masks import Masks, load_masks, read_record, save_masks
 from tvaprune.plan.rotation import Rotation, read_rotation
 from tvaprune.run import Run
 from tvaprune.study.grid import VIB, Cell, Grid
@@ -53,7 +53,7 @@ class Measurement:
         self.texts = {
             name: token_blocks(self.base.tokenizer, name, self.args.split, self.base.window, data.max_eval_samples,
                                data_dir=data.data_dir, bos=self.base.bos)
-            for name in (self.args.dataset, self.args.second_text)
+            for name in (self.args.dataset, *self.args.other_texts)
         }  # fmt: skip
 
     def run(self, progress: Any) -> None:
@@ -97,8 +97,10 @@ class Measurement:
         }
 
     def _choice(self, cell: Cell) -> Mapping[str, object]:
-        """Makes the cell's mask if it is not there, and returns what that cost."""
+        """Makes the cell's mask if it is not there, and returns its basis and its cost: none where it was given."""
         path = self.grid.mask_path(cell)
+        if path in self.grid.given.values():
+            return {"rotation": read_record(path).get("rotation"), "seconds": None, "peak_memory": None}
         settings = self.grid.settings() | {"method": cell.method, "seed": cell.seed} | self.grid.training(cell)
         known = self.grid.known(path.with_suffix(".json"), settings)
         if known is not None and path.is_file():
@@ -126,7 +128,7 @@ class Measurement:
         return content
 
     def _perplexities(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Measures a model on both texts."""
+        """Measures a model on all texts."""
         started = time.perf_counter()
         values = {text: perplexity(model, blocks, self.args.eval_batch_size) for text, blocks in self.texts.items()}
         return {"perplexity": values, "seconds": time.perf_counter() - started}

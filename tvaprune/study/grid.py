@@ -9,12 +9,13 @@ from typing import Any
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import VIB_ONCE, CompareSettings
+from tvaprune.plan.masks import read_record
 
 VIB = "vib"
 # Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
 PER_TARGET = (VIB, "magnitude", "wanda_sp", "taylor", "random")
 _SETTINGS = (
-    "dataset", "second_text", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
+    "dataset", "other_texts", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
 )  # fmt: skip
 
 
@@ -40,12 +41,15 @@ class Grid:
         args: The command's flags.
         model: Checkpoint folder or hub id.
 
+    Attributes:
+        given: The mask file of each sparsity, where gates were trained before.
+
     Raises:
-        InputError: If a file in the output folder is no cell, or one of other settings.
+        InputError: If a file in the output folder is no cell, or one of other settings, or a mask is missing.
     """
 
     def __init__(self, args: CompareSettings, model: str) -> None:
-        self.args, self.model = args, model
+        self.args, self.model, self.given = args, model, given_masks(args)
         self.folder = Path(args.output) / Path(model).name
         self.cells = [
             Cell(method, update, sparsity, seed)
@@ -77,6 +81,8 @@ class Grid:
 
     def mask_path(self, cell: Cell) -> Path:
         """Returns the file of the mask that the cell applies; all updates share it."""
+        if cell.method == VIB and self.given:
+            return self.given[cell.target_sparsity]
         return self.folder / "masks" / f"{cell.method}-{cell.target_sparsity}-{cell.seed}.pkl"
 
     def targets(self, cell: Cell) -> list[float]:
@@ -98,6 +104,8 @@ class Grid:
         if cell is not None:
             settings["zero_eval_limit"] = self.args.zero_eval_limit if self.is_scored(cell) else None
             settings |= self.training(cell)
+            if cell.method == VIB and self.given:
+                settings["mask"] = self.mask_path(cell).name
         return settings
 
     def known(self, path: Path, settings: Mapping[str, object]) -> dict[str, object] | None:
@@ -116,7 +124,7 @@ class Grid:
                 f"{path}: not a file of this comparison ({type(error).__name__}); remove it, or give another --output"
             ) from error
         if other:
-            made = ", ".join(f"--{name} {content[name]}" for name in other)
+            made = ", ".join(f"--{name} {_words(content[name])}" for name in other)
             raise InputError(f"{path}: made with {made}; give the same flags, or another --output")
         return content
 
@@ -146,3 +154,25 @@ class Grid:
         }
         flags = [str(item) for name, value in values.items() for item in (f"--{name}", value)]
         return Arguments.parse([*flags, *args.flags], "prune")
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def given_masks(args: CompareSettings) -> dict[float, Path]:
+    """Returns the mask file that was learned for each sparsity, by the records beside the files; none are asked for.
+
+    Raises:
+        InputError: If a sparsity has none, or there are several models.
+    """
+    found: dict[Any, Path] = {read_record(path).get("target_sparsity"): Path(path) for path in args.masks}
+    if missing := [str(sparsity) for sparsity in args.sparsities if args.masks and sparsity not in found]:
+        known = ", ".join(map(str, found))
+        raise InputError(
+            f"--masks: the records beside them tell of target_sparsity {known}, and --sparsities asks for "
+            f"{' '.join(missing)} too: give a mask of each"
+        )
+    if args.masks and len(args.models) > 1:
+        raise InputError(f"--masks: are of one model, and --models has {len(args.models)}: compare one at a time")
+    return found

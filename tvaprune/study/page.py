@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tvaprune.errors import InputError
 from tvaprune.report.charts import Chart, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
-from tvaprune.study.report import COMPARISON_NAME, DENSE, Cells, spread, zero_shot
+from tvaprune.study.report import COMPARISON_NAME, DENSE, Cells, cost_of_choosing, spread, zero_shot
 
 
 def is_comparison(folder: Path) -> bool:
@@ -87,7 +86,7 @@ def _tables(cells: Cells, model: str) -> Iterator[Block]:
             place = {"model": model, "method": method, "target_sparsity": sparsity}
             gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text, update in columns]
             scores = [zero_shot(cells, weight_update=update, **place) for update in scored]
-            rows.append([method, *gaps, *scores, f"{median(one['seconds']['choosing'] for one in found):.1f} s"])
+            rows.append([method, *gaps, *scores, cost_of_choosing(found, "seconds", "{:.1f} s")])
         head = [
             "method",
             *(f"{text}, {update}" for text, update in columns),
