@@ -349,7 +349,7 @@ class Scene:
         self.card.restart()
         run: Any = SimpleNamespace(
             model=self.dense, refit_blocks=lambda: Blocks(self.work.refit_blocks, self.work.block),
-            choice_blocks=lambda: Blocks(self.work.choice_blocks, self.work.block),
+            held_out_blocks=lambda: Blocks(self.work.held_blocks, self.work.block),
             args=SimpleNamespace(
                 training=SimpleNamespace(per_device_eval_batch_size=self.work.eval_batch, device=self.device, seed=0),
                 prune=PruneSettings(refit_offload=self.work.refit_offload, weight_update=update),

@@ -46,6 +46,9 @@ def test_the_refit_fits_the_training_split(asked):
 def test_choices_are_made_on_validation_whatever_is_reported(split, asked):
     flags = ["--eval_split", split, "--max_eval_samples", "3", "--seed", "5"]
     assert asked(flags, Run.choice_blocks) == ("validation", 16, CHOICE_SAMPLES, 0)
+    for fitted, held_out in ((1, 1), (9, 4), (128, 64), (256, CHOICE_SAMPLES), (1024, CHOICE_SAMPLES)):
+        more = [*flags, "--refit_samples", str(fitted)]
+        assert asked(more, Run.held_out_blocks) == ("validation", 16, held_out, 0)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -86,7 +89,7 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
         prune=PruneSettings(refit_offload=offload),
         training=SimpleNamespace(per_device_eval_batch_size=1, device="the device"),
     )
-    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=text, choice_blocks=text)
+    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=text, held_out_blocks=text)
     with pytest.raises(Stopped):
         narrowing.narrow(run, plan, keep_dense=False)
     assert seen == moves and cut_to == ["the device"]

@@ -223,6 +223,10 @@ class Run:
         """Returns the training blocks whose statistics the refit fits."""
         return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)
 
+    def held_out_blocks(self) -> Dataset:
+        """Returns the validation blocks that choose among fits."""
+        return self.blocks("validation", self.args.data.block_size, held_out_samples(self.args.prune.refit_samples))
+
     def turned(self, rotation: Rotation) -> "Run":
         """Returns the run in another basis: its model is turned, at once or when fetched, and computes as it did."""
         if self.streamed is None:
@@ -399,6 +403,11 @@ def _tell_another_model(run: Run) -> None:
             f"note: the mask was learned on {record.get('model')} [{str(record['model_digest'])[:8]}], applied to "
             f"{run.args.source.model_name_or_path} [{run.digest[:8]}], whose weights are others"
         )
+
+
+def held_out_samples(fitted: int) -> int:
+    """Returns how many blocks choose among fits of some others: half as many, at most those that tell masks apart."""
+    return max(1, min(CHOICE_SAMPLES, fitted // 2))
 
 
 def given_units(args: Arguments) -> Masks | KeepPlan | None:

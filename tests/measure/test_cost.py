@@ -25,7 +25,7 @@ def work_of(name, layers, **settings):
     config = copy.deepcopy(CONFIGS[name])
     config.num_hidden_layers = layers
     shape = shape_of(config)
-    settings = {"window": min(8192, config.max_position_embeddings), "refit_blocks": 8, "choice_blocks": 8} | settings
+    settings = {"window": min(8192, config.max_position_embeddings), "refit_blocks": 8, "held_blocks": 8} | settings
     window = getattr(config, "sliding_window", None)
     return config, Work(shape, narrower(shape, 0.5), sliding_window=window, **settings)
 
@@ -84,7 +84,7 @@ def test_so_they_do_of_what_settings_alone_ask_for(name, phase, settings):
 @pytest.mark.parametrize(("name", "phase"), [(name, phase) for name in CONFIGS for phase in PHASES if tiny.EVERY
                                              or (name, phase) == ("Llama-2-7B", "gate_step")])  # fmt: skip
 def test_they_do_at_full_depth(name, phase):
-    config, work = work_of(name, 32, refit_blocks=32, choice_blocks=32, rotation_batch=4)
+    config, work = work_of(name, 32, refit_blocks=32, held_blocks=32, rotation_batch=4)
     taken = simulate(config, work, phase)
     size, flops = cost.of_pass(phase, work)
     assert is_near(size, taken.card) and is_near(flops, taken.flops)

@@ -122,7 +122,7 @@ def refit_texts(run: Run) -> tuple[Dataset, Dataset]:
         InputError: If there is no such text, or too little for every process to have some.
     """
     try:
-        calibration, held_out = run.refit_blocks(), run.choice_blocks()
+        calibration, held_out = run.refit_blocks(), run.held_out_blocks()
     except InputError as error:
         raise InputError(f"{error}; --weight_update fold needs no text") from error
     if ranks.count() > max(1, min(len(calibration), len(held_out))):

@@ -40,7 +40,8 @@ class Work:
         window: Tokens of an evaluation window; ``windows`` are measured.
         eval_batch: Windows of a pass; 0: as `tvaprune.measure.perplexity.windows_of_pass` says.
         scorings: How often masks, or checkpoints, are compared in training, on ``choice_blocks`` blocks.
-        refit_blocks: Blocks that the refit fits; what it chooses among is compared on ``choice_blocks``.
+        refit_blocks: Blocks that the refit fits.
+        held_blocks: Blocks on which it compares what it chooses among.
         refit_offload: Whether the dense model and the streams are on the host meanwhile.
         refits: Whether the kept weights are refitted, or only cut; ``reconstructs``: trained after that.
         keep_dense: Whether the dense model is on the card while the narrower one is measured; ``compare_dense``: while
@@ -64,6 +65,7 @@ class Work:
     eval_batch: int = 0
     scorings: int = 60
     choice_blocks: int = 128
+    held_blocks: int = 64
     refits: bool = True
     reconstructs: bool = False
     refit_blocks: int = 128
@@ -349,7 +351,7 @@ def _fits(work: Work) -> Iterator[Fit]:
 
 
 def _refit_tokens(work: Work) -> int:
-    return (work.refit_blocks + work.choice_blocks) * work.block
+    return (work.refit_blocks + work.held_blocks) * work.block
 
 
 def _streams(work: Work) -> int:
@@ -382,7 +384,7 @@ def refit(work: Work) -> float:
 
 def refit_flops(work: Work) -> float:
     """Returns the operations of the refit: a pass of the dense stream, two of the pruned one, fits, the shares."""
-    tokens, held = _refit_tokens(work), work.choice_blocks * work.block
+    tokens, held = _refit_tokens(work), work.held_blocks * work.block
     passes = (
         forward_flops(work.dense, tokens, work.block, head=False)
         + 2 * forward_flops(work.pruned, tokens, work.block, head=False)
@@ -442,7 +444,7 @@ def _window_training(work: Work) -> list[float]:
 
 def reconstruct_flops(work: Work) -> float:
     """Returns the operations of the reconstruction: both streams, the training, held-out errors, shares."""
-    fit, held = work.refit_blocks * work.block, work.choice_blocks * work.block
+    fit, held = work.refit_blocks * work.block, work.held_blocks * work.block
     again = work.pass_tokens(work.block) > LOSS_TOKENS  # both heads, backward
 
     def passes(shape: ModelShape, tokens: int) -> float:
