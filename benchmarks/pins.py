@@ -40,7 +40,8 @@ def commands(name: str) -> dict[str, list[str]]:
         "flap": ["tva_prune.py", "--prune_method", "flap", "--max_train_samples", "16", "--weight_update", "fold"],
     }
     for update in ("none", "fold", "refit"):
-        runs[update] = [*mask, "--weight_update", update, "--refit_samples", "16"]
+        fitted = ["--refit_samples", "16"] if update == "refit" else []
+        runs[update] = [*mask, "--weight_update", update, *fitted]
     return {key: [*flags, *model_of(name)] for key, flags in runs.items()}
 
 

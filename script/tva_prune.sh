@@ -18,13 +18,15 @@ if [ $given -eq 0 ] || [[ " $* " =~ [\ =](python_docs|package_readmes)\  ]]; the
 source "$(dirname "$0")/env.sh"
 
 if [ $given -eq 0 ]; then
+    UPDATE=(--weight_update reconstruct --refit_samples 256)
+    if [[ " $*" == *" --weight_update"[\ =]* ]]; then UPDATE=(); fi # another may fit no blocks
     exec "$PYTHON" "$ROOT/tva_prune.py" \
         --model_name_or_path "$ROOT/mistral_saves_tva/mini_mistral" \
         --output_dir out/mini_mistral --overwrite_output_dir \
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
         --target_sparsity 0.5 \
         --max_train_samples 1200 --per_device_train_batch_size 4 --max_eval_samples 256 \
-        --weight_update reconstruct --refit_samples 256 \
+        ${UPDATE[@]+"${UPDATE[@]}"} \
         "$@"
 fi
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny
 from support.families import CLOSE, MORE_ROWS, ROWS, generate, logits, make_plan, sliced
 from support.folders import (
     LLAMA3_ROPE,
@@ -535,9 +536,8 @@ def change_layer(folder):
 def test_a_damaged_checkpoint_is_refused_in_one_line(breaks, message, folder):
     load_pruned(folder)
     breaks(folder)
-    with pytest.raises(InputError, match=message) as error:
+    with tiny.refused(message):
         load_pruned(folder)
-    assert "\n" not in str(error.value)
 
 
 def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, tmp_path, monkeypatch, capsys):

@@ -22,8 +22,9 @@ from tvaprune.run import Run
 MEASURED = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches", 0, "--use_cpu")
 APPLIED = (*MEASURED, "--refit_samples", 8, "--do_eval")
 FLAGS = (*MEASURED, "--max_train_samples", 16, "--dim_multiple", 4)
-GATES = (*FLAGS, "--do_train", "--target_sparsity", 0.4, "--per_device_train_batch_size", 4, "--max_steps", 6,
-         "--save_steps", 3, "--eval_steps", 3, "--refit_samples", 8)  # fmt: skip
+TRAINED = (*FLAGS, "--do_train", "--target_sparsity", 0.4, "--per_device_train_batch_size", 4, "--max_steps", 6,
+           "--save_steps", 3, "--eval_steps", 3)  # fmt: skip
+GATES = (*TRAINED, "--refit_samples", 8)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, s
 def test_auto_turns_for_gates_where_no_tie_is_lost(tied, words, turns, make_model, source, tmp_path, command):
     model = tiny.save_checkpoint(make_model("llama", tie_word_embeddings=tied), tmp_path / "model")
     gates = "--prune_method" not in words
-    flags = (*GATES, *words) if gates else (*FLAGS, "--do_train", "--target_sparsity", 0.4, *words)
+    flags = (*TRAINED, *words) if gates else (*FLAGS, "--do_train", "--target_sparsity", 0.4, *words)
     code, _, error = command("--model_name_or_path", model, *source[2:], *flags, "--weight_update", "fold",
                              "--output_dir", tmp_path / "out", "--save_pruned", tmp_path / "pruned")  # fmt: skip
     assert code == 0, error

@@ -42,7 +42,7 @@ from tvaprune.plan.rotation import Rotation
 
 pytestmark = pytest.mark.usefixtures("other_families")
 
-WINDOWS = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 6, "--refit_samples", 12, "--use_cpu")
+WINDOWS = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 6, "--use_cpu")
 STREAM = ("--stream", "True")
 
 
@@ -66,6 +66,12 @@ def flags_of(dense, text, output):
     return ("--model_name_or_path", dense, *plan, *folders, *WINDOWS)
 
 
+def apply(*flags):
+    """Runs apply; where weights are refitted, on few blocks."""
+    few = () if {"none", "fold"} & set(flags) else ("--refit_samples", 12)
+    return run("apply", *flags, *few)
+
+
 def files_in(folder):
     """The bytes of every file; of the card without the command that was given."""
     content = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -75,7 +81,7 @@ def files_in(folder):
 
 def applied(dense, text, output, *flags):
     """Runs apply and returns the files that it saved and its results, without what differs by itself."""
-    ended = run("apply", *flags_of(dense, text, output), *flags)
+    ended = apply(*flags_of(dense, text, output), *flags)
     assert ended.code == 0, ended.err + ended.trace
     results = output / "at" / "results.json"
     results = tiny.read_json(results) if results.exists() else {}  # nothing was measured
@@ -137,7 +143,7 @@ def test_what_is_reconstructed_is_loaded_to_be_trained(flags, dense, text, tmp_p
     monkeypatch.setattr(load, "precision", precision)
     for update in ("refit", "reconstruct"):
         more = ("--weight_update", update, "--do_eval", "False", "--overwrite_output_dir")
-        assert run("apply", *flags_of(dense, text, tmp_path), *flags, *more).code == 0
+        assert apply(*flags_of(dense, text, tmp_path), *flags, *more).code == 0
     assert asked == [False, True]
 
 
@@ -268,7 +274,7 @@ BROKEN = {
 def test_a_broken_checkpoint_is_refused_before_any_work(kind, dense, text, tmp_path):
     breaks, told = BROKEN[kind]
     breaks(dense)
-    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM, "--weight_update", "fold")
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM, "--weight_update", "fold")
     assert (ended.code, ended.fault) == (2, ""), ended
     assert told in ended.err
     assert not (tmp_path / "pruned").exists() and half_written(tmp_path) == []
@@ -292,14 +298,14 @@ def test_what_a_model_ties_may_be_there_twice(make_model, make_masks, text, tmp_
     plan = KeepPlan.load(tmp_path / "plan.json")
     make_plan(make_model("llama"), make_masks).save(tmp_path / "plan.json")
     assert plan.shape.tie_word_embeddings
-    ended = run("apply", *flags_of(dense, text, untied), *STREAM, "--weight_update", "fold")
+    ended = apply(*flags_of(dense, text, untied), *STREAM, "--weight_update", "fold")
     assert (ended.code, ended.fault) == (2, "") and "tie_word_embeddings" in ended.err
 
 
 def test_a_gguf_file_is_refused(dense, text, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "gguf_file", lambda path, named: None if inspect.stack()[1].function == "load_config"
                         else dense / "model.gguf")  # fmt: skip
-    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM)
     assert (ended.code, ended.fault) == (2, "") and "--stream True reads safetensors alone" in ended.err
 
 
@@ -312,7 +318,7 @@ def test_a_gguf_file_is_refused(dense, text, tmp_path, monkeypatch):
     ],
 )
 def test_what_needs_a_model_in_memory_is_refused(flags, told, dense, text, tmp_path):
-    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM, *flags)
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM, *flags)
     assert (ended.code, ended.fault) == (2, "") and told in ended.err
     assert not (tmp_path / "at").exists()  # nothing was begun
     ended = run("prune", "--model_name_or_path", dense, *STREAM)
@@ -326,7 +332,7 @@ def test_what_needs_a_model_in_memory_is_refused(flags, told, dense, text, tmp_p
 def test_a_stream_without_a_use_is_refused_before_any_folder(left_out, told, dense, text, tmp_path):
     flags = [*flags_of(dense, text, tmp_path), *STREAM, "--do_eval", "False"]
     place = flags.index(left_out)
-    ended = run("apply", *flags[:place], *flags[place + 2 :])
+    ended = apply(*flags[:place], *flags[place + 2 :])
     assert (ended.code, ended.fault) == (2, "") and f"--stream would do nothing {told}" in ended.err
     assert not (tmp_path / "at").exists()
 
@@ -347,12 +353,12 @@ def test_a_hub_id_is_read_from_the_hubs_cache(dense, text, tmp_path, monkeypatch
         (snapshot / file.name).symlink_to(blobs / str(number))
     dense.rmdir()
     flags = ("--model_name_or_path", "somebody/tiny", *flags_of(dense, text, tmp_path)[2:])
-    ended = run("apply", *flags, *STREAM, "--weight_update", "fold")
+    ended = apply(*flags, *STREAM, "--weight_update", "fold")
     assert ended.code == 0, ended.err + ended.trace
     weights = "model.safetensors"
     assert (tmp_path / "pruned" / weights).read_bytes() == wanted[weights]
     min(snapshot.glob("model-*.safetensors")).unlink()
-    ended = run("apply", *flags, *STREAM, "--weight_update", "fold", "--overwrite_output_dir")
+    ended = apply(*flags, *STREAM, "--weight_update", "fold", "--overwrite_output_dir")
     assert (ended.code, ended.fault) == (2, "") and "somebody/tiny: cannot be loaded" in ended.err
     shutil.rmtree(home)
 
@@ -364,7 +370,7 @@ def killed_at(number, *flags):
         left = itertools.count(number, -1)
         read = shards.Shards.weight
         shards.Shards.weight = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else read(*args)
-        os._exit(run("apply", *flags).code)
+        os._exit(apply(*flags).code)
     _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
@@ -384,7 +390,7 @@ def test_a_kill_leaves_what_was_there_and_the_next_run_clears_up(dense, text, tm
         left = [path for path in tmp_path.iterdir() if path.name.startswith(".tvaprune-part-")]
         seen |= {path.name.rpartition("-")[2] for path in left}
     assert seen == {"pruned.scratch", "pruned"}  # in the walk, and in the writing
-    assert run("apply", *flags).code == 0
+    assert apply(*flags).code == 0
     assert files_in(tmp_path / "pruned") == newer
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".tvaprune-")] == []
     assert not killed_at(10**6, *flags)  # control
@@ -400,7 +406,7 @@ def _counting(function, calls):
 
 def test_an_interrupted_run_leaves_nothing(dense, text, tmp_path, monkeypatch):
     monkeypatch.setattr(layers.Streamed, "settle", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM)
     assert ended.code == 130
     assert not (tmp_path / "pruned").exists()
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".tvaprune-")] == []
@@ -408,7 +414,7 @@ def test_an_interrupted_run_leaves_nothing(dense, text, tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_told_before_the_walk(dense, text, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM)
     assert (ended.code, ended.fault) == (2, "") and "put --save_pruned on a larger disk" in ended.err
     assert not (tmp_path / "pruned").exists()
 
@@ -419,9 +425,9 @@ def test_a_disk_that_holds_a_refit_alone_is_told_before_a_reconstruction(dense, 
     monkeypatch.setattr(stream, "disk_needed", lambda *args: free.append(disk_needed(*args[:4])) or disk_needed(*args))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[-1]))
     flags = (*flags_of(dense, text, tmp_path), *STREAM, "--do_eval", "False")
-    ended = run("apply", *flags, "--weight_update", "reconstruct")
+    ended = apply(*flags, "--weight_update", "reconstruct")
     assert (ended.code, ended.fault) == (2, "") and "weights of the reconstruct need" in ended.err
-    assert run("apply", *flags).code == 0  # control
+    assert apply(*flags).code == 0  # control
 
 
 def test_a_full_disk_is_one_line(dense, text, tmp_path, monkeypatch):
@@ -429,7 +435,7 @@ def test_a_full_disk_is_one_line(dense, text, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    ended = run("apply", *flags_of(dense, text, tmp_path), *STREAM)
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM)
     assert (ended.code, ended.fault) == (2, "") and "there is no room on the" in ended.err
     assert not (tmp_path / "pruned").exists()
 

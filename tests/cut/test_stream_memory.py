@@ -66,7 +66,7 @@ def limited(large, output, size, *flags):
     command = [
         sys.executable, "-c", LIMITED, str(size), "apply", "--model_name_or_path", large / "dense",
         "--plan", large / "plan.json", "--save_pruned", output / "pruned", "--do_eval", "False", "--use_cpu",
-        "--dataset_name", large / "text.txt", "--block_size", 16, "--refit_samples", 8, *flags,
+        "--dataset_name", large / "text.txt", "--block_size", 16, *flags,
     ]  # fmt: skip
     # What is freed goes back: else the address space holds the allocator's holes.
     allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
@@ -75,13 +75,13 @@ def limited(large, output, size, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["fold", "refit"])
+@pytest.mark.parametrize("update", [("--weight_update", "fold"), ("--refit_samples", 8)])
 def test_out_of_core_a_model_is_cut_in_half_the_memory_that_it_takes(update, large, tmp_path):
     half = weights_of(large / "dense") // 2
     assert half > 350e6
-    ended = limited(large, tmp_path, half, "--stream", "True", "--weight_update", update)
+    ended = limited(large, tmp_path, half, "--stream", "True", *update)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert (tmp_path / "pruned" / "model.safetensors").stat().st_size > 80e6
-    ended = limited(large, tmp_path / "control", half, "--weight_update", update)
+    ended = limited(large, tmp_path / "control", half, *update)
     assert ended.returncode != 0 and "memory" in ended.stderr, ended.stderr[-3000:]
     assert not (tmp_path / "control" / "pruned").exists()

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 
 import pytest
+from support import tiny
 
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import STAGES, Arguments, FinetuneRunArguments, RunArguments, parse_comparison
@@ -76,9 +77,9 @@ GOOD = [
 
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_value_out_of_its_range_is_refused_in_one_line(name, value):
-    with pytest.raises(InputError, match=f"--{name}") as error:
+    with tiny.refused(f"--{name}") as error:
         read(name, value)
-    assert "\n" not in str(error.value) and str(value) in str(error.value)
+    assert str(value) in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)
@@ -126,6 +127,8 @@ IDLE = [
     ("finetune", "--full_ft True", "--lora_r 4", "beside --full_ft True"),
     ("finetune", "--eval_strategy no --load_best_model_at_end False", "--early_stopping_patience 2", "it counts"),
     ("apply", "--weight_update fold", "--refit_offload True", "without --weight_update refit"),
+    ("finetune", "--weight_update none", "--refit_samples 8", "without --weight_update refit"),
+    ("prune", "--weight_update reconstruct", "--refit_samples 8", None),
     ("apply", "", "--zero_eval_limit 3", "without --do_zero_eval True"),
     ("apply", "", "--write_out True", "without --do_zero_eval True"),
     ("prune", "--use_cpu", "--fp16 True", "without a GPU"),
@@ -139,9 +142,8 @@ def test_a_flag_that_would_do_nothing_is_refused(verb, beside, idle, words):
     if words is None:
         parse(verb, [*beside.split(), *idle.split()])
         return
-    with pytest.raises(InputError, match=f"{idle.split()[0]} would do nothing .*{words}.*; leave it out") as error:
+    with tiny.refused(f"{idle.split()[0]} would do nothing .*{words}.*; leave it out"):
         parse(verb, [*beside.split(), *idle.split()])
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags", ["--vib_learning_rate 0.1", "--distill_temp 2", "--per_device_train_batch_size 4"])

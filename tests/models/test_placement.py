@@ -13,8 +13,8 @@ from tvaprune.plan.masks import save_masks
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb",
          "lm_head")  # fmt: skip
 MAP = dict.fromkeys(PARTS, torch.device("cpu"))
-RUN = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--refit_samples", 8, "--dim_multiple", 4,
-       "--use_cpu", "--do_eval", "--per_device_eval_batch_size", 4)  # fmt: skip
+RUN = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--dim_multiple", 4, "--use_cpu",
+       "--do_eval", "--per_device_eval_batch_size", 4)  # fmt: skip
 
 
 def hooked(model):
@@ -40,7 +40,7 @@ def test_what_the_gpus_have_no_room_for_is_refused(make_model, monkeypatch):
         check_placed(model, "--model_name_or_path DIR")
 
 
-@pytest.mark.parametrize("update", ["fold", "refit"])
+@pytest.mark.parametrize("update", [("--weight_update", "fold"), ("--refit_samples", 8)])
 def test_a_model_over_devices_is_measured_and_cut_as_one_that_is_not(
     update, make_model, make_masks, command, tmp_path, monkeypatch
 ):
@@ -48,7 +48,7 @@ def test_a_model_over_devices_is_measured_and_cut_as_one_that_is_not(
     checkpoint = tiny.save_checkpoint(model, tmp_path / "model")
     save_masks(make_masks(shape_of(model.config)), tmp_path / "mask_info_1.0.pkl")
     flags = ("--model_name_or_path", checkpoint, "--mask_loc", tmp_path / "mask_info_1.0.pkl", *RUN, "--dataset_name",
-             tiny.write_text(tmp_path / "text.txt"), "--weight_update", update)  # fmt: skip
+             tiny.write_text(tmp_path / "text.txt"), *update)  # fmt: skip
     asked, whole = [], load.load_whole
 
     def spread(path, config, named, device_map=None, **options):

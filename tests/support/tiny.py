@@ -5,10 +5,14 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tvaprune.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = bool(os.environ.get("TVAPRUNE_EVERY"))  # the slow tests in all their cases, and not in some of each kind
@@ -48,6 +52,14 @@ def refusal(code, error):
     (line,) = (line for line in error.splitlines() if line.startswith(names))
     assert error.rstrip().endswith(line)
     return line
+
+
+@contextmanager
+def refused(words):
+    """Fails unless what is done within ends as a user's mistake should: in one line, with these words (a pattern)."""
+    with pytest.raises(InputError, match=words) as error:
+        yield error
+    assert "\n" not in str(error.value)
 
 
 def read_json(path):
