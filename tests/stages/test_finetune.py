@@ -172,6 +172,15 @@ def test_an_interrupted_run_goes_on_to_the_same_model(tuned, source, tmp_path, c
     assert results["refit"] == earlier["refit"] and "refit on" in out
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"refit": {"of": 1}}'])
+def test_a_damaged_record_of_the_weight_update_ends_in_one_line(content, tuned, source, tmp_path, command):
+    output = shutil.copytree(tuned[0], tmp_path / "out")
+    (output / "pruned" / "weight_update.json").write_text(content)
+    code, _, error = command(*source, *RUN, "--output_dir", output, "--resume_from_checkpoint", "True")
+    assert "weight_update.json: cannot be read as what the weight update did" in tiny.refusal(code, error)
+    assert (output / "merged" / "model.safetensors").is_file()
+
+
 def leave_what_an_interruption_leaves(output, finished):
     """Before the first checkpoint: the plan, the pruned model, and half a checkpoint."""
     output.mkdir()

@@ -17,6 +17,7 @@ from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks, save_masks
 from tvaprune.plan.widths import WidthRules
+from tvaprune.report.folders import read_runs
 
 RUN = (
     "--block_size",
@@ -141,8 +142,13 @@ def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, comm
     assert command(*flags, 0.3, 0.2)[0] == 0
     code, _, error = command(*flags, 0.4, 0.2)
     assert "is not empty; replace it with --overwrite_output_dir" in tiny.refusal(code, error)
+    for name in ("results.json", "plan.json"):  # as a run of one target leaves them
+        shutil.copy(output / "sparsity_0.3" / name, output)
+    (output / "notes.txt").write_text("mine")
     code, out, error = command(*flags, 0.4, 0.2, "--overwrite_output_dir")
     assert code == 0, error
+    assert [run.results.target_sparsity for run in read_runs([output])] == [0.2, 0.4]
+    assert not (output / "plan.json").exists() and (output / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in output.glob("sparsity_*")) == ["sparsity_0.2", "sparsity_0.4"]
     assert out.count("(target 0.2)") == out.count("(target 0.4)") == 1
     page = (output / "report.html").read_text(encoding="utf-8")  # of both targets, beside their own

@@ -198,16 +198,21 @@ def _gate_identity(run: Run, settings: GateSettings, train: Dataset, choice: Dat
     return run.identity(flags, (train, choice), resolved)
 
 
+def clear_results(folder: Path) -> None:
+    """Removes what a run left of one target beside its mask, nothing else."""
+    for name in _TARGET_FILES:
+        (folder / name).unlink(missing_ok=True)
+    drop_rotations(folder)
+    shutil.rmtree(folder / "zero_shot", ignore_errors=True)
+
+
 def _clear_targets(folder: Path) -> None:
     """Removes what an earlier run of this tool left of other targets, nothing else."""
     for target in folder.glob("sparsity_*"):
-        for name in _TARGET_FILES:
-            (target / name).unlink(missing_ok=True)
+        clear_results(target)
         for mask in (target / "best").glob("mask_info_*"):
             mask.unlink()
-        for place in (target, target / "best"):
-            drop_rotations(place)
-        shutil.rmtree(target / "zero_shot", ignore_errors=True)
+        drop_rotations(target / "best")
         for emptied in (target / "best", target):
             with suppress(OSError):  # somebody else's files stay
                 emptied.rmdir()

@@ -208,8 +208,9 @@ class Results:
 
     def note_update(self, update: Mapping[str, object]) -> None:
         """Takes what the weight update did, as `cut.narrow.narrow` tells it or a file kept it."""
-        self.refit = _read(Refit, update["refit"]) if "refit" in update else None
-        self.reconstruct = _read(Reconstruction, update["reconstruct"]) if "reconstruct" in update else None
+        parts = dict(update)
+        self.refit = _read(Refit, parts["refit"]) if "refit" in parts else None
+        self.reconstruct = _read(Reconstruction, parts["reconstruct"]) if "reconstruct" in parts else None
 
     def differing(self, other: "Results") -> list[str]:
         """Returns the fields that say that two results are not of the same pruned model."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
@@ -99,7 +99,7 @@ def _pruned(job: Job, results: Results) -> PreTrainedModel:
 
 def _written_pruned(job: Job, results: Results) -> Mapping[str, object]:
     """Writes the pruned checkpoint, unless the run goes on with it; returns what the weight update did."""
-    update = ranks.on_main(_written_before, job)
+    update = ranks.on_main(_written_before, job, results)
     if update is not None:
         return update
     return ranks.on_main(_cut, job, results) if job.sharded else _cut(job, results)
@@ -115,12 +115,25 @@ def _cut(job: Job, results: Results) -> dict[str, Any]:
     return update
 
 
-def _written_before(job: Job) -> dict[str, Any] | None:
-    """Returns what the weight update of the run that is gone on with did; None: its pruned checkpoint is not there."""
+def _written_before(job: Job, results: Results) -> dict[str, Any] | None:
+    """Returns what the weight update of the run that is gone on with did; None: its pruned checkpoint is not there.
+
+    Raises:
+        InputError: If the file that says it is damaged.
+    """
     path = job.pruned_folder / UPDATE_NAME
     if job.checkpoint is None or not (job.pruned_folder / "config.json").is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        results.note_update(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: cannot be read as what the weight update did ({reason(error)}); remove it: the run goes on "
+            "without"
+        ) from error
     return found
 
 

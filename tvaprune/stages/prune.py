@@ -8,7 +8,7 @@ from datasets import Dataset
 from tvaprune import ranks
 from tvaprune.budget import fit, times
 from tvaprune.checkpoint.folder import save_pruned
-from tvaprune.choose.choose import Chosen, choose_masks, gate_checkpoint, in_basis
+from tvaprune.choose.choose import Chosen, choose_masks, clear_results, gate_checkpoint, in_basis
 from tvaprune.cut.narrow import narrow
 from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, prepare_folder
@@ -96,6 +96,8 @@ def _measured(
     """
     run, args = run.whole(), run.args
     targets, found = args.each_target(), {}
+    if len(targets) > 1:  # each has a folder of its own: what lies here is of an earlier run's only one
+        clear_results(args.save_loc)
     for target, one in targets.items():
         phases.begin(_cut(target))
         part = replace(run, args=one)
