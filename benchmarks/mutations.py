@@ -125,6 +125,20 @@ MUTATIONS = [
         "tests/measure",
     ),
     Mutation(
+        "the error of a gap not paired by window",
+        "tvaprune/measure/perplexity.py",
+        "return _stderr(self.windows - other.windows)",
+        "return _stderr(torch.cat([self.windows, other.windows]))",
+        "tests/measure/test_perplexity.py",
+    ),
+    Mutation(
+        "steps of an earlier run taken for this one's pace",
+        "tvaprune/phases.py",
+        "did = self._told - self._begun, self._done - self._base",
+        "did = self._told - self._begun, self._done",
+        "tests/test_phases.py",
+    ),
+    Mutation(
         "query heads grouped otherwise than their KV head",
         "tvaprune/plan/edits.py",
         "rows, means = {",

@@ -15,7 +15,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["errors"],
     ["ranks"],
     ["endings"],
-    ["files", "losses", "flags", "wheels"],
+    ["files", "losses", "flags", "wheels", "phases"],
     ["models"],
     ["identity"],
     ["checkpoints"],

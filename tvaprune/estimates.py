@@ -56,6 +56,11 @@ class Estimate:
         """Floating-point operations of the whole run."""
         return sum(phase.flops for phase in self.phases)
 
+    @property
+    def counted(self) -> dict[str, float]:
+        """The operations of each phase, by its name."""
+        return {phase.name: phase.flops for phase in self.phases}
+
     def minutes(self, tflops: float = TFLOPS) -> float:
         """Returns the minutes that these operations take at a speed in TFLOP/s."""
         return self.flops / tflops / 1e12 / 60
@@ -109,8 +114,8 @@ def _counted(args: Arguments, work: Work) -> Work:
     return replace(work, steps=cadence.num_tokens // work.tokens, scorings=scorings)
 
 
-def announce(args: Arguments, units: Masks | KeepPlan | None = None) -> None:
-    """Prints a run's line before it begins.
+def announce(args: Arguments, units: Masks | KeepPlan | None = None) -> Estimate:
+    """Prints a run's line before it begins, and returns what it will take.
 
     Raises:
         InputError: If it cannot fit the GPU's free memory, or on a CPU the machine's whole. Of one
@@ -119,7 +124,7 @@ def announce(args: Arguments, units: Masks | KeepPlan | None = None) -> None:
     found = estimate_of(args, units)
     print(found.line())
     if found.is_spread:
-        return
+        return found
     if found.on_card:
         there, name = torch.cuda.mem_get_info(args.training.device)[0], "are free on the GPU"
     else:
@@ -130,3 +135,4 @@ def announce(args: Arguments, units: Masks | KeepPlan | None = None) -> None:
             f"smaller --memory, {found.largest.helps}; else --dtype bfloat16, or a smaller model; `tvaprune estimate` "
             "shows all phases"
         )
+    return found

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from tvaprune.flags.ranges import AUTO
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.identity import IDENTITY_NAME, Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.cost import DENSE_PERPLEXITY, PRUNED_PERPLEXITY
+from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
 from tvaprune.models.families import family_of
 from tvaprune.models.layers import Streamed
@@ -35,6 +36,7 @@ from tvaprune.models.published import located
 from tvaprune.models.rotate import rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.sharding import shard
+from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.multiples import fastest_multiple
@@ -76,6 +78,7 @@ class Run:
         tied: Whether its embeddings came tied.
         streamed: Where its layers are fetched from, if the model is without its weights (``--stream``).
         trains: Whether gradients flow through it, which settles the precision that a float16 checkpoint is loaded in.
+        phases: Of the command.
     """
 
     args: Arguments
@@ -86,14 +89,18 @@ class Run:
     tied: bool = False
     streamed: Streamed | None = None
     trains: bool = False
+    phases: Phases = field(default_factory=Phases)
 
     @classmethod
-    def load(cls, args: Arguments, scratch: Path | None = None, trains: bool = False) -> "Run":
+    def load(
+        cls, args: Arguments, scratch: Path | None = None, trains: bool = False, phases: Phases | None = None
+    ) -> "Run":
         """Loads the model that the flags name; the flags that its mask was learned with are the defaults.
 
         Args:
             scratch: Folder for what does not fit in memory: the model's weights stay on disk.
             trains: Whether gradients will flow through it.
+            phases: Of the command.
         """
         check_protocol(args)
         args = _as_the_mask_says(args)
@@ -109,7 +116,7 @@ class Run:
             digest = model_digest(model, shards.parts)  # reads, and so checks, all before any work
             streamed = Streamed(model, shards.weight, device, scratch)
         tied = bool(model.config.tie_word_embeddings)
-        run = cls(args, model, tokenizer, digest, tied=tied, streamed=streamed, trains=trains)
+        run = cls(args, model, tokenizer, digest, None, tied, streamed, trains, phases or Phases())
         ranks.agree({"model_name_or_path": f"{args.source.model_name_or_path} [{run.digest}]"})
         _tell_idle_devices(args)
         if args.evaluation.do_zero_eval:
@@ -194,22 +201,25 @@ class Run:
         data, split = self.args.data, self.args.evaluation.eval_split
         return evaluation_text(self.tokenizer, data.protocol, data.dataset_name, split, windows, self.bos)
 
-    def dense_perplexity(self, windows: Dataset) -> float:
-        """Measures the unpruned model, before anything is trained or cut.
+    def dense_loss(self, windows: Dataset) -> TextLoss:
+        """Measures the unpruned model's perplexity, before anything is trained or cut.
 
         Raises:
             InputError: If the model itself gives no number.
         """
         model, batch_size = self.streamed or self.model, self.args.training.per_device_eval_batch_size
+        counted = self.args.data.max_eval_samples or C4_WINDOWS  # before the text was read
+        self.phases.recount((DENSE_PERPLEXITY, PRUNED_PERPLEXITY), len(windows) / counted)
         with running_out_in(EVALUATING):
-            value = perplexity(model, windows, batch_size, "dense perplexity")
-        if not math.isfinite(value):
+            self.phases.start(DENSE_PERPLEXITY)  # what was loaded and read before is no operation
+            loss = text_loss(model, windows, batch_size, DENSE_PERPLEXITY, self.phases.at)
+        if not math.isfinite(loss.perplexity):
             raise InputError(
                 f"--model_name_or_path {self.args.source.model_name_or_path}: the unpruned model itself gives a "
-                f"perplexity of {value}: its weights or its config (rope_theta, rms_norm_eps) are at fault, or "
-                "float16 overflows; mend the checkpoint, or give --dtype float32"
+                f"perplexity of {loss.perplexity}: its weights or its config (rope_theta, rms_norm_eps) are at fault, "
+                "or float16 overflows; mend the checkpoint, or give --dtype float32"
             )
-        return value
+        return loss
 
     def train_blocks(self, default_count: int) -> Dataset:
         """Returns the blocks that gates are trained or units are scored on."""

@@ -1,4 +1,5 @@
 import math
+from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from support.other_families import OTHER_ROWS
 from torch import nn
 
 from tvaprune.choose.gated_model import GatedModel
-from tvaprune.measure.perplexity import perplexity, windows_per_pass
+from tvaprune.measure.perplexity import TextLoss, perplexity, text_loss, windows_per_pass
 from tvaprune.recover.lora import LoraSettings, add_lora
 
 
@@ -81,6 +82,37 @@ def test_batches_do_not_change_the_mean_over_tokens():
     scores = [perplexity(Scripted(repeating), blocks_of(rows), size) for size in (1, 3, 7)]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
     assert perplexity(Scripted(repeating), blocks_of(rows[:-1])) != pytest.approx(scores[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 2048])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_error_is_of_the_mean_over_windows(batch_size, chunk, monkeypatch):
+    monkeypatch.setattr("tvaprune.measure.perplexity.CHUNK_TOKENS", chunk)
+    same, other = -math.log(3 / 4), -math.log(1 / 4)
+    found = text_loss(Scripted(repeating), blocks_of([[0, 0, 1], [1, 1, 1], [0, 1, 0]]), batch_size)
+    windows = [(same + other) / 2, same, other]
+    assert found.windows.tolist() == pytest.approx(windows, rel=1e-6) and found.windows.dtype == torch.float64
+    assert found.mean == pytest.approx(sum(windows) / 3, rel=1e-6)
+    assert found.stderr == pytest.approx(stdev(windows) / math.sqrt(3), rel=1e-6)
+    assert found.perplexity_stderr == pytest.approx(found.perplexity * found.stderr)
+
+
+def test_a_gap_is_paired_by_window():
+    easy = torch.tensor([1.0, 2.0, 4.0, 5.0], dtype=torch.float64)
+    dense, pruned, mixed = (TextLoss(float(each.mean()), each) for each in (easy, easy + 0.5, easy.flip(0) + 0.5))
+    assert pruned.gap_stderr(dense) == 0 < dense.stderr  # every window lost as much
+    assert mixed.gap_stderr(dense) == pytest.approx(2 * dense.stderr)  # control: the same figures, of other windows
+    assert TextLoss(1.0, easy[:1]).stderr is None
+
+
+def test_a_bar_says_what_the_command_says_of_the_share_that_is_done(capsys):
+    told = []
+    blocks = blocks_of([[0, 1, 2]] * 4)
+    text_loss(Scripted(uniform), blocks, 1, "dense", lambda part, share: told.append((part, share)) or "phase 1 of 2")
+    assert told == [("dense", share) for share in (0.25, 0.5, 0.75, 1.0)]
+    assert "dense" in capsys.readouterr().err
+    text_loss(Scripted(uniform), blocks, 1, None, lambda part, share: told.clear())
+    assert told  # control: without a bar nobody asks
 
 
 def test_the_model_is_in_evaluation_mode_meanwhile_and_keeps_no_cache():

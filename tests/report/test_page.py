@@ -18,8 +18,9 @@ from tvaprune.errors import InputError
 from tvaprune.report.charts import Series, bar_chart, line_chart, ticks
 from tvaprune.report.folders import RunFolder, read_runs
 from tvaprune.report.page import PAGE_NAME
+from tvaprune.report.results import Perplexities
 from tvaprune.report.runs import answer
-from tvaprune.report.steps import Phases, write_results
+from tvaprune.report.steps import write_results
 from tvaprune.stages.report import report
 
 SECTIONS = ["Asked and reached", "Perplexity", "Zero-shot", "Training", "Kept widths", "What the weight update did",
@@ -82,7 +83,7 @@ def test_a_run_of_every_part_has_every_section_with_its_figures(run):
     for row in (
         ["target sparsity", "0.5"],
         ["sparsity reached", "0.5100"],
-        ["run", "20.00", "25.00", f"{math.log(1.25):.3f}", "22.00", f"{math.log(1.1):.3f}"],
+        ["run", "20.00 ± 0.50", "25.00 ± 0.62", "0.223 ± 0.002", "22.00 ± 0.55", "0.095 ± 0.003"],
         ["a", "acc", "2", "0.250", "1.000 ± 0.100", "0.500 ± 0.100", "-0.500 ± 0.500"],
         ["1", "24 of 32", "2 of 4", "1 of 2", "32 of 64"],  # layer 1: two query heads for each KV head
         ["2", "24 of 32", "0 of 4", "0 of 2", "8 of 64"],
@@ -165,8 +166,15 @@ def test_a_page_of_the_same_files_is_the_same(run):
     assert page(run)[1] != first  # control
 
 
+def test_perplexities_without_errors_stand_alone(run):
+    assert "the standard error over the windows" in page(run)[1]
+    results(perplexity=Perplexities(20.0, 25.0)).write(run)  # of a single window, or of an older run
+    read, text = page(run)
+    assert ["run", "20.00", "25.00", "0.223"] in read.rows and "the standard error over the windows" not in text
+
+
 def test_numbers_that_are_none_leave_the_page_whole(run):
-    results(perplexity=results().perplexity.__class__(20.0, math.nan)).write(run)
+    results(perplexity=Perplexities(20.0, math.nan)).write(run)
     read, _ = page(run)
     assert ["run", "20.00", "nan", "nan"] in read.rows
 
@@ -302,14 +310,6 @@ def test_bars_are_as_high_as_what_is_kept():
     heights = [float(found) for found in re.findall(r'height="([\d.]+)"', chart.svg)]
     full, kept = heights[:2], heights[2:]
     assert full[0] == full[1] > 0 and kept == pytest.approx([full[0] / 2, 0.0], abs=0.02)
-
-
-def test_a_phase_is_told_of_those_that_are_asked_for(capsys):
-    phases = Phases("a", None, "b")
-    for name in ("a", "x", "b"):
-        phases.begin(name)
-    Phases("a").begin("a")
-    assert capsys.readouterr().out == "phase 1 of 2: a\nphase 2 of 2: b\n"
 
 
 def test_the_page_is_a_part_of_the_package_and_its_engine_of_the_requirements():

@@ -5,14 +5,17 @@ import math
 from dataclasses import fields
 
 import pytest
+import torch
 from report.test_zero_shot_report import made, record_of, score
+from support import tiny
 
 from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.errors import InputError
+from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import shape_of
 from tvaprune.recover.training import Tuning
-from tvaprune.report.results import VERSION, Calibration, Parameters, Perplexities, Refit, Results
+from tvaprune.report.results import VERSION, Calibration, Parameters, Perplexities, PerplexityErrors, Refit, Results
 from tvaprune.text.protocols import EvaluationText
 
 
@@ -23,7 +26,8 @@ def whole(make_model, tmp_path):
         plan="p", rotation="r", calibration=Calibration("t", 8, 4, 1),
         protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
-        perplexity=Perplexities(4.0, 5.0, 4.5), speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
+        perplexity=Perplexities(4.0, 5.0, 4.5, PerplexityErrors(0.1, 0.2, 0.01, 0.15, 0.02)),
+        speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
         refit=Refit((0.0, 1.0), (0.5, 0.4), 1.0, {"q": 0.1, "k": None}, 4, 2, 1.5),
         reconstruct=Reconstruction((0.0, 1.0), (0.4, 0.3), 1.0, ((2.0, 1.0), (3.0, 3.0))),
         training_speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
@@ -42,6 +46,30 @@ def test_what_is_written_is_read_back_as_it_was(whole, tmp_path):
     assert Results.read(tmp_path / "nowhere") is None
     whole.perplexity.pruned = 6.0
     assert Results.read(tmp_path) != whole  # control
+
+
+def test_results_without_the_errors_of_perplexities_are_read(whole, tmp_path):
+    content = whole.content()
+    del content["perplexity"]["stderr"]  # as runs wrote them before
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    found = Results.read(tmp_path)
+    assert found.perplexity == Perplexities(4.0, 5.0, 4.5) and found.perplexity.error("dense") is None
+    assert whole.perplexity.error("dense") == 0.1 and found.refit == whole.refit  # control
+
+
+def test_perplexities_carry_the_errors_of_their_windows():
+    dense, pruned, tuned = (TextLoss(sum(windows) / 2, torch.tensor(windows, dtype=torch.float64))
+                            for windows in ([1.0, 3.0], [1.5, 3.7], [1.1, 3.1]))  # fmt: skip
+    found = Perplexities.of(dense, pruned)
+    found.add_finetuned(tuned, dense)
+    # of two windows the standard error of the mean is half their distance
+    assert (found.dense, found.pruned, found.finetuned) == pytest.approx([math.exp(x) for x in (2.0, 2.6, 2.1)])
+    errors = (math.exp(2.0) * 1.0, math.exp(2.6) * 1.1, 0.1, math.exp(2.1) * 1.0, 0.0)
+    assert list(vars(found.stderr).values()) == pytest.approx(list(errors))
+    one = TextLoss(2.0, dense.windows[:1])
+    alone = Perplexities.of(one, one)
+    alone.add_finetuned(one, one)
+    assert alone.stderr is None and alone.finetuned == alone.dense
 
 
 def test_a_part_that_no_stage_filled_is_left_out(tmp_path):
@@ -70,9 +98,8 @@ def test_a_number_that_is_none_is_null(value, tmp_path):
 )
 def test_a_file_of_another_kind_is_refused_in_one_line_and_kept(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(InputError, match="cannot be read as results of version 2") as error:
+    with tiny.refused("cannot be read as results of version 2"):
         Results.read(tmp_path)
-    assert "\n" not in str(error.value)
     assert (tmp_path / "results.json").read_text() == content
 
 

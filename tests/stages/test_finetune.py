@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import shutil
 import weakref
 
@@ -123,8 +124,11 @@ def test_it_says_what_it_did(tuned):
                   "phase 1 of 3: dense and pruned model", "phase 2 of 3: training",
                   "phase 3 of 3: tuned model"):  # fmt: skip
         assert words in result.stdout
+    assert re.search(r"phase 3 of 3: tuned model, .* left\n", result.stdout)
     results = tiny.read_json(output / "results.json")
-    assert set(results["perplexity"]) == {"dense", "pruned", "finetuned"}
+    assert set(results["perplexity"]) == {"dense", "pruned", "finetuned", "stderr"}
+    errors = results["perplexity"]["stderr"]
+    assert all(0 < error < math.inf for error in errors.values()) and len(errors) == 5
     assert results["perplexity"]["finetuned"] < results["perplexity"]["pruned"]
     assert results["training_speed_up"]["num_batches"] == 2 and results["training_speed_up"]["batch_size"] == 4
     told = results["finetune"]

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 import shutil
 
 import pytest
@@ -78,6 +79,9 @@ def test_pruning_prints_what_it_did(pruned):
     for words in wanted:
         assert words in result.stdout
     assert "sparsity 0." in result.stderr and "lambda" in result.stderr  # the progress bar
+    assert re.search(r"phase 2 of 3, .* left:.* 8/8 ", result.stderr)
+    assert re.search(r"phase 3 of 3: cut at 0.4, .* left\n", result.stdout)
+    assert re.search(r" ± [\d.]+ dense -> [\d.]+ ± [\d.]+ pruned \(gap in log perplexity .* ± ", result.stdout)
     results = tiny.read_json(output / "results.json")
     assert results["widths"]["decoder_sparsity"] == pytest.approx(0.4, abs=0.02)
     assert results["parameters"]["pruned"] < results["parameters"]["dense"]
@@ -98,7 +102,9 @@ def test_evaluating_the_mask_repeats_its_perplexity(pruned, checkpoint, text, tm
     assert result.returncode == 0, result.stderr
     again = tiny.read_json(tmp_path / "results" / "results.json")["perplexity"]
     first = tiny.read_json(output / "results.json")["perplexity"]
-    assert again == pytest.approx(first)
+    errors, earlier = again.pop("stderr"), first.pop("stderr")
+    assert again == pytest.approx(first) and errors == pytest.approx(earlier)
+    assert 0 < errors["gap"] < errors["pruned"]
     assert abs(math.log(first["pruned"] / first["dense"])) > 1e-4  # negative control: pruning changes the score
     plan = KeepPlan.load(tmp_path / "results" / "plan.json")
     assert plan.num_parameters == tiny.read_json(output / "results.json")["parameters"]["pruned"]

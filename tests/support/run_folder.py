@@ -7,7 +7,7 @@ from report.test_zero_shot_report import made, record_of, score
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
 from tvaprune.recover.training import Tuning
-from tvaprune.report.results import KeptWidths, Parameters, Perplexities, Refit
+from tvaprune.report.results import KeptWidths, Parameters, Perplexities, PerplexityErrors, Refit
 from tvaprune.text.protocols import EvaluationText
 
 SHAPE = ModelShape(
@@ -38,7 +38,8 @@ def results(**change):
         model="models/mini", target_sparsity=0.5, shape=SHAPE,
         widths=KeptWidths(24, [2, 1, 0], [48, 32, 8], 0.51, 9, 8),
         sparsity_definition="decoder layers", parameters=Parameters(1_600_000, 1_000_000), versions={"torch": "2.13"},
-        perplexity=Perplexities(20.0, 25.0, 22.0), command=COMMAND, hardware="a card",
+        perplexity=Perplexities(20.0, 25.0, 22.0, PerplexityErrors(0.5, 0.62, 0.002, 0.55, 0.003)),
+        command=COMMAND, hardware="a card",
         protocol=EvaluationText("own", "prose", "test", None, "</s>", False, 8, 3), dataset_name="prose",
         speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16), training_speed_up=SpeedUp(1.3, 1.2, 3.0, 2.5, 4, 8, 16),
         refit=Refit((0.0, 0.5, 1.0), (0.4, 0.3, 0.35), 0.5,

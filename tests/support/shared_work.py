@@ -25,7 +25,7 @@ from tvaprune.cut.slice import apply_plan
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import FinetuneRunArguments, RunArguments
 from tvaprune.flags.settings import DistillSettings, PruneSettings
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.perplexity import text_loss
 from tvaprune.models.shape import shape_of
 from tvaprune.models.sharding import shard
 from tvaprune.plan.exact_cut import calibrate
@@ -163,7 +163,8 @@ def work(folder):
     found |= {"tuned": tuned(folder), "tuned, sharded": tuned(folder, sharded=ranks.launched() > 1)}
     found |= {method: scores(method) for method in METHODS} | {"refitted": refitted()}
     found |= {"reconstructed": refitted(reconstructs=True)}
-    return found | {"perplexity": torch.tensor([perplexity(model(), blocks(7), 2)], dtype=torch.float64)}
+    loss = text_loss(model(), blocks(7), 2)
+    return found | {"perplexity": torch.tensor([loss.perplexity, *loss.windows], dtype=torch.float64)}
 
 
 def refusals():

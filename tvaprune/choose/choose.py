@@ -125,7 +125,7 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
         check_identity("checkpoint", Path(checkpoint), identity)
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
-    trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record)
+    trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record, run.phases)
     with running_out_in(TRAINING):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.score_last_mask()

@@ -22,7 +22,9 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
+from tvaprune.measure.cost import GATE_TRAINING
 from tvaprune.measure.perplexity import perplexity
+from tvaprune.phases import Phases, TrainingBar
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import KeepPlan, describe_widths, plan_from_masks
 from tvaprune.plan.masks import best_mask, keep_best
@@ -40,6 +42,7 @@ class GateTrainer(CheckpointedTrainer):
         settings: Resolved settings.
         record: What is written beside each mask: model, data, seed, versions; its ``identity`` says which run it is.
         eval_blocks: Windows on which masks are compared.
+        phases: Of the command; its bar says where in them it is.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class GateTrainer(CheckpointedTrainer):
         train_dataset: Dataset,
         eval_blocks: Dataset,
         record: dict[str, Any],
+        phases: Phases | None = None,
     ) -> None:
         objective = PruningObjective(gated, settings)
         super().__init__(
@@ -64,7 +68,7 @@ class GateTrainer(CheckpointedTrainer):
             self.start = float(expected_sparsity(gated.log_alpha(), settings.beta_start, gated.shape))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(_GateProgress)
+            self.add_callback(_GateProgress(phases or Phases(), GATE_TRAINING))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns AdamW with two groups: the gates are minimised, the multipliers maximised."""
@@ -196,7 +200,7 @@ def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
 
 
-class _GateProgress(ProgressCallback):
+class _GateProgress(TrainingBar):
     """One bar with the figures that matter, in place of a printed dictionary per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

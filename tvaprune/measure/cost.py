@@ -22,6 +22,11 @@ CARDS = {"24 GB": 23.6 * GIB, "40 GB": 39.4 * GIB, "80 GB": 79.2 * GIB}  # what 
 STRENGTHS, SHARES, ROWS = 5, 6, 8192  # of `tvaprune.cut`: finite strengths, shares, rows at a time
 WINDOW_LAYERS, EPOCHS, NEW_SHARES = 2, 4, 3  # of `tvaprune.cut.reconstruct`
 ROTATION_BLOCKS = 128  # that a rotation is learned of
+# The phases by name, as `phases` has them.
+DENSE_PERPLEXITY, PRUNED_PERPLEXITY = "dense perplexity", "pruned perplexity"
+ROTATION, GATE_TRAINING, FINE_TUNING = "rotation", "gate training", "fine-tuning"
+CUT, REFIT, RECONSTRUCT = "cut", "refit", "reconstruct"
+NARROWING = (CUT, REFIT, RECONSTRUCT)
 
 
 @dataclass(frozen=True)
@@ -486,7 +491,7 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
     Args:
         on_card: Else the host's memory is the device's, and what is loaded is not copied there.
     """
-    found = [_evaluated("dense perplexity", work, work.dense, 0)]
+    found = [_evaluated(DENSE_PERPLEXITY, work, work.dense, 0)]
     if on_card:
         found[0] = replace(found[0], host=weights(work.dense, work))
     if verb == "prune":
@@ -495,16 +500,16 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         scored = work.scorings * forward_flops(work.dense, work.choice_blocks * work.block, work.block)
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
-            found.append(Phase("gate training", gate_step(work), 0, flops, _SMALLER_STEP))
+            found.append(Phase(GATE_TRAINING, gate_step(work), 0, flops, _SMALLER_STEP))
     found += _cut(work)
     beside = weights(work.dense, work) if work.keep_dense else 0
-    found.append(_evaluated("pruned perplexity", work, work.pruned, beside))
+    found.append(_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside))
     if verb == "finetune":
         scored = work.scorings * forward_flops(work.pruned, work.choice_blocks * work.block, work.block)
         scored += forward_flops(work.pruned, work.windows * work.window, work.window)  # of what was tuned
         flops = work.steps * finetuning_flops(work) + scored
         helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"
-        found.append(Phase("fine-tuning", finetuning_step(work), 0, flops, helps))
+        found.append(Phase(FINE_TUNING, finetuning_step(work), 0, flops, helps))
     if not on_card:
         return [replace(phase, device=phase.device + phase.host, host=0) for phase in found]
     return found
@@ -523,17 +528,17 @@ def _rotation(work: Work) -> Phase:
     """What a rotation is learned of; on the host both moments, and what their eigenvectors take, in float64."""
     flops = ROTATION_BLOCKS / work.rotation_batch * gradient_flops(work)
     host, helps = 6 * 8 * work.dense.hidden_size**2, "--rotate off, a smaller --block_size"
-    return Phase("rotation", gradient_pass(work), host, flops, helps)
+    return Phase(ROTATION, gradient_pass(work), host, flops, helps)
 
 
 def _cut(work: Work) -> Iterator[Phase]:
     """The fits, which hold the weights before and after on the host, or the cut alone, weight by weight."""
     dense, pruned = weights(work.dense, work), weights(work.pruned, work)
     if not work.refits:
-        yield Phase("cut", dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
+        yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
     host = 2 * pruned + work.refit_offload * (dense + _streams(work))
-    yield Phase("refit", refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")
+    yield Phase(REFIT, refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")
     if work.reconstructs:
         helps = "--refit_offload True, a smaller --per_device_eval_batch_size, --weight_update refit"
-        yield Phase("reconstruct", reconstruct(work), host, reconstruct_flops(work), helps)
+        yield Phase(RECONSTRUCT, reconstruct(work), host, reconstruct_flops(work), helps)

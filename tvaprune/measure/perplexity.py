@@ -1,10 +1,12 @@
-"""Perplexity over non-overlapping windows, in the memory that the model's layers need.
+"""Perplexity over non-overlapping windows and its standard error, in the memory that the model's layers need.
 
 The logits of 8 windows of 8,192 tokens over 128,256 tokens are 63 GiB in float32, some ten times all else: the decoder
 runs on a batch, the head and the loss on a chunk of its positions at a time.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,9 +39,59 @@ def windows_of_pass(window: int, batch_size: int = 0) -> int:
     return batch_size or max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // window))
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, eq=False)
+class TextLoss:
+    """How well a model predicts a text: negative log-likelihoods in nats.
+
+    A standard error takes the windows as a sample of independent ones, of which their text has more; it says nothing of
+    other texts, or of another training. Windows of one document are alike, which makes it somewhat too small.
+
+    Attributes:
+        mean: Over all predictions.
+        windows: The mean of each window, in their order, shape ``(number of windows,)``, float64. All are as long.
+    """
+
+    mean: float
+    windows: torch.Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean."""
+        return math.exp(min(self.mean, 700.0))  # exp overflows a float above 709; a collapsed model stays comparable
+
+    @property
+    def stderr(self) -> float | None:
+        """The standard error of the mean, so of the log perplexity; None: of a single window there is none."""
+        return _stderr(self.windows)
+
+    @property
+    def perplexity_stderr(self) -> float | None:
+        """The same of the perplexity, to first order: the perplexity times that of its logarithm."""
+        return None if self.stderr is None else self.perplexity * self.stderr
+
+    def gap_stderr(self, other: "TextLoss") -> float | None:
+        """Returns the standard error of this mean minus another model's over the same windows, paired by window."""
+        return _stderr(self.windows - other.windows)
+
+
+def _stderr(values: torch.Tensor) -> float | None:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+
+
 def perplexity(model: Any, blocks: Dataset, batch_size: int = 0, description: str | None = None) -> float:
-    """Returns ``exp`` of the mean negative log-likelihood of a text's tokens.
+    """Returns ``exp`` of the mean negative log-likelihood of a text's tokens, as `text_loss` finds it."""
+    return text_loss(model, blocks, batch_size, description).perplexity
+
+
+@torch.inference_mode()
+def text_loss(
+    model: Any,
+    blocks: Dataset,
+    batch_size: int = 0,
+    description: str | None = None,
+    at: Callable[[str, float], str] | None = None,
+) -> TextLoss:
+    """Returns the negative log-likelihood of a text's tokens.
 
     Each window stands alone; its first token is context only, so a window of ``n`` tokens gives ``n - 1`` predictions.
     The processes of a run share the windows out, and all return the same.
@@ -49,55 +101,79 @@ def perplexity(model: Any, blocks: Dataset, batch_size: int = 0, description: st
         blocks: Windows, as `tvaprune.text.blocks.token_blocks` gives them.
         batch_size: Windows of a pass; 0: as `windows_of_pass` says.
         description: Label of a progress bar; ``None`` shows none.
+        at: Told the description and the share that is done; what it returns stands in the bar.
     """
     if isinstance(model, Layers):
-        return _by_layers(model, blocks, batch_size, description)
+        return _by_layers(model, blocks, batch_size, description, at)
     assert len(blocks) > 0 and len(blocks[0]["input_ids"]) > 1, "a perplexity needs a prediction"
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, count, step = 0.0, 0.0, windows_per_pass(blocks, batch_size)
+    sums = torch.zeros(len(blocks), dtype=torch.float64)
     starts = list(ranks.rounds(range(0, len(blocks), step)))
-    for start, counts in tqdm(starts, desc=description, disable=description is None, leave=False, unit="batch"):
-        ids = blocks[start : start + step]["input_ids"].to(device)
-        value = _negative_log_likelihood(model, ids)
-        if counts:
-            total, count = total + value, count + ids[:, 1:].numel()
+    with _bar(len(starts), description, "batch") as bar:
+        for start, counts in starts:
+            ids = blocks[start : start + step]["input_ids"].to(device)
+            value, each = _summed(predictions(model, input_ids=ids, use_cache=False)[0], ids)
+            if counts:
+                total, count = total + value, count + ids[:, 1:].numel()
+                sums[start : start + step] = each
+            _advance(bar, description, at)
     model.train(was_training)
     total, count = ranks.total(total, count)
-    return _exponent(total / count)
+    ranks.add_up(sums)
+    return TextLoss(total / count, sums / (count / len(blocks)))
 
 
-def _exponent(mean: float) -> float:
-    return math.exp(min(mean, 700.0))  # exp overflows a float above 709; a collapsed model stays comparable
+def _bar(total: int, description: str | None, unit: str) -> Any:
+    return tqdm(total=total, desc=description, disable=description is None, leave=False, unit=unit)
 
 
-def _negative_log_likelihood(model: Any, ids: torch.Tensor) -> float:
-    """Returns the sum over the predictions of a batch of windows, shape ``(batch, window)``."""
-    return _summed(predictions(model, input_ids=ids, use_cache=False)[0], ids)
+def _advance(bar: Any, description: str | None, at: Callable[[str, float], str] | None) -> None:
+    bar.update()
+    if description is not None and at is not None:
+        bar.set_description(f"{description}, {at(description, bar.n / bar.total)}", refresh=False)
 
 
-def _summed(found: Predictions, ids: torch.Tensor) -> float:
-    """Returns the same of what is predicted."""
+def _summed(found: Predictions, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Returns the sum over the predictions of a batch of windows, shape ``(batch, window)``, and that of each window.
+
+    The first is not the sum of the others to the last bit: it is added up as the model's own loss is.
+    """
     (batch, window), total = ids.shape, 0.0
+    each = torch.zeros(batch, dtype=torch.float64)
     size = max(1, CHUNK_TOKENS // batch)
     for start in range(0, window - 1, size):
         wanted = ids[:, start + 1 : start + 1 + size]
         logits = found.logits(start, start + size)[:, : wanted.shape[1]].float()
-        targets = wanted.flatten().to(logits.device)
-        total += float(functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
-    return total
+        value, by_window = _of_chunk(logits, wanted.to(logits.device))
+        total, each = total + value, each + by_window
+    return total, each
 
 
-def _by_layers(layers: Layers, blocks: Dataset, batch_size: int, description: str | None) -> float:
-    """Returns the same perplexity of a model whose layers are held one half at a time."""
+def _of_chunk(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Returns the same of a chunk of positions, whose log-probabilities are gone before the next one's logits come."""
+    logs, targets = functional.log_softmax(logits.flatten(0, 1), dim=-1), wanted.flatten()
+    each = functional.nll_loss(logs, targets, reduction="none").view(len(wanted), -1)
+    return float(functional.nll_loss(logs, targets, reduction="sum")), each.double().sum(1).cpu()
+
+
+def _by_layers(
+    layers: Layers,
+    blocks: Dataset,
+    batch_size: int,
+    description: str | None,
+    at: Callable[[str, float], str] | None,
+) -> TextLoss:
+    """Returns the same of a model whose layers are held one half at a time."""
     step, tokens = windows_per_pass(blocks, batch_size), blocks[0]["input_ids"].numel()
     options = attention_options(layers, tokens)
     batches = [blocks[start : start + step]["input_ids"] for start in range(0, len(blocks), step)]
     size = max(1, STREAM_TOKENS // (step * tokens))
     groups = [batches[first : first + size] for first in range(0, len(batches), size)]
-    total, halves = 0.0, list(layers.blocks())
-    with tqdm(total=len(groups) * len(halves), desc=description, disable=description is None, leave=False) as shown:
+    total, windows, halves = 0.0, list[torch.Tensor](), list(layers.blocks())
+    with _bar(len(groups) * len(halves), description, "half layer") as bar:
         for group in groups:
             states = [layers.room((*ids.shape, layers.model.config.hidden_size)) for ids in group]
             embed(layers, group, states)
@@ -106,10 +182,12 @@ def _by_layers(layers: Layers, blocks: Dataset, batch_size: int, description: st
                 with layers.holding(*paths_of(block)):
                     for hidden in states:
                         hidden.copy_(half(hidden.to(layers.device)))
-                shown.update()
+                _advance(bar, description, at)
             with layers.holding(*layers.ends):
                 ending = Half.ending(layers)
                 for ids, hidden in zip(group, states, strict=True):
                     normed = ending.norm(hidden.to(layers.device))
-                    total += _summed(Predictions(normed, head_of(layers.model)), ids.to(layers.device))
-    return _exponent(total / sum(ids[:, 1:].numel() for ids in batches))
+                    value, each = _summed(Predictions(normed, head_of(layers.model)), ids.to(layers.device))
+                    total += value
+                    windows.append(each / (tokens - 1))
+    return TextLoss(total / sum(ids[:, 1:].numel() for ids in batches), torch.cat(windows))

@@ -13,6 +13,7 @@ from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.identity import Identity, check_identity, content, digest_of, weights_digest
+from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.recover.lora import LoraSettings
@@ -43,10 +44,10 @@ class Job:
     teacher_cache: Path | None = None
 
     @classmethod
-    def load(cls, args: Arguments, units: Masks | KeepPlan, checkpoint: Path | None) -> "Job":
+    def load(cls, args: Arguments, units: Masks | KeepPlan, checkpoint: Path | None, phases: Phases) -> "Job":
         """Loads all that the flags name: whatever is wrong with it ends the job before an earlier one's files go."""
         check_training(args)
-        run = Run.load(args, trains=True)
+        run = Run.load(args, trains=True, phases=phases)
         if args.finetune.full_ft and run.model.dtype == torch.float16:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
         windows = run.windows()

@@ -20,8 +20,10 @@ from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity
 from tvaprune.losses import Predictions, cross_entropy
+from tvaprune.measure.cost import FINE_TUNING
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.logits import predictions
+from tvaprune.phases import Phases, TrainingBar
 from tvaprune.recover.teacher import Teacher
 
 
@@ -44,6 +46,7 @@ class FinetuneTrainer(CheckpointedTrainer):
         weights: The weights of the teacher's terms.
         identity: What the checkpoints belong to.
         patience: Evaluations without a better perplexity after which training ends; None: never.
+        phases: Of the command; its bar says where in them it is.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class FinetuneTrainer(CheckpointedTrainer):
         weights: LossWeights,
         identity: Identity,
         patience: int | None = None,
+        phases: Phases | None = None,
     ) -> None:
         indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
         super().__init__(
@@ -70,7 +74,7 @@ class FinetuneTrainer(CheckpointedTrainer):
             self.add_callback(EarlyStoppingCallback(patience))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(_FinetuneProgress)
+            self.add_callback(_FinetuneProgress(phases or Phases(), FINE_TUNING))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
         """Returns the weighted sum of the terms of a batch."""
@@ -131,7 +135,7 @@ def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
-class _FinetuneProgress(ProgressCallback):
+class _FinetuneProgress(TrainingBar):
     """One bar with the figures that matter, in place of a printed dictionary per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.cut.refit import RefitReport
 from tvaprune.errors import InputError, reason
 from tvaprune.files import write_json
+from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
 from tvaprune.plan.keep_plan import KeepPlan, describe_widths
@@ -65,12 +66,45 @@ class Parameters:
 
 
 @dataclass
+class PerplexityErrors:
+    """Standard errors by the windows, as `TextLoss` says: of perplexities, and of gaps in log perplexity to the dense.
+
+    A gap's is paired by window, so smaller than what the two perplexities' would make.
+    """
+
+    dense: float
+    pruned: float
+    gap: float
+    finetuned: float | None = None
+    finetuned_gap: float | None = None
+
+
+@dataclass
 class Perplexities:
-    """Of every model at hand, on the same windows."""
+    """Of every model at hand, on the same windows; ``stderr``: None of a single window, and in results of old."""
 
     dense: float
     pruned: float
     finetuned: float | None = None
+    stderr: PerplexityErrors | None = None
+
+    @classmethod
+    def of(cls, dense: TextLoss, pruned: TextLoss) -> "Perplexities":
+        """Returns what two models make of the same windows."""
+        errors = dense.perplexity_stderr, pruned.perplexity_stderr, pruned.gap_stderr(dense)
+        found = PerplexityErrors(*errors) if None not in errors else None  # type: ignore[arg-type]
+        return cls(dense.perplexity, pruned.perplexity, stderr=found)
+
+    def error(self, name: str) -> float | None:
+        """Returns a standard error by its name; None: it was not measured."""
+        found: float | None = getattr(self.stderr, name, None)
+        return found
+
+    def add_finetuned(self, tuned: TextLoss, dense: TextLoss) -> None:
+        """Adds the fine-tuned model's."""
+        self.finetuned = tuned.perplexity
+        if self.stderr is not None:
+            self.stderr.finetuned, self.stderr.finetuned_gap = tuned.perplexity_stderr, tuned.gap_stderr(dense)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED, with_e
 NONE = "–"  # of what was not measured
 SCORED = ("model", DENSE, PRUNED, FINETUNED)
 MAX_PROMPTS = 8
+_ERRORS = " ±: the standard error over the windows; of a gap, over the same windows."
 _HALF = 2  # bytes of a weight in bfloat16 or float16
 
 
@@ -57,9 +58,9 @@ def _tiles(results: Results) -> list[Tile]:
     """Returns the figures that one looks for first."""
     found, ppl, widths, speed = [], results.perplexity, results.widths, results.speed_up
     if ppl is not None:
-        found.append(Tile("perplexity", f"{ppl.dense:.2f} → {ppl.pruned:.2f}", f"gap {gap(ppl, ppl.pruned):.3f}"))
+        found.append(Tile("perplexity", f"{ppl.dense:.2f} → {ppl.pruned:.2f}", f"gap {_gap(ppl)}"))
         if ppl.finetuned is not None:
-            found.append(Tile("fine-tuned", f"{ppl.finetuned:.2f}", f"gap {gap(ppl, ppl.finetuned):.3f}"))
+            found.append(Tile("fine-tuned", f"{ppl.finetuned:.2f}", f"gap {_gap(ppl, FINETUNED)}"))
     if widths is not None:
         asked = f"asked: {results.target_sparsity:g}" if results.target_sparsity is not None else "of the mask or plan"
         found.append(Tile("decoder sparsity", f"{widths.decoder_sparsity:.4f}", asked))
@@ -82,6 +83,11 @@ def _short(count: int) -> str:
 def gap(perplexities: Perplexities, value: float) -> float:
     """Returns log perplexity minus the dense model's."""
     return math.log(value / perplexities.dense)
+
+
+def _gap(perplexities: Perplexities, name: str = PRUNED) -> str:
+    error = perplexities.error("gap" if name == PRUNED else f"{name}_gap")
+    return with_error(gap(perplexities, getattr(perplexities, name)), error)
 
 
 def _columns(runs: Sequence[RunFolder], rows: dict[str, Callable[[Results], str | None]]) -> list[Block]:
@@ -131,7 +137,8 @@ def _protocol(runs: Sequence[RunFolder]) -> str:
     texts = dict.fromkeys(
         f"{text.dataset_name} {text.split}, {text.line}" for run in runs if (text := run.results.protocol) is not None
     )
-    return f"On {'; '.join(texts)}." if texts else ""
+    errors = any(run.results.perplexity is not None and run.results.perplexity.stderr for run in runs)
+    return (f"On {'; '.join(texts)}." if texts else "") + errors * _ERRORS
 
 
 def _perplexities(runs: Sequence[RunFolder]) -> list[Block]:
@@ -140,10 +147,10 @@ def _perplexities(runs: Sequence[RunFolder]) -> list[Block]:
     for run in runs:
         ppl = run.results.perplexity
         if ppl is not None:
-            values = [f"{ppl.dense:.2f}", f"{ppl.pruned:.2f}", f"{gap(ppl, ppl.pruned):.3f}"]
-            tuned = ppl.finetuned
-            values += [NONE, NONE] if tuned is None else [f"{tuned:.2f}", f"{gap(ppl, tuned):.3f}"]
-            rows.append([run.name, *values])
+            names = (DENSE, PRUNED) if ppl.finetuned is None else (DENSE, PRUNED, FINETUNED)
+            told = [with_error(getattr(ppl, name), ppl.error(name), digits=2) for name in names]
+            tuned = [NONE, NONE] if ppl.finetuned is None else [told[2], _gap(ppl, FINETUNED)]
+            rows.append([run.name, *told[:2], _gap(ppl), *tuned])
     head = ["run", DENSE, PRUNED, "gap", "fine-tuned", "gap"]
     if all(row[-1] == NONE for row in rows):
         head, rows = head[:4], [row[:4] for row in rows]

@@ -15,7 +15,8 @@ from tvaprune.errors import EVALUATING, InputError, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
-from tvaprune.measure.perplexity import perplexity, windows_per_pass
+from tvaprune.measure.cost import PRUNED_PERPLEXITY
+from tvaprune.measure.perplexity import TextLoss, text_loss, windows_per_pass
 from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
@@ -29,22 +30,6 @@ from tvaprune.report.results import Parameters, Perplexities, Results, ScoringRu
 from tvaprune.report.runs import page_of
 from tvaprune.report.zero_shot import DENSE, ZeroShotRecord
 from tvaprune.run import Run
-
-
-class Phases:
-    """Says where in its command a run is: a line as each phase begins.
-
-    Args:
-        names: The phases in their order; None stands for one that is not asked for.
-    """
-
-    def __init__(self, *names: str | None) -> None:
-        self.names = [name for name in names if name is not None]
-
-    def begin(self, name: str) -> None:
-        """Prints that a phase begins; nothing where it was not asked for, or is the only one."""
-        if name in self.names and len(self.names) > 1:
-            print(f"phase {self.names.index(name) + 1} of {len(self.names)}: {name}", flush=True)
 
 
 def write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
@@ -62,12 +47,12 @@ def _write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
 
 
 def measure(
-    run: Run, plan: KeepPlan, pruned: PreTrainedModel | Streamed, windows: Dataset, dense: float, results: Results
+    run: Run, plan: KeepPlan, pruned: PreTrainedModel | Streamed, windows: Dataset, dense: TextLoss, results: Results
 ) -> None:
     """Measures the pruned model, and its speed beside the dense one's where both are in memory.
 
     Args:
-        dense: The dense model's perplexity on the same windows.
+        dense: What the dense model makes of the same windows.
         results: What is measured goes in there.
     """
     evaluation, batch_size = run.args.evaluation, run.args.training.per_device_eval_batch_size
@@ -76,7 +61,8 @@ def measure(
     came = replace(plan.shape, tie_word_embeddings=run.tied)  # turning it may have untied the head
     results.parameters = Parameters(dense_parameters(came), plan.num_parameters)
     with running_out_in(EVALUATING):
-        results.perplexity = Perplexities(dense, perplexity(pruned, windows, batch_size, "pruned perplexity"))
+        loss = text_loss(pruned, windows, batch_size, PRUNED_PERPLEXITY, run.phases.at)
+    results.perplexity = Perplexities.of(dense, loss)
     if evaluation.speed_batches and not isinstance(pruned, Streamed):
         results.speed_up = ranks.on_main(_speed_up, run, plan, pruned, windows)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tvaprune.models.shape import in_words
 from tvaprune.report.page import PAGE_NAME
-from tvaprune.report.results import Results
+from tvaprune.report.results import Perplexities, Results
+from tvaprune.report.zero_shot import with_error
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -24,8 +25,8 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
     rows = [
         (
             f"perplexity ({text.dataset_name} {text.split}, windows of {text.window})",
-            f"{ppl.dense:.2f} dense -> {ppl.pruned:.2f} pruned "
-            f"(gap in log perplexity {math.log(ppl.pruned / ppl.dense):.3f})",
+            f"{_perplexity(ppl, 'dense')} dense -> {_perplexity(ppl, 'pruned')} pruned (gap in log perplexity "
+            f"{with_error(math.log(ppl.pruned / ppl.dense), ppl.error('gap'))})",
         ),
         ("protocol", text.line),
         ("sparsity of the decoder layers", _sparsity(widths.decoder_sparsity, results.target_sparsity)),
@@ -64,7 +65,8 @@ def finetune_rows(results: Results) -> list[tuple[str, str]]:
     rows = [
         (
             "perplexity, fine-tuned",
-            f"{ppl.pruned:.2f} pruned -> {ppl.finetuned:.2f} (gap {before:.3f} -> {after:.3f}{closed})",
+            f"{ppl.pruned:.2f} pruned -> {_perplexity(ppl, 'finetuned')} "
+            f"(gap {before:.3f} -> {with_error(after, ppl.error('finetuned_gap'))}{closed})",
         ),
         (
             f"fine-tuning ({told.method}, {told.steps} steps of {told.blocks_per_step} blocks)",
@@ -77,6 +79,10 @@ def finetune_rows(results: Results) -> list[tuple[str, str]]:
     if told.adapter_merged_difference is not None:
         rows.append(("adapter and merged model differ by at most", f"{told.adapter_merged_difference:.1e} in logits"))
     return rows
+
+
+def _perplexity(perplexities: Perplexities, name: str) -> str:
+    return with_error(getattr(perplexities, name), perplexities.error(name), digits=2)
 
 
 def _sparsity(achieved: float, target: float | None) -> str:

@@ -134,9 +134,10 @@ def _signed(difference: Difference) -> str:
     return with_error(difference.value, difference.stderr, sign="+")
 
 
-def with_error(value: float, error: float | None, sign: str = "") -> str:
+def with_error(value: float, error: float | None, sign: str = "", digits: int = 3) -> str:
     """Returns a value with its standard error where it has one."""
-    return f"{value:{sign}.3f}" if error is None else f"{value:{sign}.3f} ± {error:.3f}"
+    told = f"{value:{sign}.{digits}f}"
+    return told if error is None else f"{told} ± {error:.{digits}f}"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,6 @@
 """Mask, or plan -> keep plan -> narrower model -> results, zero-shot scores and folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from tvaprune.errors import InputError
 from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.cost import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
+from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.report.results import Results
-from tvaprune.report.steps import Phases, measure, tell, write_plan, zero_shot
+from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run, check_results, check_save, given_units, settle_multiple, zero_shot_tasks
 
@@ -56,10 +58,11 @@ def _scratch(args: Arguments) -> Iterator[Path | None]:
 def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | None, scratch: Path | None) -> Results:
     evaluation, training = args.evaluation, args.training
     measures = training.do_eval or evaluation.do_zero_eval
-    if units is not None and not args.prune.stream:  # whose need is told by the stream itself
-        announce(args, units)
-    phases = Phases(DENSE_MODEL if training.do_eval else None, CUT, SCORING if tasks else None)
-    run = Run.load(args, scratch, trains=args.prune.reconstructs)
+    counted: Mapping[str, float] = {}
+    if units is not None and not args.prune.stream:  # it tells its need itself, and waits for disks
+        counted = announce(args, units).counted
+    phases = _phases(args, tasks, counted)
+    run = Run.load(args, scratch, args.prune.reconstructs, phases)
     plan = None if units is None else run.plan(units)
     if plan is not None and run.streamed is None:
         fit(run.args, plan)
@@ -73,7 +76,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if training.do_eval:
         phases.begin(DENSE_MODEL)
         windows = run.windows()
-        dense = run.dense_perplexity(windows)
+        dense = run.dense_loss(windows)
     if measures:
         write_plan(run, plan, args.save_loc)
     phases.begin(CUT)
@@ -98,6 +101,13 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         phases.begin(SCORING)
         zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
     return results
+
+
+def _phases(args: Arguments, tasks: ZeroShot | None, counted: Mapping[str, float]) -> Phases:
+    measures = args.training.do_eval
+    dense = {DENSE_MODEL: (DENSE_PERPLEXITY,)} if measures else {}
+    cut = {CUT: (*NARROWING, PRUNED_PERPLEXITY) if measures else NARROWING}
+    return Phases(dense | cut | ({} if tasks is None else {SCORING: None}), counted)
 
 
 def _prepare(args: Arguments, measures: bool) -> None:

@@ -7,7 +7,7 @@ and stays zero).
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from tvaprune import ranks
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
-from tvaprune.estimates import announce
+from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.cost import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY
+from tvaprune.measure.perplexity import TextLoss, text_loss
+from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.sharding import shard
+from tvaprune.phases import Phases
 from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import Student, merge
@@ -30,7 +33,7 @@ from tvaprune.recover.output import read_again, write_adapter, write_merged
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
-from tvaprune.report.steps import Phases, measure, write_plan, write_results, zero_shot
+from tvaprune.report.steps import measure, write_plan, write_results, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 from tvaprune.run import given_units, settle_multiple, zero_shot_tasks
 
@@ -48,18 +51,17 @@ def run_finetune(args: Arguments) -> Results:
         args.training.num_train_epochs = args.finetune.epoch_f
     settle_multiple(args)
     checkpoint = ranks.on_main(_prepared, args)
-    announce(args, units)
-    phases = Phases(PRUNING, TRAINING, MERGING, None if tasks is None else SCORING)
+    phases = _phases(tasks, announce(args, units))
     phases.begin(PRUNING)
-    job = Job.load(args, units, checkpoint)
+    job = Job.load(args, units, checkpoint, phases)
     write_plan(job.run, job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)
-    pruned = _pruned(job, results)
+    pruned, dense_loss = _pruned(job, results)
     phases.begin(TRAINING)
     student = _tuned(job, pruned, results)
     del pruned
     phases.begin(MERGING)
-    _written(job, student, results)
+    _written(job, student, dense_loss, results)
     compares = tasks is not None and args.evaluation.compare_dense
     del student
     if not compares:
@@ -75,6 +77,15 @@ def run_finetune(args: Arguments) -> Results:
     return results
 
 
+def _phases(tasks: ZeroShot | None, estimate: Estimate) -> Phases:
+    phases: dict[str, Sequence[str] | None] = {
+        PRUNING: (DENSE_PERPLEXITY, *NARROWING, PRUNED_PERPLEXITY),
+        TRAINING: (FINE_TUNING,),
+        MERGING: (PRUNED_PERPLEXITY,),  # as large, though counted in fine-tuning
+    }
+    return Phases(phases if tasks is None else phases | {SCORING: None}, estimate.counted)
+
+
 def _prepared(args: Arguments) -> Path | None:
     """Refuses folders that are in use, makes the others, and returns the checkpoint to go on from, if any."""
     checkpoint = found_checkpoint(args)
@@ -82,9 +93,9 @@ def _prepared(args: Arguments) -> Path | None:
     return checkpoint
 
 
-def _pruned(job: Job, results: Results) -> PreTrainedModel:
-    """Measures the dense model, writes the pruned checkpoint, and returns that as loaded, measured too."""
-    dense = job.run.dense_perplexity(job.windows)
+def _pruned(job: Job, results: Results) -> tuple[PreTrainedModel, TextLoss]:
+    """Measures the dense model, writes the pruned checkpoint; returns it as loaded and measured, and the dense loss."""
+    dense = job.run.dense_loss(job.windows)
     job.teacher_cache = ranks.on_main(write_teacher_cache, job)
     results.note_update(_written_pruned(job, results))
     pruned = job.load_pruned()
@@ -94,7 +105,7 @@ def _pruned(job: Job, results: Results) -> PreTrainedModel:
     if not job.needs_dense:
         job.run.model = pruned  # the dense one leaves the memory
     measure(job.run, job.plan, pruned, job.windows, dense, results)
-    return pruned
+    return pruned, dense
 
 
 def _written_pruned(job: Job, results: Results) -> Mapping[str, object]:
@@ -152,7 +163,7 @@ def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
     return student
 
 
-def _written(job: Job, student: Student, results: Results) -> None:
+def _written(job: Job, student: Student, dense: TextLoss, results: Results) -> None:
     """Writes the adapter, merges it (in place), measures the merged model and writes that."""
     ranks.on_main(write_adapter, job, student, results.content())
     merged: Student = student
@@ -160,7 +171,7 @@ def _written(job: Job, student: Student, results: Results) -> None:
         merged = as_stored(merge(student) if isinstance(student, PeftModel) else student, job.stored)
     batch_size = job.run.args.training.per_device_eval_batch_size
     assert results.perplexity is not None
-    results.perplexity.finetuned = perplexity(merged, job.windows, batch_size, "fine-tuned perplexity")
+    results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity"), dense)
     ranks.on_main(write_merged, job, None if job.sharded else merged, results.content())
 
 

@@ -1,6 +1,7 @@
 """Flags -> mask for every target -> keep plan -> narrower model -> results and folder. Page one for a reader."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 
 from datasets import Dataset
@@ -10,16 +11,19 @@ from tvaprune.budget import fit, times
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.choose.choose import Chosen, choose_masks, clear_results, gate_checkpoint, in_basis
 from tvaprune.cut.narrow import narrow
-from tvaprune.estimates import announce
+from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.cost import DENSE_PERPLEXITY, GATE_TRAINING, NARROWING, PRUNED_PERPLEXITY, ROTATION
+from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
+from tvaprune.phases import Phases
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
 from tvaprune.report import plots
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
-from tvaprune.report.steps import Phases, measure, tell, write_page, write_plan, zero_shot
+from tvaprune.report.steps import measure, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import (
     Run,
@@ -48,27 +52,32 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     settle_multiple(args)
     fit(args)
     check_training(args)
-    announce(args)
-    phases = _phases(args, tasks)
+    phases = _phases(args, tasks, announce(args))
     phases.begin(DENSE_MODEL)
-    run = Run.load(args, trains=True)
+    run = Run.load(args, trains=True, phases=phases)
     windows = run.windows()
-    dense = run.dense_perplexity(windows)
+    dense = run.dense_loss(windows)
     phases.begin(CHOICE)
     run = in_basis(run, checkpoint)
     chosen = choose_masks(run, checkpoint)
     if chosen.history is not None:
         ranks.on_main(plots.write_training, chosen.history, args.save_loc)
     if not args.source.shard:
-        return _measured(run, tasks, chosen, windows, dense, target, phases)
+        return _measured(run, tasks, chosen, windows, dense, target)
     del run.model  # its shares go: one process cuts and measures the narrower models
     gc.collect()
-    return ranks.on_main(_measured, run, tasks, chosen, windows, dense, target, phases)
+    return ranks.on_main(_measured, run, tasks, chosen, windows, dense, target)
 
 
-def _phases(args: Arguments, tasks: ZeroShot | None) -> Phases:
-    cuts = [name(target) for target in args.each_target() for name in ((_cut, _scored) if tasks else (_cut,))]
-    return Phases(DENSE_MODEL, CHOICE, *cuts)
+def _phases(args: Arguments, tasks: ZeroShot | None, estimate: Estimate) -> Phases:
+    phases: dict[str, Sequence[str] | None] = {DENSE_MODEL: (DENSE_PERPLEXITY,), CHOICE: None}
+    if args.prune.prune_method == "vib":
+        phases[CHOICE] = (ROTATION, GATE_TRAINING)
+    for target in args.each_target():
+        phases[_cut(target)] = (*NARROWING, PRUNED_PERPLEXITY)
+        if tasks is not None:
+            phases[_scored(target)] = None
+    return Phases(phases, estimate.counted)
 
 
 def _cut(target: float) -> str:
@@ -84,14 +93,13 @@ def _measured(
     tasks: ZeroShot | None,
     chosen: Chosen,
     windows: Dataset,
-    dense: float,
+    dense: TextLoss,
     asked: Target | None,
-    phases: Phases,
 ) -> dict[float, Results]:
     """Cuts the masks of all targets and measures what is left.
 
     Args:
-        dense: The unpruned model's perplexity on the same windows.
+        dense: What the unpruned model makes of the same windows.
         asked: What the target sparsity was made of; None: it was given.
     """
     run, args = run.whole(), run.args
@@ -99,7 +107,7 @@ def _measured(
     if len(targets) > 1:  # each has a folder of its own: what lies here is of an earlier run's only one
         clear_results(args.save_loc)
     for target, one in targets.items():
-        phases.begin(_cut(target))
+        run.phases.begin(_cut(target))
         part = replace(run, args=one)
         plan = part.plan(load_masks(chosen.masks[target]))
         write_plan(part, plan, one.save_loc)
@@ -116,7 +124,7 @@ def _measured(
             place = one.prune.save_pruned
             ranks.on_main(save_pruned, pruned, plan, run.tokenizer, place, overwrite, results.content())
             print(f"checkpoint: {one.prune.save_pruned}")
-        phases.begin(_scored(target))
+        run.phases.begin(_scored(target))
         zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results)
         if abs(plan.sparsity - target) > TOLERANCE:
             print(
