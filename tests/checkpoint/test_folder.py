@@ -430,10 +430,11 @@ def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_pat
         ("llama GQA", uneven, "4.57", ["gguf x", "onnx x", "vanilla x"]),
         ("qwen3 tied", uniform, "4.57", ["gguf x", "onnx x", "vanilla x"]),
         ("qwen3 tied", uneven, "4.57", ["gguf x-vanilla", "onnx x", "vanilla x"]),
-        ("exaone4", uneven, "5.23", ["onnx x", "vanilla x"]),
-        ("olmo2", uneven, "5.23", ["onnx x"]),
-        ("olmo2", uniform, "5.23", ["onnx x", "vanilla x"]),
-        ("phi3, long rope", uneven, "5.23", []),
+        ("internlm3", uneven, "5.23", ["onnx x"]),
+        ("exaone4", uneven, "4.57", ["onnx x", "vanilla x"]),
+        ("olmo2", uneven, "4.57", ["onnx x"]),
+        ("olmo2", uniform, "4.57", ["onnx x", "vanilla x"]),
+        ("phi3, long rope", uneven, "4.57", []),
     ],
 )
 def test_the_card_promises_a_family_what_it_has(row, case, version, formats, make_pruned, tmp_path):

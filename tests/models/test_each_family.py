@@ -1,14 +1,13 @@
 """What every family can do beside the equalities of the contract, each family once."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 from support import tiny
 from support.families import CLOSE, MORE_ROWS, NAMED_ROWS, REFUSED_VANILLA, ROWS, logits, make_plan, sliced
-from support.folders import with_units
+from support.folders import with_hidden, with_units
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
@@ -161,12 +160,6 @@ def test_vanilla_is_a_stock_model_of_the_same_function_or_refused(row, make_mode
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "vanilla").eval()
     assert not type(loaded).__name__.startswith("Pruned")
     torch.testing.assert_close(logits(loaded, input_ids), logits(narrow, input_ids), **CLOSE)
-
-
-def with_hidden(plan, width):
-    """The plan with the first hidden dims, at factors that are felt."""
-    kept = replace(plan.kept, hidden=torch.arange(width))
-    return replace(plan, kept=kept, scale=replace(plan.scale, hidden=torch.linspace(0.5, 1.5, width)))
 
 
 def test_gguf_is_written_for_the_families_that_have_an_architecture_and_refused_for_others(model, tmp_path):

@@ -28,6 +28,12 @@ def with_units(plan, kind, layer, count):
     )
 
 
+def with_hidden(plan, width):
+    """The plan with the first hidden dims, at factors that are felt."""
+    kept = replace(plan.kept, hidden=torch.arange(width))
+    return replace(plan, kept=kept, scale=replace(plan.scale, hidden=torch.linspace(0.5, 1.5, width)))
+
+
 def uneven(plan):
     """KV heads and channels differ between the layers."""
     return plan
@@ -41,6 +47,12 @@ def uniform(plan):
     for layer in range(3):
         plan = with_units(with_units(plan, "attn", layer, 1), "inter", layer, 16)
     return plan
+
+
+def stock(plan):
+    """Layers alike, and a hidden width that stock configs take."""
+    queries = plan.shape.group_size
+    return with_hidden(uniform(plan), (plan.shape.hidden_size - 1) // queries * queries)
 
 
 def tokenizer():

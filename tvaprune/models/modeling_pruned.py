@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig
@@ -42,6 +43,7 @@ WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 CARD = "README.md"
 _EMPTY_CARD = b"This model card has been automatically generated"  # transformers' words where there is none
 ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
+CAPS_ATTENTION = ("gemma2",)  # their attention's logits, which sdpa does not: transformers 5 knows, 4 does not
 
 
 def layer_config(config: Any, layer_idx: int) -> Any:
@@ -96,6 +98,9 @@ class _PrunedConfig:
         with _globals_readable(self):
             PretrainedConfig.validate_rope(self)  # type: ignore[arg-type]
 
+    def _rope_scaling_validation(self) -> None:
+        """Checks nothing: transformers 4's own check in some families, against the dense widths too."""
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain values."""
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -112,9 +117,13 @@ def rope_of_transformers_4(rope: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in full:
         return {}
     values = {"rope_theta": full.pop("rope_theta")}
-    values["rope_scaling"] = None if full.get("rope_type", "default") == "default" else full
-    if "partial_rotary_factor" in full:
-        values["partial_rotary_factor"] = full["partial_rotary_factor"]
+    values |= {key: full[key] for key in ("partial_rotary_factor",) if key in full}
+    kind = full.get("rope_type", "default")
+    if kind == "longrope":  # Phi-3's config wants the type and the two lists of factors, and nothing else
+        at_top = ("rope_type", "partial_rotary_factor", "original_max_position_embeddings")
+        values |= {key: full[key] for key in at_top[1:] if key in full}
+        full = {"type": kind} | {key: value for key, value in full.items() if key not in at_top}
+    values["rope_scaling"] = None if kind == "default" else full
     if "sliding_attention" in rope:
         values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     return values
@@ -148,13 +157,14 @@ class _PrunedModel(nn.Module):
     """A stock decoder whose layers are of ``layer_class``."""
 
     layer_class: Any
-    rotary_emb: Any
     post_init: Any
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
             super().__init__(config)
-        self.rotary_emb.config = layer_config(config, 0)  # read again where the frequencies follow the text's length
+        for name, rotary in self.named_children():  # read again where the frequencies follow the text's length
+            if name.startswith("rotary_emb"):
+                rotary.config = layer_config(config, 0)
         self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
 
@@ -207,6 +217,8 @@ def classes_of(model_type: str) -> tuple[Any, Any, Any]:
 
 def _make(model_type: str, name: str) -> None:
     """Derives a family's classes and puts them into this module."""
+    if model_type not in CONFIG_MAPPING:
+        raise ImportError(f"transformers {transformers.__version__} has no '{model_type}' models: take a later one")
     config = CONFIG_MAPPING[model_type]
     model: Any = MODEL_MAPPING[config]
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
@@ -222,6 +234,7 @@ def _make(model_type: str, name: str) -> None:
     own_config = derive("Config", _PrunedConfig, config, model_type=f"pruned_{model_type}")
     own_layer = derive("DecoderLayer", _PrunedLayer, layer)
     common = {"config_class": own_config, "_no_split_modules": [own_layer.__name__]}
+    common |= {"_supports_sdpa": False} if model_type in CAPS_ATTENTION else {}
     records = {"hidden_states": own_layer, "attentions": attention}
     own_model = derive("Model", _PrunedModel, model, layer_class=own_layer, _can_record_outputs=records, **common)
     derive("ForCausalLM", _PrunedForCausalLM, causal, model_class=own_model, **common)
