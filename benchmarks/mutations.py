@@ -47,9 +47,23 @@ MUTATIONS = [
     Mutation(
         "the residual target with half the stream",
         REFIT,
-        "self.aim(batch) - batch.pruned",
-        "self.aim(batch) - 0.5 * batch.pruned",
+        "self.aim(batch) - batch.pruned[0]",
+        "self.aim(batch) - 0.5 * batch.pruned[0]",
         "tests/cut/test_refit.py",
+    ),
+    Mutation(
+        "a parallel MLP that reads what its attention wrote",
+        "tvaprune/models/layout.py",
+        'int(family.is_parallel and kind == "mlp")',
+        "0",
+        "tests/cut/test_refit.py",
+    ),
+    Mutation(
+        "a norm that subtracts the mean of all dims",
+        "tvaprune/choose/norms.py",
+        "(wide * kept.share).sum(-1, keepdim=True)",
+        "wide.mean(-1, keepdim=True)",
+        "tests/models/test_family_contract.py",
     ),
     Mutation(
         "lam chosen on its own calibration text",

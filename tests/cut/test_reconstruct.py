@@ -131,4 +131,4 @@ def test_dense_layers_leave_the_memory_behind_the_walk(make_model, updated):
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "cpu"  # control
     reconstruct(model, used, plan, *TEXTS, is_used_up=True)
     assert weights_differ(kept, used) == 0
-    assert {weight.device.type for weight in model.model.layers.parameters()} == {"meta"}
+    assert {weight.device.type for weight in model.model.layers.parameters() if weight.dim() > 1} == {"meta"}

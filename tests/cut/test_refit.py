@@ -72,7 +72,8 @@ def test_moments_of_tokens_and_the_error_of_weights():
 def test_with_nothing_pruned_it_returns_the_dense_weights(model, full_plan):
     same = copy.deepcopy(model)
     refit(model, same, full_plan(model), CALIBRATION, HELD_OUT)
-    assert weights_differ(model, same) < 1e-4
+    centres = family_of(model.config).norm_centres  # what has no mean says nothing of one direction of its reader
+    assert weights_differ(model, same) < (1e-3 if centres else 1e-4)
 
 
 def test_what_the_fold_gets_right_the_refit_leaves(make_model, full_plan):
@@ -183,7 +184,7 @@ def test_dense_layers_leave_the_memory_behind_the_walk_and_nothing_else_changes(
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "cpu"  # control
     refit(model, used, plan, CALIBRATION, HELD_OUT, is_used_up=True)
     assert weights_differ(kept, used) == 0
-    assert {weight.device.type for weight in model.model.layers.parameters()} == {"meta"}
+    assert {weight.device.type for weight in model.model.layers.parameters() if weight.dim() > 1} == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

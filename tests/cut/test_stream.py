@@ -97,7 +97,8 @@ def both(dense, text, output, *flags):
     return memory, applied(dense, text, output, *STREAM, *flags)
 
 
-FACTORS = ("gemma3_text tied", "granite, tied", "phi3, partial rope", "olmo3")  # what the walk itself must know of
+# What the walk itself must know of.
+FACTORS = ("gemma3_text tied", "granite, tied", "phi3, partial rope", "olmo3", "cohere2, with biases")
 
 
 @pytest.mark.parametrize("row", [*ROWS, *OTHER_ROWS, *FACTORS])
@@ -147,8 +148,8 @@ def test_what_is_reconstructed_is_loaded_to_be_trained(flags, dense, text, tmp_p
     assert asked == [False, True]
 
 
-@pytest.mark.parametrize("row", ["gemma3_text tied", "olmo3"])
-def test_so_it_is_of_tied_models_and_norms_after_the_blocks(row, make_model, make_masks, text, tmp_path):
+@pytest.mark.parametrize("row", ["gemma3_text tied", "olmo3", "cohere2 tied"])
+def test_so_it_is_of_tied_models_norms_after_the_blocks_and_parallel_ones(row, make_model, make_masks, text, tmp_path):
     model_type, values = (ROWS | MORE_ROWS | OTHER_ROWS)[row]
     model = make_model(model_type, **values)
     make_plan(model, make_masks, empty_layer=0).save(tmp_path / "plan.json")

@@ -32,11 +32,21 @@ def model(request, make_model):
     return make_model(model_type, **values)
 
 
+def layer_norm(x, selected, gain, epsilon):
+    """Over the selected dims alone, 0 in the others."""
+    there = x[..., selected]
+    variance, mean = torch.var_mean(there, dim=-1, keepdim=True, correction=0)
+    normed = torch.zeros_like(x)
+    normed[..., selected] = (there - mean) / (variance + epsilon).sqrt()
+    return normed * gain
+
+
 def zeroed(dense, plan):
     """The narrower model by the equations alone, in float64: the dense one with zeros where units go.
 
     What a hidden dim of zeros changes is the norms' average: over n' of n dims, ``rms' = sqrt(n / n') rms``, so a gain
-    times ``sqrt(n' / n)`` and an epsilon times ``n' / n`` average over the kept ones. No name is read from the rows.
+    times ``sqrt(n' / n)`` and an epsilon times ``n' / n`` average over the kept ones. A norm that subtracts the mean
+    becomes its equation over the kept ones. No name is read from the rows.
     """
     model, shape = copy.deepcopy(dense).double(), plan.shape
     full, kept, width = plan.full_scale(), plan.full_kept(), shape.head_dim * shape.group_size
@@ -54,6 +64,8 @@ def zeroed(dense, plan):
         share = selected.double().mean()
         gain = (norm.weight.data + offset) * share.sqrt() * factors
         norm.weight.data = gain - offset
+        if type(norm).__name__.endswith("LayerNorm"):
+            norm.forward = lambda x: layer_norm(x, selected, norm.weight / share.sqrt(), norm.variance_epsilon / share)
         for name in ("variance_epsilon", "eps"):
             if hasattr(norm, name):
                 setattr(norm, name, getattr(norm, name) * float(share))

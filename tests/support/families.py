@@ -69,6 +69,8 @@ MORE_ROWS = {  # the other families, each with what sets it apart
     "olmo3": ("olmo3", GQA | WINDOWS),
     "glm4": ("glm4", GQA | {"attention_bias": True}),
     "exaone4": ("exaone4", GQA | WINDOWS),
+    "cohere2 tied": ("cohere2", WINDOWS | {"tie_word_embeddings": True, "logit_scale": 0.7}),
+    "cohere2, with biases": ("cohere2", GQA | WINDOWS | {"attention_bias": True, "logit_scale": 1.3}),
 }  # fmt: skip
 NAMED_ROWS = {  # what people have under another family's type, in its proportions
     "SmolLM2": ("llama", {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3,

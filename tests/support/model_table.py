@@ -27,6 +27,7 @@ CHECKPOINTS = {  # of each family, one that people have
     "olmo3": "allenai/Olmo-3-7B-Instruct",
     "glm4": "THUDM/GLM-4-9B-0414",
     "exaone4": "LGAI-EXAONE/EXAONE-4.0-1.2B",
+    "cohere2": "CohereLabs/c4ai-command-r7b-12-2024",
 }
 SHAPE = ModelShape.uniform(8, 1, 2, 1, 4, 8, 8)
 
@@ -38,13 +39,17 @@ def apart(model_type):
         said.append("q and k normalised over all heads" if row.norms_all_heads else "q and k normalised")
     if row.attention_post_norm is not None:
         said.append("norms around the blocks" if row.attention_norm is not None else "norms after the blocks only")
+    if row.is_parallel:
+        said.append("attention and MLP side by side")
+    if row.norm_centres:
+        said.append("norms that subtract the mean")
     if row.norm_offset:
         said.append("gains of 1 + w")
     if row.scales_embedding or row.embedding_multiplier is not None:
         said.append("scaled embedding")
     if row.residual_multiplier is not None:
         said.append("scaled residuals")
-    if row.logit_cap or row.logit_divisor:
+    if row.logit_cap or row.logit_divisor or row.logit_multiplier:
         said.append("capped logits" if row.logit_cap else "scaled logits")
     if row.query == row.key:
         said.append("fused q, k, v")

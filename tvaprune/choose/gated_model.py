@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.choose.gates import Gates, multiply
-from tvaprune.choose.norms import KeptDims, kept_rms_norm
+from tvaprune.choose.norms import KeptDims, centred_on_kept, kept_rms_norm
 from tvaprune.models.families import family_of
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.shape import shape_of
@@ -208,8 +208,10 @@ class GatedModel(nn.Module):
         return (x.unflatten(-1, (len(by), -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
     def _replace_norm(self, path: str) -> None:
-        """Lets an RMSNorm average over the kept dims only."""
+        """Lets a norm average over the kept dims only."""
         norm: Any = self.model.get_submodule(path)
+        if norm in self._stock_forwards:  # which both blocks of a layer read
+            return
         family, stock = self.family, norm.forward
         epsilon = getattr(norm, family.norm_epsilon)
 
@@ -218,7 +220,9 @@ class GatedModel(nn.Module):
                 return stock(x)
             assert self._pass is not None
             kept = self._pass.heads.get(path, self._pass.kept)
-            return kept_rms_norm(x, norm.weight, kept, epsilon, family.norm_offset, family.norm_rounds_once)
+            read = centred_on_kept(x, kept) if family.norm_centres else x
+            normed = kept_rms_norm(read, norm.weight, kept, epsilon, family.norm_offset, family.norm_rounds_once)
+            return normed.to(x.dtype)
 
         self._stock_forwards[norm] = vars(norm).get("forward")
         norm.forward = forward
@@ -228,7 +232,8 @@ class GatedModel(nn.Module):
             return self._fixed_kept.hidden
         hidden = (self.mu[: self.shape.hidden_size], self.log_variance[: self.shape.hidden_size])
         log_alpha = log_alpha_of(*hidden).detach()
-        return (log_alpha < 0) | (log_alpha == log_alpha.min())  # a plan keeps the surest dim at least
+        surest = log_alpha.kthvalue(2).values if self.family.norm_centres else log_alpha.min()  # one has no variance
+        return (log_alpha < 0) | (log_alpha <= surest)  # a plan keeps the surest dim at least
 
     def _kept_heads(self) -> Iterator[tuple[str, KeptDims]]:
         """Yields, of each norm over all heads of a layer, the kept heads' features; of a layer that keeps none, all."""

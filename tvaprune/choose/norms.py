@@ -32,6 +32,15 @@ class KeptDims:
         return cls(mask, count, mask / count)
 
 
+def centred_on_kept(x: torch.Tensor, kept: KeptDims) -> torch.Tensor:
+    """Subtracts the kept dims' mean from them, which makes `kept_rms_norm` a LayerNorm; in float32 at least.
+
+    Other dims stay what they are: 0 in a masked model, as if they were gone.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide - (wide * kept.share).sum(-1, keepdim=True) * kept.mask
+
+
 def kept_rms_norm(
     x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float = 0.0, once: bool = False
 ) -> torch.Tensor:

@@ -99,7 +99,7 @@ class _Trained:
         self.cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the stream past the window."""
+        """Returns the states past the window."""
         for half in self.halves:
             hidden = half(hidden)
         return hidden
@@ -170,7 +170,7 @@ class _Reconstruction(Walk):
                 distance = self._of_predictions if last else self._of_streams
                 self._train(_Trained(own, self.pruned.weights(*changing).values()), distance, seed)
                 self.move(self.pruned, *own)
-            self.dense.done(*paths)
+            self.dense.done(*(block.module for _, block, _ in window))
 
     def _train(self, window: _Trained, distance: Distance, seed: int) -> None:
         """Trains a window, as far as its held-out error falls."""
@@ -196,15 +196,15 @@ class _Reconstruction(Walk):
 
     def _of_streams(self, window: _Trained, batch: Batch) -> torch.Tensor:
         """Returns the squared error of a batch's stream past the window: the mean over tokens."""
-        missed = window(batch.pruned.to(self.device)).float() - self.aim(batch)
+        missed = window(batch.pruned.to(self.device))[0].float() - self.aim(batch)
         return missed.square().sum(-1).mean()
 
     def _of_predictions(self, window: _Trained, batch: Batch) -> torch.Tensor:
         """Returns the KL from the dense predictions of a batch to those that follow the window."""
         dense, pruned = Half.ending(self.dense), Half.ending(self.pruned)
-        student = Predictions(pruned.norm(window(batch.pruned.to(self.device))), head_of(self.pruned.model))
+        student = Predictions(pruned.normed(window(batch.pruned.to(self.device))), head_of(self.pruned.model))
         with torch.no_grad():
-            states = dense.norm(batch.dense.to(self.device))
+            states = dense.normed(batch.dense.to(self.device))
         teacher = Predictions(states, torch.no_grad()(head_of(self.dense.model)))
         return distillation_loss(student, teacher)
 

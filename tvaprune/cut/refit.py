@@ -97,7 +97,7 @@ class _Refit(Walk):
         for index, block, options in tqdm(self.halves(), desc="refitting", unit="half layer", leave=False):
             with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
                 self._half(f"layer {index} ", block, options)
-            self.dense.done(*paths_of(block))
+            self.dense.done(block.module)  # a norm may be the next half's too
 
     def head(self) -> None:
         """Refits the lm_head."""
@@ -120,7 +120,7 @@ class _Refit(Walk):
 
     def _lacking(self, batch: Batch) -> torch.Tensor:
         """Returns what the pruned stream, before a half, lacks of the dense one past it."""
-        lacking = self.aim(batch) - batch.pruned.to(self.device).float()
+        lacking = self.aim(batch) - batch.pruned[0].to(self.device).float()
         return lacking / residual_factor(self.dense.model.config)
 
     def _written(self, dense: Half, batch: Batch) -> torch.Tensor:
@@ -145,7 +145,7 @@ class _Refit(Walk):
         like = next(iter(pruned.readers.values()))
 
         def tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            inputs, targets = pruned.norm(batch.pruned.to(self.device)), dense.norm(batch.dense.to(self.device))
+            inputs, targets = pruned.normed(batch.pruned.to(self.device)), dense.normed(batch.dense.to(self.device))
             return with_one(inputs, like), with_one(targets, like)
 
         fit, held = self._moments(tokens)

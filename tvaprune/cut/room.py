@@ -56,7 +56,9 @@ def disk_needed(plan: KeepPlan, itemsize: int, calibration: int, held_out: int, 
         held_out: Tokens that choose.
         reconstructs: Whether the refit is followed by one.
     """
-    streams, share = (calibration + held_out) * (plan.shape.hidden_size + plan.hidden_size), held_out * plan.hidden_size
+    lanes = 1 + plan.shape.is_parallel
+    share = lanes * held_out * plan.hidden_size
+    streams = lanes * (calibration + held_out) * (plan.shape.hidden_size + plan.hidden_size)
     waiting = (len(SHARES) - 1) * share + plan.num_parameters
     if reconstructs:
         waiting = max(waiting, (len(NEW_SHARES) - 1) * share + 2 * plan.num_parameters)

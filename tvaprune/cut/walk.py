@@ -25,7 +25,7 @@ from tvaprune.plan.keep_plan import KeepPlan
 
 @dataclass
 class Batch:
-    """One batch of windows and its residual streams: shapes ``(batch, length)`` and ``(batch, length, hidden)``."""
+    """One batch of windows and the states of both models, as a `Half` takes them: the residual streams come first."""
 
     input_ids: torch.Tensor
     dense: torch.Tensor
@@ -81,7 +81,7 @@ class Walk:
         batch_size = min(batch_size, len(blocks) // ranks.count())  # one at least falls to every process
         for start in ranks.share(range(0, len(blocks), batch_size)):
             ids = blocks[start : start + batch_size]["input_ids"]
-            dense, pruned = (self.dense.room((*ids.shape, width)) for width in widths)
+            dense, pruned = (self.dense.room_of(ids, width) for width in widths)
             batches.append(Batch(ids, dense, pruned, held_out))
         ids = [batch.input_ids for batch in batches]
         embed(self.dense, ids, [batch.dense for batch in batches])
@@ -96,7 +96,7 @@ class Walk:
     def aim(self, batch: Batch) -> torch.Tensor:
         """Returns where the pruned stream should be: the dense one on the kept dims, times their factors; float32."""
         kept, scale = (values.hidden.to(self.device) for values in (self.plan.kept, self.plan.scale))
-        return batch.dense.to(self.device).index_select(-1, kept).float() * scale
+        return batch.dense[0].to(self.device).index_select(-1, kept).float() * scale
 
     def move(self, layers: Layers, *halves: Half) -> None:
         """Moves the stream of one of the models past some of its halves."""
@@ -149,8 +149,8 @@ class Walk:
         """Returns the KL of a stream, summed over the windows."""
         total = 0.0
         for batch, hidden in zip(batches, stream, strict=True):
-            for own, other in zip(hidden.split(1), batch.dense.split(1), strict=True):
-                student = Predictions(pruned.norm(own.to(self.device)), head_of(self.pruned.model))
-                teacher = Predictions(dense.norm(other.to(self.device)), head_of(self.dense.model))
+            for own, other in zip(hidden.split(1, dim=1), batch.dense.split(1, dim=1), strict=True):
+                student = Predictions(pruned.normed(own.to(self.device)), head_of(self.pruned.model))
+                teacher = Predictions(dense.normed(other.to(self.device)), head_of(self.dense.model))
                 total += float(distillation_loss(student, teacher))
         return total

@@ -360,8 +360,9 @@ def _refit_tokens(work: Work) -> int:
 
 
 def _streams(work: Work) -> int:
-    """Returns the bytes of both residual streams of the refit."""
-    return work.weight_bytes * (work.dense.hidden_size + work.pruned.hidden_size) * _refit_tokens(work)
+    """Returns the bytes of both residual streams of the refit; of a parallel model a layer's input waits too."""
+    width = (1 + work.dense.is_parallel) * (work.dense.hidden_size + work.pruned.hidden_size)
+    return work.weight_bytes * width * _refit_tokens(work)
 
 
 def head_share(dense: ModelShape, hidden: int, itemsize: int) -> int:

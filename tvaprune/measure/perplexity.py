@@ -175,7 +175,7 @@ def _by_layers(
     total, windows, halves = 0.0, list[torch.Tensor](), list(layers.blocks())
     with _bar(len(groups) * len(halves), description, "half layer") as bar:
         for group in groups:
-            states = [layers.room((*ids.shape, layers.model.config.hidden_size)) for ids in group]
+            states = [layers.room_of(ids, layers.model.config.hidden_size) for ids in group]
             embed(layers, group, states)
             for index, block, is_attention in halves:
                 half = Half.of(layers, block, options[index] if is_attention else {})
@@ -186,7 +186,7 @@ def _by_layers(
             with layers.holding(*layers.ends):
                 ending = Half.ending(layers)
                 for ids, hidden in zip(group, states, strict=True):
-                    normed = ending.norm(hidden.to(layers.device))
+                    normed = ending.normed(hidden.to(layers.device))
                     value, each = _summed(Predictions(normed, head_of(layers.model)), ids.to(layers.device))
                     total += value
                     windows.append(each / (tokens - 1))

@@ -30,7 +30,9 @@ class ModelFamily:
         embedding_multiplier: The entry of the config that multiplies the embedding's output, after the module.
         residual_multiplier: That which multiplies a block's output before it joins the residual stream.
         logit_divisor: The entry of the config that the head's output is divided by; None: it is the logits.
+        logit_multiplier: That which it is multiplied by.
         logit_cap: The entry ``c`` that bounds it: ``c * tanh(logits / c)``.
+        norm_centres: Whether a norm subtracts the mean first.
         norm_offset: What a norm adds to its weight: its gain is ``w`` or ``1 + w``.
         norm_epsilon: The attribute of a norm that holds its epsilon.
         norm_rounds_once: Whether a norm rounds to half precision after its gain, not before it.
@@ -52,7 +54,9 @@ class ModelFamily:
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logit_divisor: str | None = None
+    logit_multiplier: str | None = None
     logit_cap: str | None = None
+    norm_centres: bool = False
     norm_offset: float = 0.0
     norm_epsilon: str = "variance_epsilon"
     norm_rounds_once: bool = False
@@ -73,6 +77,11 @@ class ModelFamily:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP read the stream together, by one norm, and not the MLP what the attention made."""
+        return self.attention_norm is not None and self.attention_norm == self.mlp_norm
 
 
 _HEAD_NORMS: dict[str, Any] = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
@@ -132,6 +141,13 @@ FAMILIES = {
         **_FUSED_MLP,
     ),
     "exaone4": ModelFamily(**_NO_BIAS, **_AFTER, **_HEAD_NORMS),
+    "cohere2": ModelFamily(
+        mlp_bias=False,
+        mlp_norm="input_layernorm",
+        norm_centres=True,
+        norm_rounds_once=True,
+        logit_multiplier="logit_scale",
+    ),
 }
 
 

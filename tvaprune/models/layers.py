@@ -100,6 +100,10 @@ class Layers:
         before, after = (values[name].to(self.device) for values in (self._before, self._after))
         return between(before, after, share)
 
+    def room_of(self, ids: torch.Tensor, width: int) -> torch.Tensor:
+        """Returns room for the states of a batch of tokens, in as many lanes as a `Half` of the family passes on."""
+        return self.room((1 + self.family.is_parallel, *ids.shape, width))
+
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Returns room for hidden states of some shape, where they wait for the next layer."""
         return torch.empty(*shape, dtype=self.model.dtype, device=self.model.device)
@@ -146,7 +150,7 @@ class Streamed(Layers):
         with self.holding(*paths):
             yield
             changed = {name: weight.detach().cpu() for name, weight in self.weights(*paths).items()}
-            file = self.scratch / f"{paths[0]}.safetensors"
+            file = self.scratch / f"{paths[-1]}.safetensors"  # two blocks may share a norm, none a module
             save_file(changed, file)
             self._changed |= dict.fromkeys(changed, file)
 
@@ -201,13 +205,17 @@ def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Te
 
 @dataclass
 class Half:
-    """Half of a layer, which adds ``post_norm(module(norm(h)))`` to the residual stream ``h``.
+    """Half of a layer, which adds ``post_norm(module(norm(h)))`` to the residual stream.
+
+    It takes and returns states of shape ``(lanes, batch, length, hidden)``: the stream, and where an MLP reads it
+    together with its attention, what the layer began with.
 
     Attributes:
         readers: The linears that read the norm's output, by their dotted name.
         writer: The linear that writes the half's output; None: what reads ends here, as in the lm_head.
         options: What the module is called with beside the hidden states.
         factor: What the output is multiplied by before it joins the stream.
+        lane: Of the states, that of ``h``.
     """
 
     norm: Any
@@ -217,6 +225,7 @@ class Half:
     writer: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     factor: float = 1.0
+    lane: int = 0
 
     @classmethod
     def of(cls, layers: Layers, block: Block, options: dict[str, Any]) -> "Half":
@@ -225,7 +234,7 @@ class Half:
         norm, post_norm = (nn.Identity() if name is None else find(name) for name in (block.norm, block.post_norm))
         readers = {path: find(path) for path in block.reading_linears}
         factor = residual_factor(layers.model.config)
-        return cls(norm, find(block.module), readers, post_norm, find(block.writer), options, factor)
+        return cls(norm, find(block.module), readers, post_norm, find(block.writer), options, factor, block.lane)
 
     @classmethod
     def ending(cls, layers: Layers) -> "Half":
@@ -233,16 +242,17 @@ class Half:
         norm, head = (layers.model.get_submodule(path) for path in layers.ends)
         return cls(norm, head_of(layers.model), {layers.family.head: head})
 
-    def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns what the module makes of hidden states: of the ending, the logits."""
-        output = self.module(self.norm(hidden), **self.options)
-        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns what the readers read, shape ``(batch, length, hidden)``."""
+        found: torch.Tensor = self.norm(states[self.lane])
         return found
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the residual stream past the half."""
-        past: torch.Tensor = hidden + self.post_norm(self.outputs(hidden)) * self.factor
-        return past
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns the states past the half."""
+        output = self.module(self.normed(states), **self.options)
+        written = self.post_norm(output[0] if isinstance(output, tuple) else output)
+        past: torch.Tensor = states[0] + written * self.factor
+        return torch.stack((past, states[self.lane])) if len(states) > 1 else past.unsqueeze(0)
 
 
 def paths_of(block: Block) -> list[str]:
@@ -255,7 +265,7 @@ def embed(layers: Layers, batches: Sequence[torch.Tensor], rooms: Sequence[torch
     with layers.holding(layers.family.embedding):
         embedding, factor = layers.model.get_submodule(layers.family.embedding), embedding_factor(layers.model.config)
         for ids, room in zip(batches, rooms, strict=True):
-            room.copy_(embedding(ids.to(layers.device)) * factor)
+            room.copy_(embedding(ids.to(layers.device)) * factor)  # into each lane
 
 
 class _Seen(Exception):

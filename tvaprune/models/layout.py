@@ -28,7 +28,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class Block:
-    """Half a layer, which adds ``post_norm(module(norm(h)))`` to the residual stream ``h``.
+    """Half a layer, which adds ``post_norm(module(norm(h)))`` to the residual stream.
+
+    That is ``h``, except of an MLP that reads the stream together with its attention: then ``h`` is the layer's input.
 
     Attributes:
         module: Dotted name of the attention or the MLP.
@@ -36,6 +38,7 @@ class Block:
         post_norm: Of the norm that its output passes; None: it is added as it is.
         readers: The projections that read the norm's output, by their field of `ModelFamily`.
         writer: Dotted name of the linear that writes the output.
+        lane: Where ``h`` stands in the states that pass a layer (`tvaprune.models.layers.Half`).
         head_norms: Of the attention's norms over all heads at once, which are as wide as the heads: those of its
             readers, by their field.
     """
@@ -45,6 +48,7 @@ class Block:
     post_norm: str | None
     readers: Mapping[str, Projection]
     writer: str
+    lane: int = 0
     head_norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -109,4 +113,5 @@ def _block(family: ModelFamily, index: int, kind: str, rows: Mapping[str, int], 
     head_norms: dict[str, str] = {}
     if kind == "attention" and family.norms_all_heads:
         head_norms = {"query": f"{layer}{family.query_norm}", "key": f"{layer}{family.key_norm}"}
-    return Block(layer + getattr(family, kind), norm, post_norm, readers, layer + writer, head_norms)
+    lane = int(family.is_parallel and kind == "mlp")
+    return Block(layer + getattr(family, kind), norm, post_norm, readers, layer + writer, lane, head_norms)

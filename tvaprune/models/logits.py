@@ -71,13 +71,15 @@ def _way(causal: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if row is None:
         return None
     head: Callable[[torch.Tensor], torch.Tensor] = causal.get_output_embeddings()
-    divisor = 1.0 if row.logit_divisor is None else getattr(config, row.logit_divisor)
+    divisor, multiplier = (
+        1.0 if name is None else getattr(config, name) for name in (row.logit_divisor, row.logit_multiplier)
+    )
     cap = None if row.logit_cap is None else getattr(config, row.logit_cap)
-    if divisor == 1 and cap is None:
+    if divisor == multiplier == 1 and cap is None:
         return head
 
     def way(states: torch.Tensor) -> torch.Tensor:
-        logits = head(states) / divisor
+        logits = head(states) / divisor * multiplier
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return way

@@ -38,6 +38,7 @@ NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the
     "olmo3": "Olmo3",
     "glm4": "Glm4",
     "exaone4": "Exaone4",
+    "cohere2": "Cohere2",
 }
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 CARD = "README.md"

@@ -53,6 +53,8 @@ def turns_of(family: ModelFamily, shape: ModelShape) -> dict[str, Turn]:
 
 def why_not(family: ModelFamily, shape: ModelShape) -> str | None:
     """Returns what keeps a family's stream from being rotated, in words; None: nothing does."""
+    if family.norm_centres:
+        return "its norms subtract the mean of the dims, which does not commute with a rotation"
     if any(block.post_norm is not None for block in _blocks(family, shape)):
         return "a norm stands between its blocks and the residual stream, and does not commute with a rotation"
     return None

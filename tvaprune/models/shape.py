@@ -21,6 +21,7 @@ class ModelShape:
         head_norm: Whether q and k are normalised.
         norms_all_heads: Whether they are so over all heads, not each head by itself.
         gated_mlp: Whether the MLP has a gate beside its up projection.
+        is_parallel: Whether attention and MLP of a layer read the stream together.
         layer_norms: Norms of each layer that are ``hidden_size`` wide; none told: two.
     """
 
@@ -37,6 +38,7 @@ class ModelShape:
     head_norm: bool = False
     norms_all_heads: bool = False
     gated_mlp: bool = True
+    is_parallel: bool = False
     layer_norms: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,8 +104,10 @@ def shape_of(config: Any) -> ModelShape:
         head_norm=family.query_norm is not None,
         norms_all_heads=family.norms_all_heads,
         gated_mlp=family.gate is not None,
+        is_parallel=family.is_parallel,
         layer_norms=tuple(
-            attention_norms * (k > 0) + mlp_norms * (c > 0) for k, c in zip(heads, channels, strict=True)
+            attention_norms * (k > 0) + mlp_norms * (c > 0) - family.is_parallel * (k > 0) * (c > 0)
+            for k, c in zip(heads, channels, strict=True)
         ),
     )
 

@@ -16,6 +16,8 @@ from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.units import head_features
 from tvaprune.plan.keep_plan import KeepPlan
 
+NEARLY_ZERO = 2.0**-20  # a factor that can be divided out again, beside which a stream rounds
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -120,9 +122,12 @@ def _ends(plan: KeepPlan, family: ModelFamily, stream: _Stream) -> dict[str, Edi
     """Returns the edits of the embedding, the final norm and the head."""
     tied = plan.shape.tie_word_embeddings
     root = (plan.shape.hidden_size / plan.hidden_size) ** 0.5 if family.scales_embedding else 1.0
-    inverse = torch.where(stream.means == 0, 0.0, 1 / stream.means)  # of a mean of 0 the norm's input is 0
+    means = stream.means
+    if tied and family.norm_centres:  # what the norm makes of a dim of zeros is not 0, and the head reads it
+        means = torch.where(means == 0, NEARLY_ZERO, means)
+    inverse = torch.where(means == 0, 0.0, 1 / means)  # of a mean of 0 the norm's input is 0
     edits = {
-        f"{family.embedding}.weight": Edit(columns=stream.kept, column_factors=stream.means, constant=root),
+        f"{family.embedding}.weight": Edit(columns=stream.kept, column_factors=means, constant=root),
         f"{family.final_norm}.weight": Edit(
             rows=stream.kept,
             row_factors=inverse if tied else None,
