@@ -232,8 +232,8 @@ class GatedModel(nn.Module):
             return self._fixed_kept.hidden
         hidden = (self.mu[: self.shape.hidden_size], self.log_variance[: self.shape.hidden_size])
         log_alpha = log_alpha_of(*hidden).detach()
-        surest = log_alpha.kthvalue(2).values if self.family.norm_centres else log_alpha.min()  # one has no variance
-        return (log_alpha < 0) | (log_alpha <= surest)  # a plan keeps the surest dim at least
+        least = 1 + self.family.norm_centres  # a plan keeps the surest dim, but one has no variance
+        return (log_alpha < 0) | (log_alpha <= log_alpha.topk(least, largest=False).values[-1])
 
     def _kept_heads(self) -> Iterator[tuple[str, KeptDims]]:
         """Yields, of each norm over all heads of a layer, the kept heads' features; of a layer that keeps none, all."""

@@ -118,12 +118,11 @@ def rope_of_transformers_4(rope: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in full:
         return {}
     values = {"rope_theta": full.pop("rope_theta")}
-    values |= {key: full[key] for key in ("partial_rotary_factor",) if key in full}
-    kind = full.get("rope_type", "default")
-    if kind == "longrope":  # Phi-3's config wants the type and the two lists of factors, and nothing else
-        at_top = ("rope_type", "partial_rotary_factor", "original_max_position_embeddings")
-        values |= {key: full[key] for key in at_top[1:] if key in full}
-        full = {"type": kind} | {key: value for key, value in full.items() if key not in at_top}
+    kind, at_top = full.get("rope_type", "default"), ["partial_rotary_factor"]
+    if kind == "longrope":  # Phi-3's config wants the type and the two lists of factors in there, and nothing else
+        full["type"] = full.pop("rope_type")
+        at_top.append("original_max_position_embeddings")
+    values |= {key: full.pop(key) for key in at_top if key in full}
     values["rope_scaling"] = None if kind == "default" else full
     if "sliding_attention" in rope:
         values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
