@@ -480,5 +480,9 @@ def test_a_70b_is_refitted_on_a_card_of_24_gb():
     assert disk_needed(half, 2, tokens, tokens) - 2 * half.num_parameters == streams + 5 * 2 * tokens * 8192
     assert memory_needed(half, 2, 8 * 512, reconstructs=True) > 24 * 2**30  # it trains two layers at a time
     assert disk_needed(half, 2, tokens, tokens, True) == 2 * 2 * half.num_parameters + streams + 2 * 2 * tokens * 8192
+    parallel = replace(half, shape=replace(half.shape, is_parallel=True))  # a layer's input waits beside each stream
+    assert disk_needed(parallel, 2, tokens, tokens) - 2 * half.num_parameters == 2 * (streams + 5 * 2 * tokens * 8192)
+    more = memory_needed(parallel, 2, 8 * 512) - memory_needed(half, 2, 8 * 512)
+    assert more == 2 * 8 * 512 * 2 * 8192
     page = " ".join((tiny.ROOT / "docs" / "scale.md").read_text(encoding="utf-8").split())
     assert room.line() in page and room.line(True) in page and room.line() != room.line(True)

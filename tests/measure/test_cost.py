@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def test_the_refits_constants_are_those_of_the_code():
     assert (cost.STRENGTHS, cost.SHARES, cost.ROWS) == (sum(map(math.isfinite, STRENGTHS)), len(SHARES), ROWS)
     assert (2 * cost.WINDOW_LAYERS, cost.EPOCHS, cost.NEW_SHARES) == (WINDOW, EPOCHS, len(AFTER_REFIT))
     assert layers.ROWS == ROWS
+
+
+def test_of_a_parallel_model_a_layers_input_waits_beside_each_stream():
+    _, work = work_of("Llama-2-7B", 2)
+    parallel = replace(work, dense=replace(work.dense, is_parallel=True))
+    streams = 2 * (4096 + 4096) * 512 * (work.refit_blocks + work.held_blocks)
+    assert cost.refit(parallel) - cost.refit(work) == cost.reconstruct(parallel) - cost.reconstruct(work) == streams
 
 
 def test_weights_are_those_of_the_published_models():

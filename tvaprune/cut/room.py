@@ -20,6 +20,7 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool
     """
     shape = plan.shape
     wide, narrow = shape.hidden_size, plan.hidden_size
+    states = tokens * (4 + 2 * shape.is_parallel) * wide  # a batch's, before and after, and what is made of it
     head = Fit(narrow, wide, (shape.vocab_size,), True).bytes
     steps = [
         itemsize * shape.vocab_size * (wide + narrow + 2) + head,
@@ -28,11 +29,11 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool
     for heads, kept in zip(shape.num_key_value_heads, map(len, plan.padded.attn), strict=True):
         queries, rows = shape.head_dim * shape.group_size, 2 * shape.head_dim * (1 + shape.group_size)
         weights = rows * (heads * wide + kept * narrow)
-        inside = tokens * (3 * queries * heads + 4 * wide)
+        inside = tokens * 3 * queries * heads + states
         steps.append(itemsize * (weights + inside) + _fits(wide, narrow, kept * queries))
     for channels, kept in zip(shape.intermediate_size, map(len, plan.padded.inter), strict=True):
         weights = (2 + shape.gated_mlp) * (channels * wide + kept * narrow)
-        inside = tokens * (3 * channels + 4 * wide)
+        inside = tokens * 3 * channels + states
         steps.append(itemsize * (weights + inside) + _fits(wide, narrow, kept))
     if reconstructs:
         work = Work(shape, plan.shape_after, weight_bytes=itemsize, block=tokens, eval_batch=1)  # one pass, one batch
