@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from support.families import MORE_ROWS, ROWS, make_plan, sliced
 from support.other_families import OTHER_ROWS
 from support.updates import CALIBRATION, HELD_OUT, divergence, refit, weights_differ
 
 from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
+from tvaprune.cut.walk import importance
 from tvaprune.models.families import family_of
 
 
@@ -245,3 +247,40 @@ def test_a_dense_model_on_the_cpu_serves_a_pruned_one_on_the_gpu(make_model, mak
     refit(model, near, plan, CALIBRATION, HELD_OUT)
     refit(model, far, plan, CALIBRATION, HELD_OUT)
     assert weights_differ(near, far.cpu()) < 1e-2
+
+
+def test_what_an_error_counts_is_relative_to_the_state():
+    states = torch.randn(2, 3, 8) * torch.tensor([1.0, 100.0, 1e-3]).view(1, 3, 1)
+    missed = 0.1 * states
+    counted = missed.square().sum(-1) * importance(states)
+    assert counted == pytest.approx(torch.full((2, 3), 0.01), rel=1e-5)
+    assert missed.square().sum(-1).std() > 1  # control
+    assert importance(torch.zeros(1, 8)).isfinite().all()
+
+
+def test_a_writers_fit_counts_a_token_the_less_the_larger_the_stream_past_it(make_model, full_plan, monkeypatch):
+    """The first token of a trained model is a thousand times as large as the others, and would be all that counts."""
+    import tvaprune.cut.refit as module
+
+    model, traces = make_model(), {}
+    model.get_input_embeddings().weight.data[7] *= 1000
+    ids = CALIBRATION[:]["input_ids"].clone()
+    ids[:, 0] = 7
+    text = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    original = module.fit_linear
+
+    def watched(linear, ridges, fit, *rest):
+        traces.setdefault((linear.in_features, linear.out_features), float(fit.inputs.trace()))
+        return original(linear, ridges, fit, *rest)
+
+    monkeypatch.setattr(module, "fit_linear", watched)
+    refit(model, copy.deepcopy(model), full_plan(model), text, HELD_OUT)
+    down, read = model.model.layers[0].mlp.down_proj, []
+    down.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        past = model(ids, output_hidden_states=True).hidden_states[1]
+    inputs = read[0].square().sum(-1)
+    assert past[:, 0].norm(dim=-1).min() > 100 * past[:, 1:].norm(dim=-1).median()
+    measured = traces[down.in_features, down.out_features]
+    assert measured == pytest.approx(float((inputs / past.square().sum(-1)).sum()), rel=1e-4)
+    assert measured != pytest.approx(float(inputs.sum()), rel=0.1)  # control

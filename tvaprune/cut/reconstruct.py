@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tvaprune import ranks
-from tvaprune.cut.walk import Batch, Settled, Walk
+from tvaprune.cut.walk import Batch, Settled, Walk, importance
 from tvaprune.losses import Predictions, distillation_loss
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.logits import head_of
@@ -196,8 +196,9 @@ class _Reconstruction(Walk):
 
     def _of_streams(self, window: _Trained, batch: Batch) -> torch.Tensor:
         """Returns the squared error of a batch's stream past the window: the mean over tokens."""
-        missed = window(batch.pruned.to(self.device))[0].float() - self.aim(batch)
-        return missed.square().sum(-1).mean()
+        aim = self.aim(batch)
+        missed = window(batch.pruned.to(self.device))[0].float() - aim
+        return (missed.square().sum(-1) * importance(aim)).mean()
 
     def _of_predictions(self, window: _Trained, batch: Batch) -> torch.Tensor:
         """Returns the KL from the dense predictions of a batch to those that follow the window."""

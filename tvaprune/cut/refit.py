@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, with_one
-from tvaprune.cut.walk import Batch, Settled, Walk
+from tvaprune.cut.walk import Batch, Settled, Walk, importance
 from tvaprune.models.families import residual_factor
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
@@ -118,24 +118,30 @@ class _Refit(Walk):
             self._fit_writer(name, pruned, self._lacking)
         self.move(self.pruned, pruned)
 
-    def _lacking(self, batch: Batch) -> torch.Tensor:
-        """Returns what the pruned stream, before a half, lacks of the dense one past it."""
-        lacking = self.aim(batch) - batch.pruned[0].to(self.device).float()
-        return lacking / residual_factor(self.dense.model.config)
+    def _lacking(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what the pruned stream, before a half, lacks of the dense one past it, and the latter."""
+        aim = self.aim(batch)
+        lacking = aim - batch.pruned[0].to(self.device).float()
+        return lacking / residual_factor(self.dense.model.config), aim
 
-    def _written(self, dense: Half, batch: Batch) -> torch.Tensor:
-        """Returns what the dense half writes on the kept dims: the norm after it divides any factor out."""
+    def _written(self, dense: Half, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what the dense half writes on the kept dims, twice: the norm after it divides any factor out."""
         with _captured(dense.writer) as inputs:
             dense(batch.dense.to(self.device))
-        return dense.writer(inputs[0]).index_select(-1, self.plan.kept.hidden.to(self.device))
+        written = dense.writer(inputs[0]).index_select(-1, self.plan.kept.hidden.to(self.device))
+        return written, written
 
-    def _fit_writer(self, name: str, pruned: Half, target: Callable[[Batch], torch.Tensor]) -> None:
-        """Refits the linear that writes a half's output."""
+    def _fit_writer(
+        self, name: str, pruned: Half, target: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Refits the linear that writes a half's output to a target, whose error counts beside the second."""
 
         def tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             with _captured(pruned.writer) as inputs:
                 pruned(batch.pruned.to(self.device))
-            return with_one(inputs[0], pruned.writer), target(batch)
+            aim, beside = target(batch)
+            weights = importance(beside).sqrt().unsqueeze(-1)
+            return with_one(inputs[0], pruned.writer) * weights, aim * weights
 
         fit, held = self._moments(tokens)
         self.chosen[name] = fit_linear(pruned.writer, self._ridges(fit), fit, held)

@@ -54,6 +54,22 @@ class Settled:
         return known.get(0.0, math.nan), known[self.share]
 
 
+def importance(states: torch.Tensor) -> torch.Tensor:
+    """Returns what the squared error of each token counts: less, the larger its state, as the next norm divides by it.
+
+    Some tokens of a trained model, the first above all, are a thousand times as large as the others: their error would
+    be nearly all that a fit sees (massive activations, Sun et al., 2024, arXiv 2402.17762).
+
+    Args:
+        states: What an error is beside, shape ``(..., hidden)``.
+
+    Returns:
+        Shape ``(...)``, float32.
+    """
+    sizes = states.float().square().sum(-1)
+    return 1 / sizes.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 class Walk:
     """One walk over the layers.
 
