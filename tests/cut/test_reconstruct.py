@@ -102,6 +102,18 @@ def test_where_predictions_come_no_nearer_the_refit_stays(make_model, updated):
     assert weights_differ(narrow, refitted) > 1e-4  # control
 
 
+def test_a_massive_token_is_not_all_that_is_trained_on(make_model, updated, monkeypatch):
+    model = make_model()
+    model.get_input_embeddings().weight.data[3] *= 1000
+    plan, refitted = updated(model)
+    monkeypatch.setattr(module, "RATES", ())
+    told = reconstruct(model, copy.deepcopy(refitted), plan, *TEXTS).errors[0][0]
+    assert 0 < told < 2  # relative to the stream
+    monkeypatch.setattr(module, "importance", lambda states: torch.ones(states.shape[:-1]))
+    plain = reconstruct(model, copy.deepcopy(refitted), plan, *TEXTS).errors[0][0]
+    assert plain > 10 * told  # control
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_stay_so_and_small_steps_count(dtype, make_model, updated, monkeypatch):
     model = make_model().to(dtype)

@@ -41,8 +41,8 @@ class Reconstruction(Settled):
     """What a reconstruction did, on the way from the refitted weights.
 
     Attributes:
-        errors: Squared error of the stream past each window of half layers, of the last one the KL of the predictions,
-            before and after its training: the mean over the held-out tokens.
+        errors: Squared error of the stream past each window of half layers, relative to its square, of the last one the
+            KL of the predictions, before and after its training: the mean over the held-out tokens.
     """
 
     errors: tuple[tuple[float, float], ...]
@@ -195,7 +195,7 @@ class _Reconstruction(Walk):
         return best
 
     def _of_streams(self, window: _Trained, batch: Batch) -> torch.Tensor:
-        """Returns the squared error of a batch's stream past the window: the mean over tokens."""
+        """Returns the squared error of a batch's stream past the window, relative to it: the mean over tokens."""
         aim = self.aim(batch)
         missed = window(batch.pruned.to(self.device))[0].float() - aim
         return (missed.square().sum(-1) * importance(aim)).mean()

@@ -5,6 +5,7 @@ section 6):
 
     W' = (W C + lam W_fold) (H + lam I)^-1,   C = sum x xhat^T,   H = sum xhat xhat^T
 
+The sums are over tokens; for what writes to the residual stream each counts the less, the larger the stream past it is.
 ``lam`` infinite is folding, so folding is the fallback. The layers are walked in order with two residual streams: the
 dense model's gives the targets, the pruned model's, whose earlier layers are refitted already, the inputs. What writes
 to the residual stream aims at the dense one minus the pruned one, which repairs what earlier layers got wrong; before a
