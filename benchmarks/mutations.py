@@ -45,10 +45,17 @@ MUTATIONS = [
         "tests/cut/test_refit.py",
     ),
     Mutation(
+        "massive tokens ruling the fits",
+        "tvaprune/cut/walk.py",
+        "return 1 / sizes.clamp(min=torch.finfo(torch.float32).tiny)",
+        "return 0 * sizes + 1",
+        "tests/cut/test_refit.py",
+    ),
+    Mutation(
         "the residual target with half the stream",
         REFIT,
-        "self.aim(batch) - batch.pruned[0]",
-        "self.aim(batch) - 0.5 * batch.pruned[0]",
+        "lacking = aim - batch.pruned[0]",
+        "lacking = aim - 0.5 * batch.pruned[0]",
         "tests/cut/test_refit.py",
     ),
     Mutation(
