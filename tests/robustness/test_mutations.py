@@ -205,9 +205,11 @@ def flag(choose: random.Random, work: Path) -> tuple[Ended, str]:
     told = work / "out" / "results.json"
     if ended.code or not told.is_file():
         return ended, ""
-    found = strict_json(told)["perplexity"].values()
-    wrong = [value for value in found if not (isinstance(value, float) and 1 <= value)]
-    return ended, f"{changed}: perplexities {wrong}" if wrong else ""
+    found = dict(strict_json(told)["perplexity"])
+    errors = (found.pop("stderr", None) or {}).values()  # of a single window there are none
+    wrong = [value for value in found.values() if not (isinstance(value, float) and 1 <= value)]
+    wrong += [value for value in errors if not (isinstance(value, float) and 0 <= value)]
+    return ended, f"{changed}: perplexities and errors {wrong}" if wrong else ""
 
 
 def checkpoint(choose: random.Random, work: Path) -> tuple[Ended, str]:
