@@ -112,8 +112,18 @@ def test_masks_that_were_learned_before_serve_in_place_of_gates(compared, flags,
     assert "| 0.5 | vib |" in out and " | - | " in out.split("| 0.5 | vib |")[1].split("\n")[0]
     line = refusal(command, [*flags, *masks[:2]], tmp_path / "other")
     assert "--sparsities asks for 0.3 too: give a mask of each" in line
-    line = refusal(command, [*flags, *masks, "--models", flags[1], "elsewhere"], tmp_path / "other")
-    assert "--models has 2: compare one at a time" in line
+    for change, words in (
+        (["--models", flags[1], "elsewhere"], "--models has 2"),
+        (["--methods", "magnitude"], "--masks: are vib's, of one model; --methods is magnitude"),
+        ([*masks, masks[-1]], "are both of target_sparsity 0.3: give one"),
+        (["--masks", tmp_path / "none.pkl"], f"--masks {tmp_path / 'none.pkl'}: there is no such file"),
+        (
+            ["--models", tiny.ROOT / "mistral_saves_tva" / "mini_mistral"],
+            "the model is 128 wide: give the rotation of this model",
+        ),
+    ):
+        assert words in refusal(command, [*map(str, flags), *masks, *change], tmp_path / "other")
+    assert not (tmp_path / "other" / "tiny").exists()
 
 
 def times(folder):

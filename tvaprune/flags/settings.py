@@ -184,7 +184,9 @@ class PruneSettings:
         "reconstruct: refit, then two layers at a time are trained to the unpruned model's hidden states on the same "
         "blocks, the last two to its predictions, where that helps.",
     )
-    refit_samples: int = _flag(128, "Training blocks that refit and reconstruct are fitted on.")
+    refit_samples: int = _flag(
+        128, "Training blocks that refit and reconstruct are fitted on; half as many, 128 at most, choose among fits."
+    )
     stream: bool = _flag(
         False,
         "Cut, fold, refit and measure a model that fits neither the GPU nor the memory: half a layer at a time, from "

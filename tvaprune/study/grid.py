@@ -10,6 +10,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import VIB_ONCE, CompareSettings
 from tvaprune.plan.masks import read_record
+from tvaprune.run import given_units
 
 VIB = "vib"
 # Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
@@ -164,15 +165,26 @@ def given_masks(args: CompareSettings) -> dict[float, Path]:
     """Returns the mask file that was learned for each sparsity, by the records beside the files; none are asked for.
 
     Raises:
-        InputError: If a sparsity has none, or there are several models.
+        InputError: If a file cannot be used with the model, or a sparsity has not one file, or nobody asks for them.
     """
-    found: dict[Any, Path] = {read_record(path).get("target_sparsity"): Path(path) for path in args.masks}
-    if missing := [str(sparsity) for sparsity in args.sparsities if args.masks and sparsity not in found]:
-        known = ", ".join(map(str, found))
+    if args.masks and (len(args.models) > 1 or VIB not in args.methods):
         raise InputError(
-            f"--masks: the records beside them tell of target_sparsity {known}, and --sparsities asks for "
-            f"{' '.join(missing)} too: give a mask of each"
+            f"--masks: are {VIB}'s, of one model; --methods is {' '.join(args.methods)}, and --models has "
+            f"{len(args.models)}: give one model, {VIB} among its methods"
         )
-    if args.masks and len(args.models) > 1:
-        raise InputError(f"--masks: are of one model, and --models has {len(args.models)}: compare one at a time")
+    found: dict[Any, Path] = {}
+    for path in args.masks:
+        try:
+            given_units(Arguments.parse(["--model_name_or_path", args.models[0], "--mask_loc", path], "apply"))
+        except InputError as error:
+            raise InputError(str(error).replace("--mask_loc", "--masks")) from error
+        target = read_record(path).get("target_sparsity")
+        if target in found:
+            raise InputError(f"--masks: {found[target]} and {path} are both of target_sparsity {target}: give one")
+        found[target] = Path(path)
+    if missing := [str(sparsity) for sparsity in args.sparsities if found and sparsity not in found]:
+        raise InputError(
+            f"--masks: the records beside them tell of target_sparsity {', '.join(map(str, found))}, and --sparsities "
+            f"asks for {' '.join(missing)} too: give a mask of each"
+        )
     return found
