@@ -18,7 +18,7 @@ from tvaprune.choose.rotation import learn_rotation, moments_of
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
-from tvaprune.models.rotate import rotate, turns_of
+from tvaprune.models.rotate import Rotation, rotate, turns_of
 from tvaprune.models.shape import shape_of
 from tvaprune.run import Run
 
@@ -28,13 +28,15 @@ SHARES = (1.0, 0.875, 0.75, 0.6875, 0.5)
 def bases(run: Run) -> dict[str, torch.Tensor]:
     """Returns orthogonal matrices by name, each with its weightiest direction first."""
     carried, needed = moments_of(run)
+    learned = learn_rotation(run)
+    assert learned is not None, "an untied model keeps no tie"
     order = carried.diagonal().argsort(descending=True)
     vectors = {name: torch.linalg.eigh(moment).eigenvectors.flip(1) for name, moment in
                (("by what is carried (PCA)", carried), ("by what is needed (Fisher)", needed))}  # fmt: skip
     return {
         "the checkpoint's, by what is carried": torch.eye(len(carried), dtype=torch.float64)[:, order],
         **vectors,
-        "by both (--rotate)": learn_rotation(run),
+        "by both (--rotate)": learned.matrix,
     }
 
 
@@ -70,7 +72,7 @@ def main() -> None:
         kept = [round(share * size) for share in SHARES]
         print(f"\n| {path}: hidden dims kept of {size} | {' | '.join(map(str, kept))} |\n|---|{'---|' * len(kept)}")
         for name, basis in bases(run).items():
-            model, found = rotate(copy.deepcopy(run.model), basis), []
+            model, found = rotate(copy.deepcopy(run.model), Rotation(basis)), []
             for keep in kept:
                 with cut(model, keep):
                     found.append(f"{perplexity(model, blocks, 0):.2f}")

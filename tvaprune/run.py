@@ -33,7 +33,7 @@ from tvaprune.models.layers import Streamed
 from tvaprune.models.load import Where, load_config, load_model, open_model
 from tvaprune.models.placement import place_of, put
 from tvaprune.models.published import located
-from tvaprune.models.rotate import rotate, rotated
+from tvaprune.models.rotate import Rotation, rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.sharding import shard
 from tvaprune.phases import Phases
@@ -41,7 +41,7 @@ from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.multiples import fastest_multiple
 from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
-from tvaprune.plan.rotation import Rotation, read_rotation
+from tvaprune.plan.rotation import read_rotation
 from tvaprune.plan.widths import WidthRules
 from tvaprune.text.blocks import token_blocks
 from tvaprune.text.protocols import (
@@ -240,8 +240,8 @@ class Run:
     def turned(self, rotation: Rotation) -> "Run":
         """Returns the run in another basis: its model is turned, at once or when fetched, and computes as it did."""
         if self.streamed is None:
-            return replace(self, model=rotate(self.model, rotation.matrix), rotation=rotation)
-        fetch = rotated(self.model, self.streamed.fetch, rotation.matrix, self.streamed.device)
+            return replace(self, model=rotate(self.model, rotation), rotation=rotation)
+        fetch = rotated(self.model, self.streamed.fetch, rotation, self.streamed.device)
         streamed = Streamed(self.model, fetch, self.streamed.device, self.streamed.scratch)
         return replace(self, streamed=streamed, rotation=rotation)
 
@@ -465,7 +465,8 @@ def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:
         given["dim_multiple"] = None
     flags, _ = as_recorded(given, recorded)
     shape = shape_of(load_config(args.source.model_name_or_path))
-    if given_rotation(args, shape.hidden_size) is not None:  # which unties
+    rotation = given_rotation(args, shape.hidden_size)
+    if rotation is not None and not rotation.keeps_tie:
         shape = replace(shape, tie_word_embeddings=False)
     return plan_from_masks(units, shape, width_rules(flags, shape))
 

@@ -15,8 +15,8 @@ from tvaprune.choose.choose import in_basis
 from tvaprune.choose.rotation import learn_rotation, moments_of
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.models.rotate import rotate
-from tvaprune.plan.rotation import Rotation, read_rotation
+from tvaprune.models.rotate import Rotation, rotate
+from tvaprune.plan.rotation import read_rotation
 from tvaprune.run import Run
 
 MEASURED = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches", 0, "--use_cpu")
@@ -28,10 +28,10 @@ GATES = (*TRAINED, "--refit_samples", 8)
 
 
 @pytest.fixture(scope="module")
-def source(make_model, tmp_path_factory):
-    """The flags of an untied model and a text."""
-    folder = tmp_path_factory.mktemp("source")
-    model = tiny.save_checkpoint(make_model("llama"), folder / "model")
+def source(request, make_model, tmp_path_factory):
+    """The flags of a model, untied unless a test asks otherwise, and a text."""
+    folder, tied = tmp_path_factory.mktemp("source"), getattr(request, "param", False)
+    model = tiny.save_checkpoint(make_model("llama", tie_word_embeddings=tied), folder / "model")
     return ("--model_name_or_path", model, "--dataset_name", tiny.write_text(folder / "text.txt"))
 
 
@@ -68,7 +68,7 @@ def test_the_last_dims_of_the_learned_basis_carry_least(source):
                 values = parameter if "embed" in name else parameter.T
                 values[:, size // 2 :] *= 1e-3
     hidden = Rotation(torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(3))).Q)
-    rotate(run.model, hidden.matrix)
+    rotate(run.model, hidden)
     ids = run.choice_blocks()[:4]["input_ids"]
     lost = lost_by_cutting(copy.deepcopy(run.model), size // 2, ids)  # control: in the basis as it came
     learned = learn_rotation(run)
@@ -77,13 +77,14 @@ def test_the_last_dims_of_the_learned_basis_carry_least(source):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_moments_that_are_no_numbers_end_in_one_line(place, monkeypatch):
+def test_moments_that_are_no_numbers_end_in_one_line(place, source, monkeypatch):
+    run = run_of(*source, *FLAGS, "--output_dir", "unused")
     moments = [torch.eye(8, dtype=torch.float64) for _ in range(2)]
     monkeypatch.setattr(rotation, "moments_of", lambda run: moments)
-    assert learn_rotation(None).shape == (8, 8)  # control
+    assert learn_rotation(run).matrix.shape == (8, 8)  # control
     moments[place].fill_(float("nan"))
     with pytest.raises(InputError, match="the streams' moments are no numbers"):
-        learn_rotation(None)
+        learn_rotation(run)
 
 
 @pytest.mark.parametrize(("flags", "told"), [((), True), (("--rotate", "off"), False)])
@@ -94,6 +95,7 @@ def test_a_sharded_run_says_that_it_is_not_turned(flags, told, source, capsys):
     assert ("note: --rotate auto turns nothing beside --shard True" in capsys.readouterr().out) == told
 
 
+@pytest.mark.parametrize("source", [False, True], indirect=True, ids=["untied", "tied"])
 def test_masks_and_plans_take_the_rotation_along(pruned, source, tmp_path, command):
     (mask,) = (pruned / "best").glob("*.pkl")
     record, plan = tiny.read_json(mask.with_suffix(".json")), tiny.read_json(pruned / "plan.json")
@@ -149,10 +151,10 @@ def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, s
 
 @pytest.mark.parametrize(
     ("tied", "words", "turns"),
-    [(False, (), True), (True, (), False), (True, ("--rotate", "on"), True), (False, ("--rotate", "off"), False),
+    [(False, (), True), (True, (), True), (True, ("--rotate", "on"), True), (False, ("--rotate", "off"), False),
      (False, ("--prune_method", "magnitude"), False), (False, ("--prune_method", "magnitude", "--rotate", "on"), True)],
 )  # fmt: skip
-def test_auto_turns_for_gates_where_no_tie_is_lost(tied, words, turns, make_model, source, tmp_path, command):
+def test_auto_turns_for_gates_and_keeps_a_tie(tied, words, turns, make_model, source, tmp_path, command):
     model = tiny.save_checkpoint(make_model("llama", tie_word_embeddings=tied), tmp_path / "model")
     gates = "--prune_method" not in words
     flags = (*TRAINED, *words) if gates else (*FLAGS, "--do_train", "--target_sparsity", 0.4, *words)
@@ -162,7 +164,7 @@ def test_auto_turns_for_gates_where_no_tie_is_lost(tied, words, turns, make_mode
     results = tiny.read_json(tmp_path / "out" / "results.json")
     assert ("rotation" in results) is turns
     config = tiny.read_json(tmp_path / "pruned" / "config.json")
-    assert config["tie_word_embeddings"] is (tied and not turns)
+    assert config["tie_word_embeddings"] is (tied and "on" not in words)
     assert results["parameters"]["dense"] == make_model("llama", tie_word_embeddings=tied).num_parameters()
     (mask,) = (tmp_path / "out" / "best").glob("*.pkl")
     record = tiny.read_json(mask.with_suffix(".json"))

@@ -34,11 +34,12 @@ from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import narrow_shell
 from tvaprune.models import layers, load, shards
 from tvaprune.models.pruned import bare_model
+from tvaprune.models.rotate import Rotation
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import save_masks
-from tvaprune.plan.rotation import Rotation
+from tvaprune.plan.rotation import save_rotation
 
 pytestmark = pytest.mark.usefixtures("other_families")
 
@@ -198,18 +199,22 @@ def test_a_pruned_folder_is_streamed_too(dense, text, make_masks, tmp_path):
     assert streamed == memory
 
 
-@pytest.mark.parametrize("row", ["llama tied, with biases", "qwen3 untied"])
-def test_a_plan_under_a_rotation_turns_what_is_fetched(row, make_model, make_masks, text, tmp_path):
+@pytest.mark.parametrize(
+    ("row", "keeps"), [("llama tied, with biases", False), ("qwen3 untied", False), ("qwen3 tied", True)]
+)
+def test_a_plan_under_a_rotation_turns_what_is_fetched(row, keeps, make_model, make_masks, text, tmp_path):
     model = make_model(ROWS[row][0], **ROWS[row][1])
     dense = tiny.save_checkpoint(model, tmp_path / "dense")
     size = model.config.hidden_size
     values = torch.randn(size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     rotation = Rotation(torch.linalg.qr(values).Q.float())
+    if keeps:
+        rotation = Rotation(rotation.matrix, model.model.norm.weight.detach().sqrt())
     plan = make_plan(model, make_masks)
     plan.save(tmp_path / "plan.json")
     straight, _ = applied(dense, text, tmp_path / "straight", *STREAM)
-    rotation.save(tmp_path)
-    shape = replace(plan.shape, tie_word_embeddings=False)
+    save_rotation(rotation, tmp_path)
+    shape = replace(plan.shape, tie_word_embeddings=keeps)
     replace(plan, shape=shape, rotation=rotation.digest).save(tmp_path / "plan.json")
     memory, streamed = both(dense, text, tmp_path)
     assert streamed == memory

@@ -9,11 +9,12 @@ from support.families import CLOSE, MORE_ROWS, ROWS, logits
 from support.other_families import OTHER_ROWS
 from transformers import AutoModelForCausalLM
 
+from tvaprune.choose.tie import _stretched_norms, stretched
 from tvaprune.errors import InputError
 from tvaprune.models.families import family_of
-from tvaprune.models.rotate import norms_of, rotate, turns_of, why_not
+from tvaprune.models.rotate import Rotation, norms_of, rotate, turns_of, why_not
 from tvaprune.models.shape import shape_of
-from tvaprune.plan.rotation import Rotation, drop_rotations, read_rotation
+from tvaprune.plan.rotation import drop_rotations, read_rotation, save_rotation
 
 pytestmark = pytest.mark.usefixtures("other_families")
 
@@ -34,10 +35,10 @@ def test_a_turned_model_computes_what_it_did_or_is_refused(model, input_ids, tmp
     if why_not(family_of(model.config), shape_of(model.config)) is not None:
         weights = copy.deepcopy(model.state_dict())
         with pytest.raises(InputError, match="--rotate on: .* cannot be rotated, as (a norm stands|its norms sub)"):
-            rotate(model, rotation)
+            rotate(model, Rotation(rotation))
         assert all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
         return
-    rotate(model, rotation)
+    rotate(model, Rotation(rotation))
     torch.testing.assert_close(logits(model, input_ids), before, **CLOSE)
     norms = [
         model.get_parameter(f"{name}.weight") for name in norms_of(family_of(model.config), shape_of(model.config))
@@ -57,7 +58,7 @@ def test_every_parameter_of_the_stream_must_turn(missed, make_model, input_ids):
     before, kept = logits(model, input_ids), None
     (name,) = (name for name in turns_of(family_of(model.config), shape_of(model.config)) if missed in name)
     kept = model.get_parameter(name).detach().clone()
-    rotate(model, random_rotation(model.config.hidden_size))
+    rotate(model, Rotation(random_rotation(model.config.hidden_size)))
     with torch.no_grad():
         model.get_parameter(name).copy_(kept)
     assert (logits(model, input_ids) - before).abs().max() > 0.1
@@ -71,13 +72,13 @@ def test_what_is_no_rotation_is_refused_before_anything_turns(make_model, input_
     lost[0, 0] = float("nan")
     for wrong, words in ((skewed, "is not orthogonal"), (lost, "is not orthogonal"), (torch.eye(4), "is 4 x 4")):
         with pytest.raises(InputError, match=words):
-            rotate(model, wrong)
+            rotate(model, Rotation(wrong))
     assert torch.equal(logits(model, input_ids), before)
 
 
 def test_a_rotation_is_read_only_where_it_is_the_one_that_is_named(tmp_path):
     first, second = Rotation(random_rotation(8)), Rotation(random_rotation(8, seed=1))
-    path, mask = first.save(tmp_path), tmp_path / "mask_info_1.0.pkl"
+    path, mask = save_rotation(first, tmp_path), tmp_path / "mask_info_1.0.pkl"
     found = read_rotation(mask, first.digest, 8)
     assert torch.equal(found.matrix, first.matrix) and read_rotation(mask, None, 8) is None
     with pytest.raises(InputError, match="is not beside it: keep both together"):
@@ -87,7 +88,7 @@ def test_a_rotation_is_read_only_where_it_is_the_one_that_is_named(tmp_path):
     for digest in ("../../etc/passwd", 7, {"a": 1}):
         with pytest.raises(InputError, match="which is no digest"):
             read_rotation(mask, digest, 8)
-    path.write_bytes(second.save(tmp_path).read_bytes())
+    path.write_bytes(save_rotation(second, tmp_path).read_bytes())
     with pytest.raises(InputError, match="is not the rotation that mask_info_1.0.pkl names"):
         read_rotation(mask, first.digest, 8)
     path.write_bytes(b"\x08\x00")
@@ -98,7 +99,7 @@ def test_a_rotation_is_read_only_where_it_is_the_one_that_is_named(tmp_path):
 def test_only_rotations_that_nothing_names_are_removed(tmp_path):
     """Several masks may lie in a folder, each with its rotation; one may be written over."""
     first, second, third = (Rotation(random_rotation(8, seed=seed)) for seed in range(3))
-    paths = [rotation.save(tmp_path) for rotation in (first, second, third)]
+    paths = [save_rotation(rotation, tmp_path) for rotation in (first, second, third)]
     (tmp_path / "mask_info_1.0.json").write_text(json.dumps({"rotation": first.digest}))
     (tmp_path / "plan.json").write_text(json.dumps({"rotation": second.digest}))
     (tmp_path / "list.json").write_text("[1]")
@@ -108,3 +109,46 @@ def test_only_rotations_that_nothing_names_are_removed(tmp_path):
     (tmp_path / "broken.json").unlink()
     drop_rotations(tmp_path)
     assert [path.is_file() for path in paths] == [True, True, False]
+
+
+def a_tied_basis(model, axes=4, seed=0):
+    """A rotation that keeps a tie: some dims stay axes, the stretch takes the final gain of the others."""
+    family, size = family_of(model.config), model.config.hidden_size
+    gain = model.get_parameter(f"{family.final_norm}.weight").detach().double() + family.norm_offset
+    stretch, is_axis = stretched(gain, torch.ones(size, dtype=torch.float64), axes)
+    matrix, kept = torch.zeros(size, size, dtype=torch.float64), is_axis.nonzero().squeeze(1)
+    matrix[kept, torch.arange(len(kept))] = 1.0
+    matrix[(~is_axis).nonzero().squeeze(1), len(kept) :] = random_rotation(size - len(kept), seed).double()
+    return Rotation(matrix.float(), stretch.float())
+
+
+def test_a_turned_tied_model_stays_tied_and_computes_what_the_stretch_says(model, input_ids, tmp_path):
+    """Every norm's output changes by one factor per token, and nothing else does."""
+    family, shape = family_of(model.config), shape_of(model.config)
+    if why_not(family, shape) is not None or not shape.tie_word_embeddings:
+        pytest.skip("cannot be turned, or has no tie")
+    with torch.no_grad():  # gains unlike each other
+        model.get_parameter(f"{family.final_norm}.weight").add_(torch.rand(shape.hidden_size).mul(0.5))
+    rotation = a_tied_basis(model)
+    with _stretched_norms(model, rotation.stretch):
+        told = logits(model, input_ids)
+    assert (told - logits(model, input_ids)).abs().max() > 1e-3  # control: the stretch is felt
+    rotate(model, rotation)
+    torch.testing.assert_close(logits(model, input_ids), told, **CLOSE)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "turned")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "turned").eval()
+    assert again.config.tie_word_embeddings and torch.equal(logits(again, input_ids), logits(model, input_ids))
+
+
+def test_a_basis_that_keeps_another_models_tie_is_refused(make_model, input_ids):
+    model = make_model("llama", tie_word_embeddings=True)
+    before, rotation = logits(model, input_ids), a_tied_basis(model)
+    with torch.no_grad():
+        model.model.norm.weight[20:].mul_(1.5)
+    with pytest.raises(InputError, match="keeps the tie of another model"):
+        rotate(model, rotation)
+    with torch.no_grad():
+        model.model.norm.weight[20:].div_(1.5)
+    torch.testing.assert_close(logits(model, input_ids), before)
+    rotate(model, rotation)  # control

@@ -25,7 +25,7 @@ from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
 from tvaprune.plan.record import rules_as_flags
-from tvaprune.plan.rotation import Rotation, drop_rotations, read_rotation, rotation_name
+from tvaprune.plan.rotation import drop_rotations, read_rotation, rotation_name, save_rotation
 from tvaprune.run import Run, given_checkpoint
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
@@ -83,8 +83,10 @@ def in_basis(run: Run, checkpoint: str | None = None) -> Run:
         digest = read_identity("checkpoint", Path(checkpoint))["settings"].get("rotate")
         if (best / rotation_name(str(digest))).is_file():  # else it is found anew: the same, on the same machine
             found = read_rotation(best / "mask_info", digest, run.shape.hidden_size)
-    rotation = found or Rotation(learn_rotation(run))
-    ranks.on_main(rotation.save, best)
+    rotation = found or learn_rotation(run)
+    if rotation is None:
+        return run
+    ranks.on_main(save_rotation, rotation, best)
     return run.turned(rotation)
 
 
@@ -165,7 +167,7 @@ def _replace_masks(run: Run, masks: Masks, value: float, record: dict[str, objec
     """Writes a mask by its perplexity, and its rotation, in the place of what an earlier run left."""
     folder = run.args.output_dir
     if run.rotation is not None:
-        run.rotation.save(folder / "best")
+        save_rotation(run.rotation, folder / "best")
     path = keep_best(folder / "best", masks, value, record)
     for old in own_checkpoints(folder):
         discard(old)

@@ -12,17 +12,18 @@ from transformers import PretrainedConfig
 
 from tvaprune import ranks
 from tvaprune.budget import rotation_batch
+from tvaprune.choose.tie import BLOCKS, kept_tie
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.cost import ROTATION_BLOCKS
 from tvaprune.models.families import family_of
-from tvaprune.models.rotate import norms_of, why_not
+from tvaprune.models.rotate import Rotation, norms_of, why_not
 from tvaprune.models.shape import shape_of
 from tvaprune.run import Run
 
 
 def wants_rotation(args: Arguments, config: PretrainedConfig) -> bool:
-    """Tells what ``--rotate`` means for this model: auto turns for gates, where no tie is lost.
+    """Tells what ``--rotate`` means for this model: auto turns for gates, where the family's norms allow it.
 
     Raises:
         InputError: If it is asked for, and the family's norms do not allow it.
@@ -36,7 +37,7 @@ def wants_rotation(args: Arguments, config: PretrainedConfig) -> bool:
             raise InputError("--rotate on: cannot turn a model beside --shard True; leave one out")
         return False
     if asked == "auto":
-        return args.prune.prune_method == "vib" and not shape.tie_word_embeddings and reason is None
+        return args.prune.prune_method == "vib" and reason is None
     return asked == "on"
 
 
@@ -47,16 +48,17 @@ def loses_rotation(args: Arguments, config: PretrainedConfig) -> bool:
     return wants_rotation(replace(args, source=replace(args.source, shard=False)), config)
 
 
-def learn_rotation(run: Run) -> torch.Tensor:
-    """Returns the eigenvectors of ``C^(1/2) G C^(1/2)``, largest first, shape ``(hidden_size, hidden_size)``, float32.
+def learn_rotation(run: Run) -> Rotation | None:
+    """Returns the eigenvectors of ``C^(1/2) G C^(1/2)``, largest first, float32; `moments_of` says what C and G are.
 
-    A direction counts by what it carries and by what the readers make of it; `moments_of` says what C and G are.
+    A direction counts by what it carries and by what the readers make of it. ``--rotate auto`` keeps the tie of a tied
+    model: the axes of `tvaprune.choose.tie` come first, and the others are turned among themselves; None: that costs
+    too much.
 
     Raises:
         InputError: If a moment is no number.
     """
-    carried, needed = moments_of(run)
-    return ranks.on_main(_directions, carried, needed)
+    return ranks.on_main(_rotation, run, *moments_of(run))
 
 
 @torch.enable_grad()
@@ -81,12 +83,28 @@ def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     return moments.carried.cpu(), moments.needed.cpu()
 
 
-def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+def _rotation(run: Run, carried: torch.Tensor, needed: torch.Tensor) -> Rotation | None:
     if not all(bool(moment.isfinite().all()) for moment in (carried, needed)):  # of which eigh finds no vectors
         raise InputError("--rotate: the streams' moments are no numbers; use --dtype float32, or --rotate off")
+    if run.args.prune.rotate == "on" or not run.shape.tie_word_embeddings:
+        return Rotation(_directions(carried, needed).float())
+    blocks = run.train_blocks(ROTATION_BLOCKS)[:BLOCKS]["input_ids"]
+    kept = kept_tie(run.model, carried.diagonal(), blocks)
+    if kept is None:
+        return None
+    stretch, axes = kept
+    matrix, rest = torch.zeros_like(carried), (~axes).nonzero().squeeze(1)
+    count = int(axes.sum())
+    matrix[axes.nonzero().squeeze(1), torch.arange(count)] = 1.0
+    inner = (carried * stretch * stretch.unsqueeze(1), needed / stretch / stretch.unsqueeze(1))
+    matrix[rest, count:] = _directions(*(moment[rest][:, rest] for moment in inner))
+    return Rotation(matrix.float(), stretch.float())
+
+
+def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
     root = _root(carried)
     vectors: torch.Tensor = torch.linalg.eigh(root @ needed @ root).eigenvectors
-    return vectors.flip(1).float()
+    return vectors.flip(1)
 
 
 class _Moments:

@@ -119,7 +119,7 @@ class PruneSettings:
     rotate: Literal["auto", "on", "off"] = _flag(
         "auto",
         "Turn the residual stream, before units are chosen, to the directions that matter: cutting hidden dims costs "
-        "less. auto: for gates, where the embeddings are untied; on: tied embeddings too, which unties them.",
+        "less. auto: for gates; tied embeddings stay tied. on: for scores too; tied embeddings are untied, exactly.",
     )
     vib_learning_rate: float | None = _flag(
         None,

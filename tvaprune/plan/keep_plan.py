@@ -127,7 +127,7 @@ class KeepPlan:
         def told(size: object) -> str:
             return in_words(size) if isinstance(size, tuple) else str(size)
 
-        if self.rotation is not None:  # it was made of the model as turned
+        if self.rotation is not None and not self.shape.tie_word_embeddings:  # which turning may have untied
             shape = replace(shape, tie_word_embeddings=False)
         other = [name for name, size in vars(shape).items() if getattr(self.shape, name) != size]
         if other:

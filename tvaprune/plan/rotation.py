@@ -1,44 +1,29 @@
 """The rotation that a mask was learned under: a file beside the mask or the plan, which name it by its digest."""
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import replacing
-from tvaprune.models.rotate import check_rotation
+from tvaprune.models.rotate import Rotation, check_rotation
 
-_KEY = "rotation"
+_KEY, _STRETCH = "rotation", "stretch"
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """An orthogonal matrix of the residual stream: ``x Q`` is what ``x`` was; shape ``(hidden_size, hidden_size)``."""
-
-    matrix: torch.Tensor
-
-    @cached_property
-    def digest(self) -> str:
-        """16 hex digits of its numbers."""
-        values = self.matrix.detach().float().cpu().contiguous()
-        return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-    def save(self, folder: Path) -> Path:
-        """Writes it, whole or not at all, unless it is there."""
-        path = folder / rotation_name(self.digest)
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                save_file({_KEY: self.matrix.detach().float().cpu().contiguous()}, temporary)
-        return path
+def save_rotation(rotation: Rotation, folder: Path) -> Path:
+    """Writes a rotation, whole or not at all, unless it is there."""
+    path = folder / rotation_name(rotation.digest)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {_KEY: rotation.matrix} | ({} if rotation.stretch is None else {_STRETCH: rotation.stretch})
+        with replacing(path) as temporary:
+            save_file({name: part.detach().float().cpu().contiguous() for name, part in parts.items()}, temporary)
+    return path
 
 
 def rotation_name(digest: str) -> str:
@@ -64,7 +49,8 @@ def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | 
     if not path.is_file():
         raise InputError(f"{beside}: was made under a rotation, and {path.name} is not beside it: keep both together")
     try:
-        found = Rotation(load_file(path)[_KEY].float())
+        parts = {name: part.float() for name, part in load_file(path).items()}
+        found = Rotation(parts[_KEY], parts.get(_STRETCH))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path}: is no rotation ({reason(error)}); give the file that the run wrote") from error
     check_rotation(found.matrix, hidden_size, str(path))

@@ -22,7 +22,7 @@ from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
 from tvaprune.plan.keep_plan import KeepPlan
-from tvaprune.plan.rotation import drop_rotations
+from tvaprune.plan.rotation import drop_rotations, save_rotation
 from tvaprune.report import plots, tables
 from tvaprune.report.folders import read_runs
 from tvaprune.report.page import PAGE_NAME
@@ -40,7 +40,7 @@ def write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
 def _write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if run.rotation is not None:
-        run.rotation.save(folder)
+        save_rotation(run.rotation, folder)
     plan.save(folder / "plan.json")
     drop_rotations(folder)
     plots.plot_widths(plan, folder / "widths.png")

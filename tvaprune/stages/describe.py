@@ -15,6 +15,7 @@ from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks, read_record
 from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
+from tvaprune.plan.rotation import read_rotation
 from tvaprune.plan.widths import WidthRules
 from tvaprune.report.results import KeptWidths
 from tvaprune.report.tables import table
@@ -61,7 +62,8 @@ def describe(
         return Description(str(mask), model, dense, kept, kept)
     masks = load_masks(mask, shape)
     masks.check_fits(shape, str(mask))
-    if read_record(mask).get("rotation") is not None:  # turned, and untied where it was tied
+    rotation = read_rotation(mask, read_record(mask).get("rotation"), shape.hidden_size)
+    if rotation is not None and not rotation.keeps_tie:
         shape = replace(shape, tie_word_embeddings=False)
     flags, note = as_recorded(given, recorded_flags(mask))
     rules = width_rules(flags, shape)

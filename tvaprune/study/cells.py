@@ -23,10 +23,11 @@ from tvaprune.measure import hardware
 from tvaprune.measure.memory import PeakMemory
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.zeroshot import OFFLINE_GROUP, Score, ZeroShot
+from tvaprune.models.rotate import Rotation
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths
 from tvaprune.plan.masks import Masks, load_masks, read_record, save_masks
-from tvaprune.plan.rotation import Rotation, read_rotation
+from tvaprune.plan.rotation import read_rotation, save_rotation
 from tvaprune.run import Run
 from tvaprune.study.grid import VIB, Cell, Grid
 from tvaprune.study.report import DENSE, PRUNED
@@ -113,7 +114,7 @@ class Measurement:
             path = self.grid.mask_path(dataclasses.replace(cell, target_sparsity=target))
             path.parent.mkdir(parents=True, exist_ok=True)
             if rotation is not None:
-                rotation.save(path.parent)
+                save_rotation(rotation, path.parent)
             save_masks(mask, path)
             write_json(content, path.with_suffix(".json"))
         return content
