@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tvaprune import files
 from tvaprune.errors import InputError
@@ -211,3 +213,18 @@ def test_a_cache_that_another_process_built_meanwhile_stays(tmp_path):
         shutil.copytree(temporary, tmp_path / "c")
         (tmp_path / "c" / "its").touch()
     assert names(tmp_path) == ["c"] and names(tmp_path / "c") == ["its", "mine"]
+
+
+def test_weights_are_read_by_whom_the_user_lets_read(tmp_path, monkeypatch):
+    """safetensors writes files that their owner alone reads: a server under another name could not open a model."""
+    weights = {"w": torch.zeros(2)}
+    save_file(weights, tmp_path / "own.safetensors")
+    monkeypatch.setattr(files, "_UMASK", 0o027)
+    with files.replacing(tmp_path / "one.safetensors") as temporary:
+        save_file(weights, temporary)
+    with files.new_folder("save_pruned", tmp_path / "model", False) as temporary:
+        (temporary / "inner").mkdir()
+        save_file(weights, temporary / "inner" / "model.safetensors")
+    for path in (tmp_path / "one.safetensors", tmp_path / "model" / "inner" / "model.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "own.safetensors").stat().st_mode & 0o077 == 0  # control: else nothing is to be done

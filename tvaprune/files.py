@@ -29,6 +29,8 @@ MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that
 _LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _in_use: set[Path] = set()  # this process's own temporaries: its number may be that of a dead one
 _held: list[tuple[ExitStack, set[Path]]] = []  # the folders that the running command holds
 
@@ -69,7 +71,15 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, "part") as temporary:
         yield temporary
+        _let_read(temporary)
         os.replace(temporary, path)
+
+
+def _let_read(*paths: Path) -> None:
+    """Gives files the rights of any that the user writes: safetensors lets their owner alone read what it writes."""
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | 0o666 & ~_UMASK)
 
 
 @contextmanager
@@ -273,6 +283,7 @@ def new_folder(flag: str, folder: str | Path, overwrite: bool) -> Iterator[Path]
             temporary.mkdir(parents=True)
             yield temporary
             mark(temporary, _files_in(temporary))
+            _let_read(*temporary.rglob("*"))
             _take_name(temporary, place)
     except (OSError, SafetensorError) as error:
         raise InputError(f"--{flag} {folder}: cannot be written ({reason(error)}); nothing was left there") from error
