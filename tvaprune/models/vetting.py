@@ -38,6 +38,11 @@ _SIZES = {  # the largest that can be meant: masks number layers by four digits
     "vocab_size": _MUCH,
     "max_position_embeddings": _MUCH,
     "sliding_window": _MUCH,
+    "num_experts": _MUCH,
+    "num_local_experts": _MUCH,
+    "num_experts_per_tok": _MUCH,
+    "moe_intermediate_size": _MUCH,
+    "decoder_sparse_step": 9999,
 }
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
