@@ -158,8 +158,8 @@ class GatedModel(nn.Module):
                 yield from self._hook_block(place, block)
 
     def _hook_block(self, place: int, block: Block) -> Iterator[Any]:
-        writer = self.model.get_submodule(block.writer or block.module)
-        if block.writer is not None:
+        writer = self.model.get_submodule(block.writer)
+        if block.mixture is None:
             yield writer.register_forward_pre_hook(self._scale_input(place))
         for norm in (*block.norms, *block.head_norms.values()):
             self._replace_norm(norm)

@@ -108,7 +108,9 @@ class _Refit(Walk):
     def _half(self, prefix: str, block: Block, options: dict[str, Any]) -> None:
         """Refits half a layer and moves both streams past it."""
         dense, pruned = (Half.of(layers, block, options) for layers in (self.dense, self.pruned))
-        if block.writer is None:  # which expert a token passes is chosen: no least-squares target, they stay folded
+        if (
+            block.mixture is not None
+        ):  # which expert a token passes is chosen: no least-squares target, they stay folded
             self.move(self.dense, dense)
             self.move(self.pruned, pruned)
             return

@@ -212,7 +212,7 @@ class Half:
 
     Attributes:
         readers: The linears that read the norm's output, by their dotted name.
-        writer: The linear that writes the half's output; None: experts do, or what reads ends here, as in the lm_head.
+        writer: What writes the half's output, a linear or experts; None: what reads ends here, as in the lm_head.
         options: What the module is called with beside the hidden states.
         factor: What the output is multiplied by before it joins the stream.
         lane: Of the states, that of ``h``.
@@ -234,8 +234,7 @@ class Half:
         norm, post_norm = (nn.Identity() if name is None else find(name) for name in (block.norm, block.post_norm))
         readers = {path: find(path) for path in block.reading_linears}
         factor = residual_factor(layers.model.config)
-        writer = None if block.writer is None else find(block.writer)
-        return cls(norm, find(block.module), readers, post_norm, writer, options, factor, block.lane)
+        return cls(norm, find(block.module), readers, post_norm, find(block.writer), options, factor, block.lane)
 
     @classmethod
     def ending(cls, layers: Layers) -> "Half":

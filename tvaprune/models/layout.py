@@ -52,7 +52,7 @@ class Block:
         norm: Of the norm that it reads; None: it reads the residual stream.
         post_norm: Of the norm that its output passes; None: it is added as it is.
         readers: The projections that read the norm's output, by their field of `ModelFamily`.
-        writer: Dotted name of the linear that writes the output; None: the experts do.
+        writer: Dotted name of the linear that writes the output; of experts, of the module.
         lane: Where ``h`` stands in the states that pass a layer (`tvaprune.models.layers.Half`).
         head_norms: Of the attention's norms over all heads at once, which are as wide as the heads: those of its
             readers, by their field.
@@ -63,7 +63,7 @@ class Block:
     norm: str | None
     post_norm: str | None
     readers: Mapping[str, Projection]
-    writer: str | None
+    writer: str
     lane: int = 0
     head_norms: Mapping[str, str] = field(default_factory=dict)
     mixture: Mixture | None = None
@@ -133,9 +133,8 @@ def _block(family: ModelFamily, index: int, kind: str, rows: Mapping[str, int], 
     if kind == "attention" and family.norms_all_heads:
         head_norms = {"query": f"{layer}{family.query_norm}", "key": f"{layer}{family.key_norm}"}
     lane = int(family.is_parallel and kind == "mlp")
-    mixture = None
+    mixture, module = None, layer + getattr(family, kind)
     if writer is None:
         experts = f"{layer}{family.experts}"
         mixture = Mixture(f"{layer}{family.router}.weight", f"{experts}.gate_up_proj", f"{experts}.down_proj")
-    module = layer + getattr(family, kind)
-    return Block(module, norm, post_norm, readers, named(writer), lane, head_norms, mixture)
+    return Block(module, norm, post_norm, readers, named(writer) or module, lane, head_norms, mixture)
