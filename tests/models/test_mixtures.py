@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.choose.controller import expected_spread
 from tvaprune.choose.gated_model import GatedModel
+from tvaprune.choose.scores.calibration import both_blocks
 from tvaprune.measure.cost import Work, forward_flops, lora_parameters, narrower
 from tvaprune.models import from_gguf, modeling_pruned
 from tvaprune.models.formats import check_graph
@@ -23,6 +24,7 @@ from tvaprune.models.load import load_model, open_model
 from tvaprune.models.parameters import decoder_sparsity, dense_layers, dense_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
+from tvaprune.models.vetting import check_config
 from tvaprune.plan.masks import load_masks, save_masks
 from tvaprune.plan.multiples import fastest_multiple
 from tvaprune.plan.widths import WidthRules, Widths
@@ -184,6 +186,13 @@ def test_what_a_mixture_cannot_do_is_said_in_one_line(model, tmp_path, monkeypat
     monkeypatch.setattr(from_gguf.PretrainedConfig, "get_config_dict", lambda *args, **kwargs: (values, {}))
     with tiny.refused("a mixture of experts is not read from GGUF"):
         from_gguf._config.__wrapped__(tmp_path / "x.gguf", "--model_name_or_path x.gguf", (0, 0))
+    with tiny.refused("[23] layers of the model have no attention or no MLP, or have experts, and the one-shot"):
+        both_blocks(model)
+    written = tiny.read_json(tmp_path / "model" / "config.json")
+    for key in ("num_experts_per_tok", "num_local_experts"):
+        with tiny.refused(f"x: {key} in config.json is 0: a whole number from 1 "):
+            check_config(written | {key: 0}, "x")
+        check_config(written | {key: 0, "model_type": "llama"}, "x")  # which has no use for it
     model.config.num_experts_per_tok = 5
     with tiny.refused("num_experts_per_tok is 5, of 4 experts: mend config"):
         shape_of(model.config)
