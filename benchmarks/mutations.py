@@ -38,6 +38,27 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "experts that are not counted",
+        "tvaprune/models/shape.py",
+        "norms + count * each for norms, count",
+        "norms for norms, count",
+        "tests/models/test_mixtures.py",
+    ),
+    Mutation(
+        "experts that write without the hidden means",
+        "tvaprune/plan/edits.py",
+        "mixture.down: Edit(stream.kept, row_factors=stream.means)",
+        "mixture.down: Edit(stream.kept)",
+        "tests/models/test_family_contract.py",
+    ),
+    Mutation(
+        "LoRA on the experts of a stock mixture, and not of a pruned one",
+        "tvaprune/recover/lora.py",
+        "if family.experts is None:",
+        "if True:",
+        "tests/models/test_mixtures.py",
+    ),
+    Mutation(
         "the residual target without the factors",
         "tvaprune/cut/walk.py",
         "index_select(-1, kept).float() * scale",

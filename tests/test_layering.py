@@ -130,7 +130,8 @@ def names_inside_models():
     """The words by which families name a model's parts, of all rows: ``q_proj``, ``input_layernorm`` and so on."""
     values = [getattr(row, field.name) for row in FAMILIES.values() for field in fields(row)]
     words = {word for value in values if isinstance(value, str) for word in value.split(".")}
-    own = {"model", "layers", "norm", "mlp", "mlp_bias", "lm_head", "variance_epsilon", "eps", "eager", "sdpa"}
+    own = {"model", "layers", "norm", "mlp", "mlp_bias", "lm_head", "variance_epsilon", "eps", "eager", "sdpa", "gate"}
+    own |= {"experts", "intermediate_size"}
     return words - own  # the field's own words
 
 

@@ -37,6 +37,7 @@ from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.widths import WidthRules
 from tvaprune.stages.export import export
 
+DOWN = ("down_proj", "down_proj.weight")
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
 
 
@@ -77,16 +78,21 @@ def test_a_saved_and_reloaded_model_is_the_sliced_one(row, case, make_pruned, in
     expected, before = logits(narrow, input_ids), copy.deepcopy(narrow.state_dict())
     save_pruned(narrow, plan, None, tmp_path / "pruned")
     loaded = load_pruned(tmp_path / "pruned")
-    assert torch.equal(logits(loaded, input_ids), expected)
-    assert all(
-        torch.equal(value, before[name]) for name, value in narrow.state_dict().items()
-    )  # saving changes nothing
+    # One matrix of an expert begins anywhere in memory, and a CPU's kernels round by where it does.
+    rounding = {"atol": 1e-6 * any(plan.shape.experts), "rtol": 0.0}
+    torch.testing.assert_close(logits(loaded, input_ids), expected, **rounding)
+    for state in (narrow.state_dict(), loaded.state_dict()):  # saving changes nothing, loading gives the same
+        assert state.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in state.items())
     shape = shape_of(loaded.config)
     assert shape.num_key_value_heads == tuple(count or 1 for count in plan.num_key_value_heads)
-    assert shape.intermediate_size == tuple(count or 32 for count in plan.intermediate_size)
+    assert shape.intermediate_size == tuple(
+        0 if experts else count or 32 for count, experts in zip(plan.intermediate_size, plan.shape.experts, strict=True)
+    )
     if plan.shape.tie_word_embeddings:
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    loaded.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1.0  # control: the comparison sees one weight
+    (down,) = (value for name, value in loaded.model.layers[0].mlp.named_parameters() if name.endswith(DOWN))
+    down.data[..., 0, 0] += 1.0  # control: the comparison sees one weight
     assert not torch.equal(logits(loaded, input_ids), expected)
 
 

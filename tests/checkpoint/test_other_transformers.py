@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.other_transformers import EVERY, NOT_IN_4, WITHIN, opened, write
 
 OTHER = os.environ.get("TVAPRUNE_OTHER_PYTHON")
-SOME = [("olmo3", "own"), ("phi3, long rope", "own"), ("gemma2 tied", "stock")]
+SOME = [("olmo3", "own"), ("phi3, long rope", "own"), ("gemma2 tied", "stock"), ("mixtral", "own"),
+        ("qwen3_moe tied", "stock")]  # fmt: skip
 
 
 def test_folders_open_where_there_is_transformers_alone(make_model, make_masks, tmp_path):

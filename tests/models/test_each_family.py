@@ -76,10 +76,15 @@ def zeroed(dense, plan):
     average(model.model.norm, kept.hidden, inverse)
     post = {norm: writer for norm, writer in post.items() if norm in names}
     for layer, attn, inter, heads in zip(model.model.layers, full.attn, full.inter, kept.attn, strict=True):
+        if hasattr(layer.mlp, "experts"):  # which write what the router weighs
+            model.set_experts_implementation("eager")  # the kernels know no float64
+            layer.mlp.experts.down_proj.data *= hidden[:, None]
         for name, writer, units, each in (
             ("o_proj", layer.self_attn.o_proj, attn, width),
-            ("down_proj", layer.mlp.down_proj, inter, 1),
+            ("down_proj", getattr(layer.mlp, "down_proj", None), inter, 1),
         ):
+            if writer is None:
+                continue
             rows = kept.hidden.double() if name in post.values() else hidden
             writer.weight.data *= rows[:, None] * units.double().repeat_interleave(each)
             if writer.bias is not None:
@@ -161,7 +166,8 @@ def test_vanilla_is_a_stock_model_of_the_same_function_or_refused(row, make_mode
     plan = make_plan(model, make_masks, dim_multiple=4, empty_layer=1)
     queries, dense = max(plan.num_key_value_heads) * plan.shape.group_size, plan.shape.hidden_size
     plan = with_hidden(plan, (dense - 1) // queries * queries)  # some stock configs take no other
-    assert 0 < plan.hidden_size < dense and len(set(plan.intermediate_size)) > 1 and max(plan.intermediate_size) > 0
+    assert 0 < plan.hidden_size < dense and len(set(plan.num_key_value_heads)) > 1
+    assert len(set(plan.intermediate_size)) > 1 and max(plan.intermediate_size) > 0 or all(plan.shape.experts)
     narrow = sliced(model, plan)
     reason = None if row == PARTIAL else REFUSED_VANILLA.get(model_type)
     if reason is not None:
@@ -182,17 +188,24 @@ def test_gguf_is_written_for_the_families_that_have_an_architecture_and_refused_
     assert not any(tmp_path.iterdir())
 
 
+REFUSED_ONNX = {
+    "phi3": "rotary frequencies follow the length of the text",
+    "mixtral": "which experts a token passes is chosen as it comes",
+    "qwen3_moe": "which experts a token passes is chosen as it comes",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns of its own parts
 def test_onnx_runtime_gives_the_same_logits(model, make_masks, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    if not tiny.EVERY and base_type(model.config) not in ("gemma3_text", "olmo2", "phi3"):
+    if not tiny.EVERY and base_type(model.config) not in ("gemma3_text", "olmo2", "phi3", "qwen3_moe"):
         pytest.skip("TVAPRUNE_EVERY=1 exports all families")
     plan = make_plan(model, make_masks, empty_layer=1)
     folder = save_pruned(sliced(model, plan), plan, None, tmp_path / "pruned")
-    if base_type(model.config) == "phi3":
-        with pytest.raises(InputError, match="rotary frequencies follow the length of the text"):
+    if (reason := REFUSED_ONNX.get(base_type(model.config))) is not None:
+        with pytest.raises(InputError, match=reason):
             export_onnx(load_pruned(folder), folder, None, tmp_path / "onnx", overwrite=False, verify=True)
         return
     export_onnx(load_pruned(folder), folder, None, tmp_path / "onnx", overwrite=False, verify=True)
@@ -207,8 +220,14 @@ def test_onnx_runtime_gives_the_same_logits(model, make_masks, tmp_path, capsys)
             "'gpt2', which has no row in tvaprune/models/families.py: supported are llama, mistral, ",
         ),
         ("glm", "'glm', which has no row in tvaprune/models/families.py: nearest is glm4, supported are llama, "),
-        ("mixtral", "'mixtral', a mixture of experts, which are not cut yet: nearest is mistral, supported are "),
-        ("qwen3_moe", "'qwen3_moe', a mixture of experts, which are not cut yet: nearest is qwen3, supported are "),
+        (
+            "qwen2_moe",
+            "'qwen2_moe', a mixture of experts of another kind than mixtral's and qwen3_moe's: nearest is qwen3_moe, ",
+        ),
+        (
+            "deepseek_v3",
+            "'deepseek_v3', a mixture of experts of another kind than mixtral's and qwen3_moe's: supported ",
+        ),
         ("mamba", "'mamba', which mixes attention with layers that have no KV heads to prune (linear_attention): "),
         ("falcon_h1", "'falcon_h1', which mixes attention with layers that have no KV heads to prune (hybrid): "),
         (
@@ -231,6 +250,10 @@ BLOCKS = Dataset.from_dict({"input_ids": torch.arange(8 * 12).remainder(47).view
 @pytest.mark.parametrize("method", sorted(set(SCORES) - {"random", "bonsai"}))
 def test_a_unit_that_writes_nothing_is_the_first_to_go(model, method):
     layer, shape = model.model.layers[1], shape_of(model.config)
+    if any(shape.experts):
+        with pytest.raises(InputError, match=f"--prune_method {method}: scores KV heads .*: use --prune_method vib"):
+            score_masks(model, method, BLOCKS)
+        return
     heads, width = shape.num_key_value_heads[1], shape.head_dim * shape.group_size
     before = score_masks(model, method, BLOCKS).log_alpha
     channel, head = int(before.inter[1].argmin()), int(before.attn[1].argmin())  # the last to go, of each kind

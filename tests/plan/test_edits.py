@@ -96,6 +96,8 @@ def test_a_tied_embedding_takes_the_factor_and_the_final_norm_gives_it_back():
 
 def edited(weight, edit):
     """What an edit says, on one tensor: independent of the code that cuts."""
+    if weight.dim() == 3:
+        return torch.stack([edited(matrix, edit) for matrix in weight])
     weight = weight if edit.rows is None else weight[edit.rows]
     weight = weight if edit.columns is None else weight[:, edit.columns]
     weight = weight if edit.constant == 1 else (weight + edit.offset) * edit.constant - edit.offset

@@ -38,6 +38,7 @@ LONG_ROPE = {
     "partial_rotary_factor": 0.7,  # 4 of 6 features
 }
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 40}  # of whose rows the kernels are made
 MORE_ROWS = {  # the other families, each with what sets it apart
     "internlm3": ("internlm3", GQA | {"qkv_bias": True, "bias": True}),
     "ministral, windows in some layers": ("ministral", GQA | WINDOWS),
@@ -71,6 +72,11 @@ MORE_ROWS = {  # the other families, each with what sets it apart
     "exaone4": ("exaone4", GQA | WINDOWS),
     "cohere2 tied": ("cohere2", WINDOWS | {"tie_word_embeddings": True, "logit_scale": 0.7}),
     "cohere2, with biases": ("cohere2", GQA | WINDOWS | {"attention_bias": True, "logit_scale": 1.3}),
+    "mixtral": ("mixtral", GQA | EXPERTS | {"intermediate_size": 56, "sliding_window": 5}),
+    "qwen3_moe, layer 1 without experts": ("qwen3_moe", EXPERTS | {"moe_intermediate_size": 16, "norm_topk_prob": True,
+                                                                   "decoder_sparse_step": 1, "mlp_only_layers": [1]}),
+    "qwen3_moe tied": ("qwen3_moe", GQA | EXPERTS | {"moe_intermediate_size": 24, "attention_bias": True,
+                                                     "tie_word_embeddings": True}),
 }  # fmt: skip
 NAMED_ROWS = {  # what people have under another family's type, in its proportions
     "SmolLM2": ("llama", {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3,

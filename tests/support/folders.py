@@ -18,7 +18,9 @@ LLAMA3_ROPE = {
 
 
 def with_units(plan, kind, layer, count):
-    """The plan with the first ``count`` units of one layer, at factors that are felt."""
+    """The plan with the first ``count`` units of one layer, or all that it has, at factors that are felt."""
+    sizes = {"attn": plan.shape.num_key_value_heads, "inter": plan.shape.intermediate_size}
+    count = min(count, sizes[kind][layer])
 
     def put(values, value):
         return replace(values, **{kind: tuple(value if i == layer else v for i, v in enumerate(getattr(values, kind)))})

@@ -28,6 +28,8 @@ CHECKPOINTS = {  # of each family, one that people have
     "glm4": "THUDM/GLM-4-9B-0414",
     "exaone4": "LGAI-EXAONE/EXAONE-4.0-1.2B",
     "cohere2": "CohereLabs/c4ai-command-r7b-12-2024",
+    "mixtral": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen3_moe": "Qwen/Qwen3-30B-A3B-Base",
 }
 SHAPE = ModelShape.uniform(8, 1, 2, 1, 4, 8, 8)
 
@@ -57,6 +59,8 @@ def apart(model_type):
         said.append("fused gate and up")
     if row.gate is None:
         said.append("no gate")
+    if row.experts is not None:
+        said.append("a mixture of experts, whose channels stay")
     if row.attention_kernel != "sdpa":
         said.append(f"{row.attention_kernel} attention")
     if row.begins_with_bos:

@@ -29,6 +29,11 @@ NOT_IN_4 = {  # what transformers 4.57 does not open as 5.23 does, and what it s
     ("internlm3", "stock"): "does not recognize this architecture",
     ("cwm", "own"): "transformers 4.57.6 has no 'cwm' models",
     ("cwm", "stock"): "does not recognize this architecture",
+    **{
+        (row, "own"): "transformers 4.57.6 does not read fused experts"
+        for row, (model_type, _) in MORE_ROWS.items()
+        if model_type in ("mixtral", "qwen3_moe")
+    },
     ("gemma2 tied", "stock"): None,  # runs, but by sdpa, without the cap on the attention's logits
 }
 

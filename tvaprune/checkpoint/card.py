@@ -12,8 +12,8 @@ from tvaprune.models.formats import check_graph, gguf_architecture, vanilla_conf
 from tvaprune.models.shape import in_words
 from tvaprune.plan.keep_plan import KeepPlan
 
-# The first version whose folders were opened: 4.57 lacks two families, and a stock Gemma 2's cap (docs/models.md).
-_FIRST_OPENED = dict.fromkeys(("internlm3", "cwm", "gemma2"), "5.23")
+# The first version whose folders were opened: 4.57 lacks two families, fused experts, and a stock Gemma 2's cap.
+_FIRST_OPENED = dict.fromkeys(("internlm3", "cwm", "gemma2", "mixtral", "qwen3_moe"), "5.23")
 _ELSE_OPENED = "4.57"
 _LOADING = """## Load it
 
@@ -116,12 +116,14 @@ def _named(base: str | None) -> str:
 def _size_rows(plan: KeepPlan) -> list[str]:
     shape = plan.shape
     heads, channels = (" ".join(map(str, kept)) for kept in (plan.num_key_value_heads, plan.intermediate_size))
+    whole = [f"| experts per layer, with all their channels | {in_words(shape.experts)} | the same |"]
     return [
         f"| hidden dims | {shape.hidden_size} | {plan.hidden_size} |",
         f"| KV heads per layer | {in_words(shape.num_key_value_heads)} | {heads} |",
         f"| MLP channels per layer | {in_words(shape.intermediate_size)} | {channels} |",
         f"| sparsity of the decoder layers | 0 | {plan.sparsity:.4f} |",
         f"| query heads per KV head, head dim | {shape.group_size}, {shape.head_dim} | the same |",
+        *(whole if any(shape.experts) else ()),
     ]
 
 

@@ -174,7 +174,7 @@ def _complete_config(path: Path, config: PretrainedConfig) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     rope = {"rope_parameters": dict(config.rope_parameters)}
     content |= rope | rope_of_transformers_4(config.rope_parameters)
-    for key in ("head_dim", "tie_word_embeddings", "sliding_window"):
+    for key in ("head_dim", "tie_word_embeddings", "sliding_window", "num_experts"):
         if hasattr(config, key):
             content[key] = getattr(config, key)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

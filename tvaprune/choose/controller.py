@@ -3,6 +3,8 @@
 Source: Xia et al., CoFi (ACL 2022): ``lambda_1 (s - t) + lambda_2 (s - t)^2``, the multipliers by gradient ascent.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -62,7 +64,7 @@ def expected_spread(log_alpha: PerUnit, beta: float, shape: ModelShape) -> torch
     """Returns how far the layers are from being equally wide, a scalar with gradient; 0 where they are.
 
     The variance over the layers of the expected parameters of the attention, and of the MLP, as shares of a full layer:
-    the square of a sparsity, as the gap to the target is.
+    the square of a sparsity, as the gap to the target is. Layers that have no such units are not among them.
     """
     full = dense_layers(shape) / shape.num_hidden_layers
 
@@ -70,6 +72,9 @@ def expected_spread(log_alpha: PerUnit, beta: float, shape: ModelShape) -> torch
         share: torch.Tensor = layer_parameters(shape.hidden_size, kv_heads, channels, shape) / full
         return share
 
-    heads = torch.stack([gates.keep_probability(value, beta).sum() for value in log_alpha.attn])
-    channels = torch.stack([gates.keep_probability(value, beta).sum() for value in log_alpha.inter])
+    def expected(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        there = [gates.keep_probability(value, beta).sum() for value in layers if len(value)]
+        return torch.stack(there or [log_alpha.hidden.new_zeros(())])
+
+    heads, channels = expected(log_alpha.attn), expected(log_alpha.inter)
     return share(heads, 0.0).var(correction=0) + share(0.0, channels).var(correction=0)

@@ -3,7 +3,8 @@
 One object owns all hooks, and the forward methods of the norms meanwhile. Where each gate multiplies: the hidden
 gate the embedding's output, once, and the output of every attention block and MLP before the residual add; the
 attention gate the input of the output projection, a KV head with the query heads that share it; the MLP gate the input
-of the down projection. Under a hidden gate an RMSNorm averages over the kept dims only, as the sliced model will.
+of the down projection; experts have none. Under a hidden gate an RMSNorm averages over the kept dims only, as the
+sliced model will.
 """
 
 from collections.abc import Callable, Iterator
@@ -158,7 +159,8 @@ class GatedModel(nn.Module):
 
     def _hook_block(self, place: int, block: Block) -> Iterator[Any]:
         writer = self.model.get_submodule(block.writer)
-        yield writer.register_forward_pre_hook(self._scale_input(place))
+        if block.mixture is None:
+            yield writer.register_forward_pre_hook(self._scale_input(place))
         for norm in (*block.norms, *block.head_norms.values()):
             self._replace_norm(norm)
         last = writer if block.post_norm is None else self.model.get_submodule(block.post_norm)

@@ -108,6 +108,12 @@ class _Refit(Walk):
     def _half(self, prefix: str, block: Block, options: dict[str, Any]) -> None:
         """Refits half a layer and moves both streams past it."""
         dense, pruned = (Half.of(layers, block, options) for layers in (self.dense, self.pruned))
+        if (
+            block.mixture is not None
+        ):  # which expert a token passes is chosen: no least-squares target, they stay folded
+            self.move(self.dense, dense)
+            self.move(self.pruned, pruned)
+            return
         name = prefix + _last(block.writer)
         lost = not self.edits[f"{block.writer}.weight"].constant
         if not lost:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
 from tvaprune.measure.perplexity import CHUNK_TOKENS, windows_of_pass
-from tvaprune.models.parameters import dense_layers, dense_parameters
+from tvaprune.models.parameters import dense_layers, dense_parameters, layer_parameters
 from tvaprune.models.shape import ModelShape
 
 GIB = 2**30
@@ -110,19 +110,35 @@ class Phase:
 
 
 def _layers(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
-    """Yields q, k and f of every layer."""
-    for heads, channels in zip(shape.num_key_value_heads, shape.intermediate_size, strict=True):
+    """Yields q, k and f of every layer; of experts f counts those that a token passes."""
+    for heads, channels in zip(shape.num_key_value_heads, shape.channels_per_token, strict=True):
         yield heads * shape.group_size * shape.head_dim, heads * shape.head_dim, channels
 
 
 def _layer_sizes(shape: ModelShape) -> list[int]:
-    """Returns the numbers of every layer's linears, of which an MLP without a gate has one fewer."""
-    h = shape.hidden_size
-    return [h * (2 * q + 2 * k + (2 + shape.gated_mlp) * f) for q, k, f in _layers(shape)]
+    """Returns the numbers of every layer's linears and of all its experts."""
+    sizes = zip(shape.num_key_value_heads, shape.intermediate_size, shape.per_dim, shape.layer_norms, strict=True)
+    return [layer_parameters(shape.hidden_size, k, f, shape, per_dim - norms) for k, f, per_dim, norms in sizes]
+
+
+def _copies(shape: ModelShape) -> int:
+    """Returns the numbers of a token's copies, of which each expert that it passes reads one and writes one."""
+    return 2 * shape.experts_per_token * shape.hidden_size
+
+
+def _idle(shape: ModelShape) -> int:
+    """Returns the numbers of the experts that a token does not pass."""
+    idle = sum(count - shape.experts_per_token for count in shape.experts if count)
+    return idle * (2 + shape.gated_mlp) * shape.expert_size * shape.hidden_size
 
 
 def narrower(shape: ModelShape, sparsity: float) -> ModelShape:
-    """Returns a shape of as many hidden dims whose layers all lost the same share of heads and channels."""
+    """Returns a shape of as many hidden dims whose layers all lost the same share of heads and channels.
+
+    Of a mixture of experts the hidden dims go: nothing else is cut of experts.
+    """
+    if any(shape.experts):
+        return replace(shape, hidden_size=round(shape.hidden_size * (1 - sparsity)))
     heads, channels = (
         tuple(round(size * (1 - sparsity)) for size in sizes)
         for sizes in (shape.num_key_value_heads, shape.intermediate_size)
@@ -139,6 +155,7 @@ def forward_flops(shape: ModelShape, tokens: int, window: int, head: bool = True
     """Returns the operations of a forward pass; of attention all pairs of a window count, as for fused kernels."""
     h, projections = shape.hidden_size, 2 + shape.gated_mlp
     linear = sum(h * (2 * q + 2 * k + projections * f) for q, k, f in _layers(shape)) + head * h * shape.vocab_size
+    linear += h * sum(shape.experts)  # routers
     return tokens * (2 * linear + sum(4 * q * window for q, _, _ in _layers(shape)))
 
 
@@ -149,7 +166,7 @@ def evaluation(shape: ModelShape, work: Work, window: int) -> int:
     of positions whose logits are there in the model's precision, in float32 and as log-probabilities.
     """
     b, tokens, h = work.weight_bytes, work.pass_tokens(window), shape.hidden_size
-    layer = b * tokens * (3 * max(shape.intermediate_size) + 4 * h)
+    layer = b * tokens * (3 * max(shape.channels_per_token) + 4 * h + _copies(shape))
     if work.sliding_window is not None and window > work.sliding_window:
         layer += window**2  # the mask
     return max(layer, (b + 8) * shape.vocab_size * min(CHUNK_TOKENS, tokens) + b * tokens * h)
@@ -195,7 +212,7 @@ def gate_flops(work: Work) -> float:
 def finetuning_flops(work: Work) -> float:
     """Returns the operations of a pass of fine-tuning: both losses call the student's head."""
     again, shape, tokens = work.tokens > LOSS_TOKENS, work.pruned, work.tokens
-    layers = (lora_parameters(work) if work.lora_r else dense_layers(shape)) * tokens
+    layers = (lora_parameters(work) if work.lora_r else dense_layers(shape) - _idle(shape)) * tokens
     updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
     student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
     losses = 1 + work.distill
@@ -214,7 +231,8 @@ def gate_step(work: Work) -> float:
     """
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
     noise = not work.redraws
-    per_layer = [b * (4 * h + 2 * q + 2 * k + 4 * f + noise * (2 * h + f)) for q, k, f in _layers(shape)]
+    h_own = 4 * h + _copies(shape)
+    per_layer = [b * (h_own + 2 * q + 2 * k + 4 * f + noise * (2 * h + f)) for q, k, f in _layers(shape)]
     chunk = min(LOSS_TOKENS, work.tokens)
     loss = (21 + 2 * b if work.distill else 12 + b) * shape.vocab_size * chunk
     units = h + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
@@ -228,7 +246,7 @@ def gradient_pass(work: Work) -> float:
     """
     work = _rotating(work)
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
-    per_layer = [b * (4 * h + 2 * q + 2 * k + 4 * f) for q, k, f in _layers(shape)]
+    per_layer = [b * (4 * h + _copies(shape) + 2 * q + 2 * k + 4 * f) for q, k, f in _layers(shape)]
     taken = _training(work, shape, per_layer, 16 * shape.vocab_size * work.tokens, 0)
     return weights(shape, work) + 2 * 8 * h * h + taken
 
@@ -247,10 +265,10 @@ def _rotating(work: Work) -> Work:
 
 
 def lora_parameters(work: Work) -> int:
-    """Returns the numbers that LoRA trains, the lm_head not counted."""
+    """Returns the numbers that LoRA trains, the lm_head not counted; of a mixture of experts the attention's alone."""
     h, r = work.pruned.hidden_size, work.lora_r
-    each = (r * (2 * (h + q) + 2 * (h + k) + (2 + work.pruned.gated_mlp) * (h + f)) for q, k, f in _layers(work.pruned))
-    return sum(each)
+    of_mlp = 0 if any(work.pruned.experts) else 2 + work.pruned.gated_mlp
+    return sum(r * (2 * (h + q) + 2 * (h + k) + of_mlp * (h + f)) for q, k, f in _layers(work.pruned))
 
 
 def trained_parameters(work: Work) -> int:
@@ -282,7 +300,7 @@ def finetuning_step(work: Work) -> float:
     and the dropout's mask.
     """
     b, shape, h, r = work.weight_bytes, work.pruned, work.pruned.hidden_size, work.lora_r
-    own = [8 * h + b * (2 * q + 2 * k + 3 * f) for q, k, f in _layers(shape)]
+    own = [8 * h + b * (2 * q + 2 * k + 3 * f + _copies(shape)) for q, k, f in _layers(shape)]
     if r:
         each = [5 * (5 * h + q + f) + 7 * 4 * r for q, _, f in _layers(shape)]
     else:
@@ -346,9 +364,11 @@ class Fit:
 
 def _fits(work: Work) -> Iterator[Fit]:
     h, hidden = work.dense.hidden_size, work.pruned.hidden_size
-    for q, k, f in _layers(work.pruned):
+    for (q, k, _), f in zip(_layers(work.pruned), work.pruned.intermediate_size, strict=True):
         yield Fit(hidden, h, (q, k, k), True)
         yield Fit(q, hidden, (hidden,), False)
+        if not f:  # experts stay folded
+            continue
         yield Fit(hidden, h, (f,) * (1 + work.pruned.gated_mlp), True)
         yield Fit(f, hidden, (hidden,), False)
     if not work.dense.tie_word_embeddings:
@@ -438,7 +458,8 @@ def _window_training(work: Work) -> list[float]:
     b, h, windows = work.weight_bytes, work.pruned.hidden_size, _windows(work)
     copy, tokens = 4 * (b < 4), work.pass_tokens(work.block)
     sizes = _layer_sizes(work.pruned)
-    per_token = [b * (4 * h + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
+    h_own = 4 * h + _copies(work.pruned)
+    per_token = [b * (h_own + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in _layers(work.pruned)]
     predictions = (21 + 2 * b) * work.dense.vocab_size * min(LOSS_TOKENS, tokens)
     losses = [12 * h * tokens] * (len(windows) - 1) + [predictions]
     return [

@@ -39,6 +39,9 @@ class ModelFamily:
         attention_norm: The norm that the attention reads; None: it reads the residual stream.
         attention_post_norm: The norm between the attention and the residual stream; None: there is none.
         gate: The projection that the activation function follows; None: the MLP has ``up`` and ``down`` alone.
+        experts: The module of a layer's experts, fused: tensors of three dims; None: every layer has an MLP.
+        router: The module that chooses among them.
+        expert_size: The entry of the config that is the MLP channels of an expert.
     """
 
     beta: float = 10.0
@@ -77,6 +80,9 @@ class ModelFamily:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    experts: str | None = None
+    router: str = "mlp.gate"
+    expert_size: str = "moe_intermediate_size"
 
     @property
     def is_parallel(self) -> bool:
@@ -148,6 +154,8 @@ FAMILIES = {
         norm_rounds_once=True,
         logit_multiplier="logit_scale",
     ),
+    "mixtral": ModelFamily(beta=5.0, experts="mlp.experts", expert_size="intermediate_size", **_NO_BIAS),
+    "qwen3_moe": ModelFamily(mlp_bias=False, experts="mlp.experts", **_HEAD_NORMS),
 }
 
 
@@ -182,7 +190,7 @@ def _reason(config: Any) -> str:
         found = sorted(kinds - _ATTENTION_LAYERS) or recurrent
         return f"which mixes attention with layers that have no KV heads to prune ({found[0]}): {_nearest(config)}"
     if any(getattr(config, key, None) for key in _EXPERTS):
-        return f"a mixture of experts, which are not cut yet: {_nearest(config)}"
+        return f"a mixture of experts of another kind than mixtral's and qwen3_moe's: {_nearest(config)}"
     return f"which has no row in tvaprune/models/families.py: {_nearest(config)}"
 
 

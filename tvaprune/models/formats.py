@@ -87,8 +87,13 @@ def check_graph(config: PretrainedConfig) -> None:
     """Refuses a model that no ONNX graph holds.
 
     Raises:
-        InputError: If its rotary frequencies are not one set.
+        InputError: If its rotary frequencies are not one set, or a router chooses what it computes.
     """
+    if any(shape_of(config).experts):
+        raise InputError(
+            "--format onnx: which experts a token passes is chosen as it comes, and a graph holds no such choice: use "
+            "the checkpoint itself, or --format vanilla"
+        )
     rope = config.rope_parameters
     kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
     if kinds & {"longrope", "dynamic"}:

@@ -212,7 +212,7 @@ class Half:
 
     Attributes:
         readers: The linears that read the norm's output, by their dotted name.
-        writer: The linear that writes the half's output; None: what reads ends here, as in the lm_head.
+        writer: What writes the half's output, a linear or experts; None: what reads ends here, as in the lm_head.
         options: What the module is called with beside the hidden states.
         factor: What the output is multiplied by before it joins the stream.
         lane: Of the states, that of ``h``.

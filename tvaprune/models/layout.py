@@ -27,6 +27,21 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The weights of a layer's experts by their full names; all read the norm's output, ``down`` writes.
+
+    Attributes:
+        router: Shape ``(experts, hidden)``.
+        up: Shape ``(experts, 2 * channels, hidden)``.
+        down: Shape ``(experts, hidden, channels)``.
+    """
+
+    router: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
 class Block:
     """Half a layer, which adds ``post_norm(module(norm(h)))`` to the residual stream.
 
@@ -37,10 +52,11 @@ class Block:
         norm: Of the norm that it reads; None: it reads the residual stream.
         post_norm: Of the norm that its output passes; None: it is added as it is.
         readers: The projections that read the norm's output, by their field of `ModelFamily`.
-        writer: Dotted name of the linear that writes the output.
+        writer: Dotted name of the linear that writes the output; of experts, of the module.
         lane: Where ``h`` stands in the states that pass a layer (`tvaprune.models.layers.Half`).
         head_norms: Of the attention's norms over all heads at once, which are as wide as the heads: those of its
             readers, by their field.
+        mixture: The experts that an MLP is made of, in place of readers and a writer; None: it has these.
     """
 
     module: str
@@ -50,6 +66,7 @@ class Block:
     writer: str
     lane: int = 0
     head_norms: Mapping[str, str] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
     @property
     def norms(self) -> list[str]:
@@ -80,7 +97,7 @@ def layout_of(family: ModelFamily, shape: ModelShape) -> Layout:
     layers = range(shape.num_hidden_layers)
     return Layout(
         attention=tuple(_attention(family, shape, i) if shape.num_key_value_heads[i] else None for i in layers),
-        mlp=tuple(_mlp(family, shape, i) if shape.intermediate_size[i] else None for i in layers),
+        mlp=tuple(_mlp(family, shape, i) if shape.channels_per_token[i] else None for i in layers),
     )
 
 
@@ -91,12 +108,14 @@ def _attention(family: ModelFamily, shape: ModelShape, index: int) -> Block:
 
 
 def _mlp(family: ModelFamily, shape: ModelShape, index: int) -> Block:
+    if shape.experts[index]:
+        return _block(family, index, "mlp", {}, None)
     channels = shape.intermediate_size[index]
     rows = {"gate": channels, "up": channels} if family.gate is not None else {"up": channels}
     return _block(family, index, "mlp", rows, family.down)
 
 
-def _block(family: ModelFamily, index: int, kind: str, rows: Mapping[str, int], writer: str) -> Block:
+def _block(family: ModelFamily, index: int, kind: str, rows: Mapping[str, int], writer: str | None) -> Block:
     layer = f"{family.layers}.{index}."
     readers: dict[str, Projection] = {}
     ends: dict[str, int] = {}
@@ -114,4 +133,8 @@ def _block(family: ModelFamily, index: int, kind: str, rows: Mapping[str, int], 
     if kind == "attention" and family.norms_all_heads:
         head_norms = {"query": f"{layer}{family.query_norm}", "key": f"{layer}{family.key_norm}"}
     lane = int(family.is_parallel and kind == "mlp")
-    return Block(layer + getattr(family, kind), norm, post_norm, readers, layer + writer, lane, head_norms)
+    mixture, module = None, layer + getattr(family, kind)
+    if writer is None:
+        experts = f"{layer}{family.experts}"
+        mixture = Mixture(f"{layer}{family.router}.weight", f"{experts}.gate_up_proj", f"{experts}.down_proj")
+    return Block(module, norm, post_norm, readers, named(writer) or module, lane, head_norms, mixture)

@@ -22,7 +22,7 @@ from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import FAMILIES, PREFIX, ModelFamily, base_type, family_of
 from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
 from tvaprune.models.placement import check_placed
-from tvaprune.models.pruned import bare_model
+from tvaprune.models.pruned import bare_model, with_kernel
 from tvaprune.models.published import located
 from tvaprune.models.shards import Shards, files_of
 from tvaprune.models.vetting import (
@@ -67,7 +67,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
         config.__dict__.pop(key, None)
     if config.model_type.startswith(PREFIX):
         config.auto_map = auto_map(config.model_type.removeprefix(PREFIX))
-    return config
+    return with_kernel(config) if base_type(config) in FAMILIES else config
 
 
 def _kernel(config: PretrainedConfig) -> str:
@@ -205,6 +205,9 @@ def open_model(
     if gguf_file(path, named) is not None:
         raise InputError(f"{named}: a GGUF file is dequantised whole, and --stream True reads safetensors alone; leave "
                          "--stream out, or give the checkpoint that it was made of")  # fmt: skip
+    if FAMILIES[base_type(config)].experts is not None:
+        raise InputError(f"{named}: --stream True reads no mixture of experts, whose tensors transformers joins on "
+                         "loading; leave --stream out")  # fmt: skip
     tokenizer = load_tokenizer(path, config.vocab_size, named)
     with _in_one_line(named, path):
         stored = stored_in(files_of(path, named), named)

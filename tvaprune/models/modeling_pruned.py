@@ -39,11 +39,14 @@ NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the
     "glm4": "Glm4",
     "exaone4": "Exaone4",
     "cohere2": "Cohere2",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
 }
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 CARD = "README.md"
 _EMPTY_CARD = b"This model card has been automatically generated"  # transformers' words where there is none
 ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
+MIXTURES = ("mixtral", "qwen3_moe")  # whose experts are one tensor: transformers 4 has modules of each
 CAPS_ATTENTION = ("gemma2",)  # their attention's logits, which sdpa does not: transformers 5 knows, 4 does not
 
 
@@ -145,12 +148,15 @@ class _PrunedLayer(nn.Module):
     """A stock decoder layer at the widths of its place."""
 
     self_attn: Any
+    mlp: Any
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         own = layer_config(config, layer_idx)
         super().__init__(own, layer_idx)
         asks = config.model_type.removeprefix("pruned_") in ASKS_FOR_WIDTHS
         self.self_attn.config = _OwnWidths(config, own) if asks else config  # a copy misses set_attn_implementation
+        if hasattr(self.mlp, "experts"):
+            self.mlp.experts.config = config  # likewise
 
 
 class _PrunedModel(nn.Module):
@@ -219,6 +225,8 @@ def _make(model_type: str, name: str) -> None:
     """Derives a family's classes and puts them into this module."""
     if model_type not in CONFIG_MAPPING:
         raise ImportError(f"transformers {transformers.__version__} has no '{model_type}' models: take a later one")
+    if model_type in MIXTURES and int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"transformers {transformers.__version__} does not read fused experts: take 5 or later")
     config = CONFIG_MAPPING[model_type]
     model: Any = MODEL_MAPPING[config]
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
@@ -235,7 +243,8 @@ def _make(model_type: str, name: str) -> None:
     own_layer = derive("DecoderLayer", _PrunedLayer, layer)
     common = {"config_class": own_config, "_no_split_modules": [own_layer.__name__]}
     common |= {"_supports_sdpa": False} if model_type in CAPS_ATTENTION else {}
-    records = {"hidden_states": own_layer, "attentions": attention}
+    records = dict(getattr(model, "_can_record_outputs", None) or {})  # a router's logits among them
+    records |= {"hidden_states": own_layer, "attentions": attention}
     own_model = derive("Model", _PrunedModel, model, layer_class=own_layer, _can_record_outputs=records, **common)
     derive("ForCausalLM", _PrunedForCausalLM, causal, model_class=own_model, **common)
 

@@ -1,7 +1,7 @@
 """Parameters of a model as a function of its widths: the same formula for tensors (expected) and ints (exact).
 
-Sparsity counts the decoder layers' projections without bias and their norms of the hidden width (docs/method.md);
-embeddings, lm_head and the final norm are not counted.
+Sparsity counts the decoder layers' projections without bias and their norms of the hidden width (docs/method.md), all
+experts and their routers among them; embeddings, lm_head and the final norm are not counted.
 """
 
 from collections.abc import Sequence
@@ -12,32 +12,36 @@ from tvaprune.models.shape import ModelShape
 SPARSITY_DEFINITION = "decoder layers' projections and norms; embeddings, lm_head and final norm are not counted"
 
 
-def layer_parameters(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape, norms: int = 2) -> Any:
-    """Returns the counted parameters of one layer, for ints or for scalar tensors alike."""
+def layer_parameters(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape, per_dim: int = 2) -> Any:
+    """Returns the counted parameters of one layer, for ints or for scalar tensors alike.
+
+    Args:
+        per_dim: As of `ModelShape`.
+    """
     attention = 2 * shape.head_dim * (1 + shape.group_size) * kv_heads * hidden
-    return attention + (2 + shape.gated_mlp) * channels * hidden + norms * hidden
+    return attention + (2 + shape.gated_mlp) * channels * hidden + per_dim * hidden
 
 
 def head_parameters(shape: ModelShape) -> int:
     """Returns what goes with a KV head and its query heads, at the dense hidden width."""
-    parameters: int = layer_parameters(shape.hidden_size, 1, 0, shape, norms=0)
+    parameters: int = layer_parameters(shape.hidden_size, 1, 0, shape, per_dim=0)
     return parameters
 
 
 def channel_parameters(shape: ModelShape) -> int:
     """Returns what goes with an MLP channel, at the dense hidden width."""
-    parameters: int = layer_parameters(shape.hidden_size, 0, 1, shape, norms=0)
+    parameters: int = layer_parameters(shape.hidden_size, 0, 1, shape, per_dim=0)
     return parameters
 
 
 def _layers(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[Any], shape: ModelShape) -> Any:
-    widths = zip(kv_heads, channels, shape.layer_norms, strict=True)
-    return sum(layer_parameters(hidden, heads, width, shape, norms) for heads, width, norms in widths)
+    widths = zip(kv_heads, channels, shape.per_dim, strict=True)
+    return sum(layer_parameters(hidden, heads, width, shape, per_dim) for heads, width, per_dim in widths)
 
 
 def all_layers(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape) -> Any:
     """Returns the counted parameters of all layers, whose KV heads and MLP channels are given added up."""
-    return layer_parameters(hidden, kv_heads, channels, shape, norms=sum(shape.layer_norms))
+    return layer_parameters(hidden, kv_heads, channels, shape, per_dim=sum(shape.per_dim))
 
 
 def dense_layers(shape: ModelShape) -> int:

@@ -10,9 +10,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tvaprune.models.auto_classes import auto_map
-from tvaprune.models.families import PREFIX, base_type
+from tvaprune.models.families import PREFIX, base_type, family_of
 from tvaprune.models.modeling_pruned import WIDTHS
+from tvaprune.models.shape import shape_of
 
+ALIGNED = 8  # numbers in half precision that are 16 bytes
 MISTRALS = ("llama", "internlm3")  # are Mistrals without a window, where they have no biases
 
 
@@ -30,9 +32,12 @@ def config_of_widths(
     each layer enough room.
 
     Args:
+        channels: Those of a layer of experts are none: it has them as they were.
         source: The config of the model that it is cut from: all that is no width.
     """
     values = source.to_dict()
+    own = max(channels) or values["intermediate_size"]
+    channels = [own if n else c for c, n in zip(channels, shape_of(source).experts, strict=True)]
     others = ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version", "_name_or_path")
     for key in others:
         values.pop(key, None)
@@ -48,7 +53,22 @@ def config_of_widths(
         values["per_layer_config"] = {str(i): row for i, row in differing.items() if row}
     if model_type.startswith(PREFIX):
         values["auto_map"] = auto_map(base_type(source))
-    return CONFIG_MAPPING[model_type].from_dict(values)
+    return with_kernel(CONFIG_MAPPING[model_type].from_dict(values))
+
+
+def with_kernel(config: PretrainedConfig) -> PretrainedConfig:
+    """Returns a config that names, saved too, how experts are computed where transformers' own choice does not do.
+
+    Its kernel stops at rows that are not of whole 16 bytes.
+    """
+    if family_of(config).experts is not None:
+        shape = shape_of(config)
+        is_odd = shape.hidden_size % ALIGNED or shape.expert_size % ALIGNED
+        config._experts_implementation = "eager" if is_odd else None
+        config.__dict__.pop("experts_implementation", None)
+        if is_odd:
+            config.experts_implementation = "eager"
+    return config
 
 
 def _stock_type(model_type: str, values: dict[str, Any]) -> str:

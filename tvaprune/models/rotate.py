@@ -82,6 +82,10 @@ def turns_of(family: ModelFamily, shape: ModelShape, tied: bool = False) -> dict
     layout = layout_of(family, shape)
     for block in _blocks(family, shape):
         turns |= {f"{path}.weight": Turn(reads=True, norm=block.norm) for path in block.reading_linears}
+        if (mixture := block.mixture) is not None:
+            reads = Turn(reads=True, norm=block.norm)
+            turns |= {mixture.router: reads, mixture.up: reads, mixture.down: Turn(writes=True)}
+            continue
         turns[f"{block.writer}.weight"] = Turn(writes=True)
         if shape.output_bias if block in layout.attention else shape.mlp_bias:
             turns[f"{block.writer}.bias"] = Turn(writes=True)
@@ -166,7 +170,8 @@ class _Basis:
         columns = None if turn.norm is None else self.gains[turn.norm].to(right)
         if stretch is not None and (turn.reads or turn.holds):
             columns = stretch if turn.holds else (1.0 if columns is None else columns) / stretch
-        for part in [weight] if turn.writes else weight.split(ROWS):
+        matrices = weight.unbind() if weight.dim() == 3 else [weight]  # of experts, each by itself
+        for part in matrices if turn.writes else (rows for matrix in matrices for rows in matrix.split(ROWS)):
             values = part.double()
             if columns is not None:
                 values = values * columns

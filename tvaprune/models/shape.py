@@ -16,13 +16,16 @@ class ModelShape:
     Attributes:
         num_key_value_heads: Per layer; 0: the layer has no attention.
         group_size: Query heads per KV head.
-        intermediate_size: MLP channels per layer; 0: the layer has no MLP.
+        intermediate_size: MLP channels per layer that may go; 0: the layer has no MLP, or experts.
         qkv_bias: Whether q, k and v carry biases; so the other biases.
         head_norm: Whether q and k are normalised.
         norms_all_heads: Whether they are so over all heads, not each head by itself.
         gated_mlp: Whether the MLP has a gate beside its up projection.
         is_parallel: Whether attention and MLP of a layer read the stream together.
         layer_norms: Norms of each layer that are ``hidden_size`` wide; none told: two.
+        experts: Experts of each layer, whose channels all stay; 0: it has an MLP; none told: no layer has any.
+        expert_size: MLP channels of an expert.
+        experts_per_token: How many a token passes.
     """
 
     hidden_size: int
@@ -40,10 +43,15 @@ class ModelShape:
     gated_mlp: bool = True
     is_parallel: bool = False
     layer_norms: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
+    expert_size: int = 0
+    experts_per_token: int = 0
 
     def __post_init__(self) -> None:
         if not self.layer_norms:
             object.__setattr__(self, "layer_norms", (2,) * self.num_hidden_layers)
+        if not self.experts:
+            object.__setattr__(self, "experts", (0,) * self.num_hidden_layers)
 
     @classmethod
     def uniform(
@@ -67,6 +75,20 @@ class ModelShape:
         """The number of layers."""
         return len(self.num_key_value_heads)
 
+    @property
+    def per_dim(self) -> tuple[int, ...]:
+        """Numbers of each layer that go with a hidden dim and with no other unit: norms, experts and their router."""
+        each = (2 + self.gated_mlp) * self.expert_size + 1
+        return tuple(norms + count * each for norms, count in zip(self.layer_norms, self.experts, strict=True))
+
+    @property
+    def channels_per_token(self) -> tuple[int, ...]:
+        """MLP channels of each layer that a token passes, those of its experts among them."""
+        chosen = self.experts_per_token * self.expert_size
+        return tuple(
+            size + chosen * (count > 0) for size, count in zip(self.intermediate_size, self.experts, strict=True)
+        )
+
 
 def in_words(per_layer: Sequence[int]) -> str:
     """Returns sizes of layers for a table: one number where they are all alike."""
@@ -85,7 +107,8 @@ def shape_of(config: Any) -> ModelShape:
     groups = {layer.num_attention_heads // count for layer, count in zip(layers, heads, strict=True) if count}
     if len(groups) != 1:
         raise InputError(f"the layers have {sorted(groups)} query heads per KV head, one number is needed: mend config")
-    channels = tuple(layer.intermediate_size for layer in layers)
+    experts = tuple(_experts(config, index) if family.experts else 0 for index in range(len(layers)))
+    channels = tuple(0 if count else layer.intermediate_size for layer, count in zip(layers, experts, strict=True))
     attention_norms, mlp_norms = (
         2 - norms.count(None)
         for norms in ((family.attention_norm, family.attention_post_norm), (family.mlp_norm, family.mlp_post_norm))
@@ -107,9 +130,23 @@ def shape_of(config: Any) -> ModelShape:
         is_parallel=family.is_parallel,
         layer_norms=tuple(
             attention_norms * (k > 0) + mlp_norms * (c > 0) - family.is_parallel * (k > 0) * (c > 0)
-            for k, c in zip(heads, channels, strict=True)
+            for k, c in zip(heads, map(sum, zip(channels, experts, strict=True)), strict=True)
         ),
+        experts=experts,
+        expert_size=getattr(layers[0], family.expert_size) if any(experts) else 0,
+        experts_per_token=config.num_experts_per_tok if any(experts) else 0,
     )
+
+
+def _experts(config: Any, index: int) -> int:
+    """Returns the experts of a layer of a mixture's config; 0: it has an MLP."""
+    is_dense = index in (getattr(config, "mlp_only_layers", None) or ())
+    if is_dense or (index + 1) % getattr(config, "decoder_sparse_step", 1):
+        return 0
+    count: int = config.num_local_experts
+    if config.num_experts_per_tok > count:
+        raise InputError(f"num_experts_per_tok is {config.num_experts_per_tok}, of {count} experts: mend config")
+    return count
 
 
 def _told(config: Any, value: bool | str) -> bool:

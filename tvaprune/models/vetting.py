@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import write_json
-from tvaprune.models.families import FAMILIES
+from tvaprune.models.families import FAMILIES, PREFIX, ModelFamily
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -38,6 +38,13 @@ _SIZES = {  # the largest that can be meant: masks number layers by four digits
     "vocab_size": _MUCH,
     "max_position_embeddings": _MUCH,
     "sliding_window": _MUCH,
+}
+_SIZES_OF_EXPERTS = {  # of a mixture: a dense model's config may hold them too, for nothing
+    "num_experts": _MUCH,
+    "num_local_experts": _MUCH,
+    "num_experts_per_tok": _MUCH,
+    "moe_intermediate_size": _MUCH,
+    "decoder_sparse_step": 9999,
 }
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
@@ -140,7 +147,8 @@ def check_config(config: dict[str, Any], named: str) -> None:
             f"{named}: its type {quoted(config.get('model_type'))} is code of its own (auto_map in config.json), which "
             f"is never run; give a checkpoint of a type that transformers itself knows, of {', '.join(FAMILIES)}"
         )
-    for key, most in _SIZES.items():
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix(PREFIX), ModelFamily())
+    for key, most in (_SIZES if family.experts is None else _SIZES | _SIZES_OF_EXPERTS).items():
         value = config.get(key)
         if value is None and (key in _MAY_BE_NULL or key not in config):
             continue

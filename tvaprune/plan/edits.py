@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tvaprune.models.families import ModelFamily
-from tvaprune.models.layout import Block, layout_of
+from tvaprune.models.layout import Block, Mixture, layout_of
 from tvaprune.models.units import head_features
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -23,7 +23,7 @@ NEARLY_ZERO = 2.0**-20  # a factor that can be divided out again, beside which a
 class Edit:
     """What a plan does to one parameter: ``W[rows][:, columns] * row_factors[:, None] * column_factors``.
 
-    A vector (a norm's weight, a bias) has rows only.
+    A vector (a norm's weight, a bias) has rows only; of three dims (experts) every matrix is a ``W``.
 
     Attributes:
         rows: Ascending indices of the kept rows, shape ``(kept rows,)``, int64; None: all.
@@ -44,8 +44,8 @@ class Edit:
 
     def kept(self, values: torch.Tensor) -> torch.Tensor:
         """Returns a dense parameter's kept rows and columns: what the cut leaves of it."""
-        values = values if self.rows is None else values.index_select(0, self.rows)
-        values = values if self.columns is None else values.index_select(1, self.columns)
+        values = values if self.rows is None else values.index_select(max(0, values.dim() - 2), self.rows)
+        values = values if self.columns is None else values.index_select(-1, self.columns)
         if self.constant == 0:
             return torch.zeros_like(values)
         return values if self.constant == 1 else (values + self.offset) * self.constant - self.offset
@@ -70,7 +70,7 @@ class Edit:
         if self.offset:
             values += self.offset
         if self.row_factors is not None:
-            values *= self.row_factors.unsqueeze(1) if values.dim() == 2 else self.row_factors
+            values *= self.row_factors if values.dim() == 1 else self.row_factors.unsqueeze(1)
         if self.column_factors is not None:
             values *= self.column_factors
         if self.offset:
@@ -103,7 +103,10 @@ def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "
             keys, queries = head_features(heads, shape.head_dim), head_features(heads, width)
             rows, means = {"query": queries, "key": keys, "value": keys}, scale.attn[index].repeat_interleave(width)
             edits |= _block(attention, stream, rows, queries, means, shape.qkv_bias, shape.output_bias)
-        if (mlp := layout.mlp[index]) is not None:
+        mlp = layout.mlp[index]
+        if mlp is not None and mlp.mixture is not None:
+            edits |= _mixture(mlp.mixture, stream) | _norms(mlp, stream)
+        elif mlp is not None:
             rows = dict.fromkeys(mlp.readers, padded.inter[index])
             edits |= _block(mlp, stream, rows, padded.inter[index], scale.inter[index], shape.mlp_bias, shape.mlp_bias)
     return edits
@@ -161,12 +164,24 @@ def _block(
         edits[f"{path}.weight"] = Edit(torch.cat(parts), stream.kept, constant=constant)
         if reads_with_bias:
             edits[f"{path}.bias"] = Edit(torch.cat(parts), constant=constant)
-    written = stream.means if block.post_norm is None else None
+    written = stream.means if block.post_norm is None else None  # else the norm takes them
     edits[f"{block.writer}.weight"] = Edit(stream.kept, columns, written, means if len(means) else None, constant)
     if writes_with_bias:
         edits[f"{block.writer}.bias"] = Edit(stream.kept, row_factors=written)
     for role, norm in block.head_norms.items():
         edits[f"{norm}.weight"] = Edit(rows[role])
+    return edits | _norms(block, stream)
+
+
+def _mixture(mixture: Mixture, stream: _Stream) -> dict[str, Edit]:
+    """Returns the edits of experts, whose channels all stay, and of their router."""
+    reads = Edit(columns=stream.kept)
+    return {mixture.router: reads, mixture.up: reads, mixture.down: Edit(stream.kept, row_factors=stream.means)}
+
+
+def _norms(block: Block, stream: _Stream) -> dict[str, Edit]:
+    """Returns the edits of the norms around a block."""
+    edits: dict[str, Edit] = {}
     if block.norm is not None:
         edits[f"{block.norm}.weight"] = Edit(stream.kept)
     if block.post_norm is not None:

@@ -28,7 +28,7 @@ def fastest_multiple(shape: ModelShape, sparsity: float, device: torch.device, d
         sparsity: The target: share of the decoder's parameters that goes.
         dtype: What will be computed in.
     """
-    widest = max(shape.intermediate_size)
+    widest = max(shape.intermediate_size) or shape.hidden_size
     choices = {m: linears_at(shape, sparsity, m) for m in CANDIDATES if 4 * m <= min(widest, shape.hidden_size)}
     times = relative_times(choices, _TOKENS.get(device.type, _CPU_TOKENS), device, dtype)
     best = choose(times)
@@ -57,7 +57,8 @@ def linears_at(shape: ModelShape, sparsity: float, multiple: int) -> list[tuple[
         counts = [min(_odd(full * stays * share), width) for width in shape.intermediate_size]
         channels = max(rules.channels(counts))
         found += [(hidden, keys * shape.group_size), (hidden, keys), (hidden, keys), (keys * shape.group_size, hidden)]
-        found += [(hidden, channels)] * (1 + shape.gated_mlp) + [(channels, hidden)]
+        for width in filter(None, (channels, shape.expert_size)):
+            found += [(hidden, width)] * (1 + shape.gated_mlp) + [(width, hidden)]
     return found
 
 

@@ -81,9 +81,13 @@ class Widths:
         full = self.shape.intermediate_size
         return [adjust_width(c, most, multiple) for c, most in zip(self._evened(counts, full), full, strict=True)]
 
-    def _evened(self, counts: Sequence[int], full: Sequence[int]) -> list[int]:
-        """Returns the counts, or where they must be equal their mean, which no layer is too narrow for."""
-        if not self.rules.uniform:
+    def _evened(self, counts: Sequence[int], full: tuple[int, ...]) -> list[int]:
+        """Returns the counts, or where they must be equal the mean of the layers that have such units.
+
+        No layer is too narrow for it.
+        """
+        layers = len(full) - full.count(0)
+        if not self.rules.uniform or not layers:
             return list(counts)
-        mean = (2 * sum(counts) + len(counts)) // (2 * len(counts))
+        mean = (2 * sum(counts) + layers) // (2 * layers)
         return [min(mean, *filter(None, full))] * len(counts)

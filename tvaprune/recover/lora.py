@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from tvaprune.errors import InputError, reason
 from tvaprune.identity import Identity, check_identity, write_identity
+from tvaprune.models.families import FAMILIES, ModelFamily, base_type
 
 Student = PreTrainedModel | PeftModel  # with LoRA, or trained whole
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA on every linear layer; the lm_head, where it is trained, is trained whole."""
+    """LoRA on every linear layer, of a mixture of experts on those of the attention; the lm_head is trained whole."""
 
     r: int
     alpha_ratio: float
@@ -29,7 +30,7 @@ class LoraSettings:
 
 
 def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
-    """Returns the model with LoRA on all its linear layers, in place; at first it computes what the model does.
+    """Returns the model with LoRA on its linear layers, in place; at first it computes what the model does.
 
     What is trained is float32, whatever the model's precision: in half of it AdamW loses its steps.
     """
@@ -37,7 +38,7 @@ def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
         r=settings.r,
         lora_alpha=settings.alpha_ratio * settings.r,  # type: ignore[arg-type] # peft divides it by r, whole or not
         lora_dropout=settings.dropout,
-        target_modules="all-linear",
+        target_modules=_targets(model.config),
         modules_to_save=["lm_head"] if settings.train_lm_head else None,
         task_type="CAUSAL_LM",
     )
@@ -47,6 +48,17 @@ def add_lora(model: Any, settings: LoraSettings) -> PeftModel:
         head = tuned.get_output_embeddings().modules_to_save["default"]
         head.float().register_forward_pre_hook(_in_own_precision)
     return tuned
+
+
+def _targets(config: Any) -> str | list[str]:
+    """Returns the linear layers that LoRA is put on.
+
+    By "all-linear" peft means the experts too, of a stock mixture, and of a pruned one the attention alone.
+    """
+    family = FAMILIES.get(base_type(config), ModelFamily())
+    if family.experts is None:
+        return "all-linear"
+    return sorted({path.rpartition(".")[2] for path in (family.query, family.key, family.value, family.output)})
 
 
 def drop_replaced_head(tuned: PeftModel) -> None:

@@ -290,7 +290,7 @@ def _width_table(name: str, kept: KeptWidths, shape: ModelShape) -> Table:
         [str(layer), f"{kept.hidden_size:,} of {shape.hidden_size:,}",
          f"{heads[layer] * shape.group_size} of {shape.num_key_value_heads[layer] * shape.group_size}",
          f"{heads[layer]} of {shape.num_key_value_heads[layer]}",
-         f"{channels[layer]:,} of {shape.intermediate_size[layer]:,}"]
+         "all, of experts" if shape.experts[layer] else f"{channels[layer]:,} of {shape.intermediate_size[layer]:,}"]
         for layer in range(len(heads))
     ]  # fmt: skip
     return Table(

@@ -36,6 +36,8 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
         ("kept MLP channels per layer", _of(widths.intermediate_size, shape.intermediate_size)),
         ("instant weight update", _update(results)),
     ]
+    if any(shape.experts):
+        rows.insert(-1, ("experts per layer", f"{in_words(shape.experts)}, with all their channels"))
     if speed:
         rows.append(
             (

@@ -11,7 +11,7 @@ from tvaprune.errors import InputError
 from tvaprune.files import as_json
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
-from tvaprune.models.shape import shape_of
+from tvaprune.models.shape import in_words, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks, read_record
 from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
@@ -25,12 +25,13 @@ from tvaprune.report.tables import table
 class Description:
     """What a mask keeps of a model: the widths that were learned, and those that the width rules make of them.
 
-    Of a plan both are its own.
+    Of a plan both are its own. Layers of ``experts`` keep these whole.
     """
 
     mask: str
     model: str
     dense_parameters: int
+    experts: tuple[int, ...]
     learned: KeptWidths
     adjusted: KeptWidths
 
@@ -59,7 +60,7 @@ def describe(
         plan = _plan(mask, given)
         plan.check_fits(shape, str(mask))
         kept = KeptWidths.of(plan)
-        return Description(str(mask), model, dense, kept, kept)
+        return Description(str(mask), model, dense, shape.experts, kept, kept)
     masks = load_masks(mask, shape)
     masks.check_fits(shape, str(mask))
     rotation = read_rotation(mask, read_record(mask).get("rotation"), shape.hidden_size)
@@ -72,7 +73,7 @@ def describe(
     learned, adjusted = (
         KeptWidths.of(plan_from_masks(masks, shape, one)) for one in (WidthRules(1, rules.min_key_value_heads), rules)
     )
-    return Description(str(mask), model, dense, learned, adjusted)
+    return Description(str(mask), model, dense, shape.experts, learned, adjusted)
 
 
 def _plan(path: Path, rules: dict[str, int | None]) -> KeepPlan:
@@ -94,6 +95,8 @@ def _print(content: Description) -> None:
     channels = (learned.intermediate_size, adjusted.intermediate_size)
     for index, (heads, heads_after, kept, after) in enumerate(zip(*widths, *channels, strict=True)):
         print(f"{index:>5}  {heads:>8}  {heads_after:>8}  {kept:>12}  {after:>8}")
+    if any(content.experts):
+        print(f"\nexperts per layer, with all their channels: {in_words(content.experts)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from tvaprune import ranks
 from tvaprune.budget import fit, times
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.choose.choose import Chosen, choose_masks, clear_results, gate_checkpoint, in_basis
+from tvaprune.choose.scores import check_scored
 from tvaprune.cut.narrow import narrow
 from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, prepare_folder
@@ -17,6 +18,8 @@ from tvaprune.flags.arguments import Arguments
 from tvaprune.measure.cost import DENSE_PERPLEXITY, GATE_TRAINING, NARROWING, PRUNED_PERPLEXITY, ROTATION
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
+from tvaprune.models.load import load_config
+from tvaprune.models.shape import shape_of
 from tvaprune.phases import Phases
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
@@ -138,7 +141,12 @@ def _measured(
 
 
 def _prepared(args: Arguments) -> str | None:
-    """Refuses folders that are in use, makes the others, and returns the checkpoint to go on from, if any."""
+    """Refuses a method that does not cut the model, and folders that are in use; makes the others.
+
+    Returns:
+        The checkpoint to go on from, if any.
+    """
+    check_scored(args.prune.prune_method, shape_of(load_config(args.source.model_name_or_path)))
     checkpoint = gate_checkpoint(args)
     for one in args.each_target().values():
         check_save(one)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in_basis
 from tvaprune.choose.rotation import wants_rotation
-from tvaprune.choose.scores import score_masks
+from tvaprune.choose.scores import check_scored, score_masks
 from tvaprune.cut.narrow import narrow
 from tvaprune.files import write_json
 from tvaprune.flags.settings import VIB_ONCE
@@ -40,12 +40,14 @@ class Measurement:
     """The missing cells of one model, which is loaded once.
 
     Raises:
-        InputError: If the model or a text cannot be had.
+        InputError: If the model or a text cannot be had, or a method does not cut the model.
     """
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.args = grid, grid.args
         self.base = Run.load(grid.arguments(grid.missing[0]), trains=True)
+        for cell in grid.missing:
+            check_scored(cell.method, self.base.shape)
         self._last: Run | None = None
         data = self.base.args.data
         self.tasks = None

@@ -17,7 +17,8 @@ from tvaprune.choose.scores.calibration import Calibration
 from tvaprune.choose.scores.flap import flap_scores
 from tvaprune.choose.scores.ranking import random_scores
 from tvaprune.choose.scores.taylor import taylor_global_scores, taylor_scores
-from tvaprune.models.shape import shape_of
+from tvaprune.errors import InputError
+from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
 
@@ -30,6 +31,19 @@ SCORES: dict[str, Callable[[Calibration], PerUnit]] = {
     "bonsai": bonsai_scores,
     "random": random_scores,
 }
+
+
+def check_scored(method: str, shape: ModelShape) -> None:
+    """Refuses a model that has next to nothing that a one-shot method cuts; gates pass.
+
+    Raises:
+        InputError: If it is a mixture of experts.
+    """
+    if method in SCORES and any(shape.experts):
+        raise InputError(
+            f"--prune_method {method}: scores KV heads and MLP channels, keeps all hidden dims, and experts lose "
+            "nothing else: use --prune_method vib for a mixture of experts"
+        )
 
 
 @torch.no_grad()
@@ -49,7 +63,12 @@ def score_masks(
 
     Returns:
         Masks of mean 1; the larger a unit's ``log_alpha``, the sooner it goes.
+
+    Raises:
+        InputError: As `check_scored`.
     """
+    shape = shape_of(model.config)
+    check_scored(method, shape)
     scores = SCORES[method](Calibration(model, blocks, target, seed, batch_size))
-    ones = PerUnit.full(shape_of(model.config), 1.0)
+    ones = PerUnit.full(shape, 1.0)
     return Masks(mu=ones, log_variance=scores.map(lambda score: -score.float().cpu()))

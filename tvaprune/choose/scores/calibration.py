@@ -65,15 +65,15 @@ def both_blocks(model: PreTrainedModel) -> list[tuple[Block, Block]]:
     """Returns each layer's attention and MLP.
 
     Raises:
-        InputError: If a layer lacks one.
+        InputError: If a layer lacks one, or has experts.
     """
     layout = layout_of(family_of(model.config), shape_of(model.config))
     pairs = list(zip(layout.attention, layout.mlp, strict=True))
-    whole = [(attention, mlp) for attention, mlp in pairs if attention is not None and mlp is not None]
+    whole = [(attn, mlp) for attn, mlp in pairs if attn is not None and mlp is not None and mlp.mixture is None]
     if len(whole) < len(pairs):
         raise InputError(
-            f"--prune_method: {len(pairs) - len(whole)} layers of the model have no attention or no MLP, and the "
-            "one-shot scores compare the two layer by layer: use --prune_method vib"
+            f"--prune_method: {len(pairs) - len(whole)} layers of the model have no attention or no MLP, or have "
+            "experts, and the one-shot scores compare the two layer by layer: use --prune_method vib"
         )
     return whole
 
