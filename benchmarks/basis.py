@@ -3,7 +3,8 @@
     python -m benchmarks.basis mistral_saves_tva/mini_mistral llama3_saves_tva/mini_llama3
 
 Prints perplexity on the validation blocks that masks are chosen on, where everything that is written to the residual
-stream beyond the first dims is dropped and norms go on dividing by the dense width.
+stream beyond the first dims is dropped and norms go on dividing by the dense width. Of a model with tied embeddings:
+what keeping the tie costs, the KL from its predictions to those of the stretched stream, over the dims that stay axes.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tvaprune.choose.rotation import learn_rotation, moments_of
+from tvaprune.choose.tie import BLOCKS, tried
 from tvaprune.flags.arguments import Arguments
+from tvaprune.measure.cost import ROTATION_BLOCKS
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
 from tvaprune.models.rotate import Rotation, rotate, turns_of
@@ -59,15 +62,29 @@ def cut(model: PreTrainedModel, keep: int) -> Iterator[None]:
             handle.remove()
 
 
+def tell_tie(run: Run, path: str) -> None:
+    """Prints what keeping a tie costs, over the axes."""
+    carried, _ = moments_of(run)
+    print(f"\n| {path}: axes of {run.shape.hidden_size} hidden dims | KL, nats |\n|---|---|")
+    for _, axes, cost in tried(run.model, carried.diagonal(), run.train_blocks(ROTATION_BLOCKS)[:BLOCKS]["input_ids"]):
+        print(f"| {int(axes.sum())} | {cost:.2g} |", flush=True)
+
+
 def main() -> None:
     """Prints a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="checkpoints with untied embeddings")
-    for path in parser.parse_args().models:
+    parser.add_argument("models", nargs="+", help="checkpoints")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    for path in args.models:
         flags = (
-            f"--model_name_or_path {path} --dataset_name python_docs --block_size 256 --output_dir out/basis --use_cpu"
+            f"--model_name_or_path {path} --dataset_name python_docs --block_size 256 --output_dir out/basis --use_cpu "
+            f"--dtype {args.dtype}"
         )
         run = Run.load(Arguments.parse(flags.split(), "prune"))
+        if run.shape.tie_word_embeddings:
+            tell_tie(run, path)
+            continue
         size, blocks = run.shape.hidden_size, run.choice_blocks()
         kept = [round(share * size) for share in SHARES]
         print(f"\n| {path}: hidden dims kept of {size} | {' | '.join(map(str, kept))} |\n|---|{'---|' * len(kept)}")

@@ -38,13 +38,8 @@ def kept_tie(
     Returns:
         Shapes ``(hidden_size,)``; float64 and bool.
     """
-    family = family_of(model.config)
-    gain = model.get_parameter(f"{family.final_norm}.weight").detach().double().cpu() + family.norm_offset
-    rows = ids[:BLOCKS].to(model.device).split(1)
     limit = COST if model.dtype == torch.float32 else ROUNDED_COST
-    for share in _SHARES:
-        stretch, axes = stretched(gain, energy.double().cpu(), round(share * len(gain)))
-        cost = _cost(model, stretch, rows)
+    for stretch, axes, cost in tried(model, energy, ids):
         if cost <= limit:
             print(f"the tie is kept: {int(axes.sum())} of {len(axes)} hidden dims stay axes, at a KL of {cost:.2g}")
             return stretch, axes
@@ -53,6 +48,19 @@ def kept_tie(
         f"{cost:.2g}, above {limit:g}; --rotate on unties them"
     )
     return None
+
+
+@torch.no_grad()
+def tried(
+    model: PreTrainedModel, energy: torch.Tensor, ids: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Yields a stretch, its axes, and what it costs, each with more axes than the one before; as for `kept_tie`."""
+    family = family_of(model.config)
+    gain = model.get_parameter(f"{family.final_norm}.weight").detach().double().cpu() + family.norm_offset
+    rows = ids[:BLOCKS].to(model.device).split(1)
+    for share in _SHARES:
+        stretch, axes = stretched(gain, energy.double().cpu(), round(share * len(gain)))
+        yield stretch, axes, _cost(model, stretch, rows)
 
 
 def stretched(gain: torch.Tensor, energy: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
