@@ -6,18 +6,18 @@ from itertools import takewhile
 from pathlib import Path
 
 from tvaprune.cut.reconstruct import Reconstruction
+from tvaprune.measure.figures import ERRORS, with_error
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
 from tvaprune.report.charts import Chart, Series, bar_chart, line_chart
 from tvaprune.report.folders import Generations, Row, RunFolder
 from tvaprune.report.page import Answer, Answers, Block, Code, Note, Page, Section, Table, Tile, charts
 from tvaprune.report.results import KeptWidths, Perplexities, Refit, Results, TaskResults
-from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED, with_error
+from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED
 
 NONE = "–"  # of what was not measured
 SCORED = ("model", DENSE, PRUNED, FINETUNED)
 MAX_PROMPTS = 8
-_ERRORS = " ±: the standard error over the windows; of a gap, over the same windows."
 _HALF = 2  # bytes of a weight in bfloat16 or float16
 
 
@@ -138,7 +138,7 @@ def _protocol(runs: Sequence[RunFolder]) -> str:
         f"{text.dataset_name} {text.split}, {text.line}" for run in runs if (text := run.results.protocol) is not None
     )
     errors = any(run.results.perplexity is not None and run.results.perplexity.stderr for run in runs)
-    return (f"On {'; '.join(texts)}." if texts else "") + errors * _ERRORS
+    return " ".join([*([f"On {'; '.join(texts)}."] if texts else []), *([ERRORS] if errors else [])])
 
 
 def _perplexities(runs: Sequence[RunFolder]) -> list[Block]:
