@@ -28,10 +28,10 @@ from tvaprune.budget import DEFAULT_MEMORY, RESERVED
 from tvaprune.estimates import TFLOPS, estimate_of
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
-from tvaprune.measure.cost import GIB, Work, narrower
 from tvaprune.measure.hardware import describe_device
 from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.measure.speed import turn_about
+from tvaprune.measure.work import GIB, Work, narrower
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks

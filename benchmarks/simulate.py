@@ -38,8 +38,8 @@ from tvaprune.choose.rotation import _Moments
 from tvaprune.choose.settings import gate_settings
 from tvaprune.cut import narrow, reconstruct
 from tvaprune.flags.settings import DistillSettings, PruneSettings
-from tvaprune.measure.cost import Work
 from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.work import Work
 from tvaprune.models.pruned import config_of_widths
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit

@@ -13,7 +13,8 @@ from tvaprune.choose.rotation import wants_rotation
 from tvaprune.choose.settings import Cadence
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
-from tvaprune.measure.cost import GIB, Phase, Work, phases
+from tvaprune.measure.cost import Phase, phases
+from tvaprune.measure.work import GIB, Work
 from tvaprune.models.load import load_config
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks

@@ -14,7 +14,7 @@ from tvaprune.flags.conditions import parse
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import check_flags
 from tvaprune.measure import cost
-from tvaprune.measure.cost import GIB
+from tvaprune.measure.work import GIB
 from tvaprune.report.tables import table
 from tvaprune.run import given_units
 from tvaprune.targets import settle_target, settled
