@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from benchmarks.simulate import CONFIGS, PHASES, RealCard, Scene, Taken, plan_to, simulate
+from benchmarks.card import RealCard, Taken
+from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
 from benchmarks.step import steps
 from tvaprune.budget import DEFAULT_MEMORY, RESERVED
 from tvaprune.estimates import TFLOPS, estimate_of

@@ -59,8 +59,8 @@ class Estimate:
 
     @property
     def counted(self) -> dict[str, float]:
-        """The operations of each phase, by its name."""
-        return {phase.name: phase.flops for phase in self.phases}
+        """The operations of each phase's parts, by their names."""
+        return {part: flops for phase in self.phases for part, flops in phase.parts.items()}
 
     def minutes(self, tflops: float = TFLOPS) -> float:
         """Returns the minutes that these operations take at a speed in TFLOP/s."""

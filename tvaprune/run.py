@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ class Run:
         self.phases.recount((DENSE_PERPLEXITY, PRUNED_PERPLEXITY), len(windows) / counted)
         with running_out_in(EVALUATING):
             self.phases.start(DENSE_PERPLEXITY)  # what was loaded and read before is no operation
-            loss = text_loss(model, windows, batch_size, DENSE_PERPLEXITY, self.phases.at)
+            loss = text_loss(model, windows, batch_size, DENSE_PERPLEXITY, partial(self.phases.at, DENSE_PERPLEXITY))
         if not math.isfinite(loss.perplexity):
             raise InputError(
                 f"--model_name_or_path {self.args.source.model_name_or_path}: the unpruned model itself gives a "

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support import tiny
 
-from benchmarks.simulate import CARD, CONFIGS, PHASES, RealCard, Scene, plan_to, simulate, simulated
+from benchmarks.card import CARD, RealCard, simulated
+from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
 from tvaprune.cut.reconstruct import EPOCHS, WINDOW
 from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
 from tvaprune.cut.refit import SHARES, STRENGTHS

@@ -14,6 +14,7 @@ from support.folders import edit_config
 from tvaprune import EvalSettings, ModelSettings, PruneSettings, estimate, estimates
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
+from tvaprune.measure.cost import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, RECONSTRUCT_CHOICE, REFIT_CHOICE
 from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
@@ -80,6 +81,18 @@ def test_masks_are_scored_as_often_as_a_run_scores_them(large):
     assert estimate(large, "prune", eval_strategy="no").work.scorings == 0
     assert "gate training" not in phases(estimate(large, "prune", PruneSettings(prune_method="flap")))
     assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
+
+
+def test_what_chooses_a_share_is_a_part_of_its_own(large):
+    found = estimate(large, "apply", weight_update="reconstruct")
+    refit = phases(found)["refit"]
+    assert set(found.counted) == {DENSE_PERPLEXITY, *NARROWING[1:], PRUNED_PERPLEXITY}
+    assert sum(found.counted.values()) == pytest.approx(found.flops)
+    assert 0 < found.counted[REFIT_CHOICE] < refit.flops
+    assert found.counted[REFIT_CHOICE] + found.counted["refit"] == pytest.approx(refit.flops)
+    assert found.counted[REFIT_CHOICE] == 2 * found.counted[RECONSTRUCT_CHOICE]  # six shares, and three
+    folded = estimate(large, "apply", weight_update="fold").counted  # control
+    assert folded["cut"] == 0 and folded.keys().isdisjoint(NARROWING[1:])
 
 
 def test_a_rotation_is_counted_where_the_run_turns(large):

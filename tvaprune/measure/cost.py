@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 
 from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
 from tvaprune.measure.perplexity import CHUNK_TOKENS
-from tvaprune.measure.update_cost import reconstruct, reconstruct_flops, refit, refit_flops, streams
+from tvaprune.measure.update_cost import (
+    NEW_SHARES,
+    SHARES,
+    choice_flops,
+    reconstruct,
+    reconstruct_flops,
+    refit,
+    refit_flops,
+    streams,
+)
 from tvaprune.measure.work import GIB, Work, copies, forward_flops, head_flops, layer_widths, weights
 from tvaprune.models.parameters import dense_layers, dense_parameters
 from tvaprune.models.shape import ModelShape
@@ -23,7 +32,9 @@ ROTATION_BLOCKS = 128  # that a rotation is learned of
 DENSE_PERPLEXITY, PRUNED_PERPLEXITY = "dense perplexity", "pruned perplexity"
 ROTATION, GATE_TRAINING, FINE_TUNING = "rotation", "gate training", "fine-tuning"
 CUT, REFIT, RECONSTRUCT = "cut", "refit", "reconstruct"
-NARROWING = (CUT, REFIT, RECONSTRUCT)
+# The parts of both at whose end a share of the way is chosen.
+REFIT_CHOICE, RECONSTRUCT_CHOICE = "choice after refit", "choice after reconstruct"
+NARROWING = (CUT, REFIT, REFIT_CHOICE, RECONSTRUCT, RECONSTRUCT_CHOICE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Phase:
         host: Beside them bytes of the host's memory, where the device is a card.
         flops: Floating-point operations of its matrix products; a multiply and an add are two.
         helps: What makes it need less, in the words of the flags.
+        last: The name and operations of its last part, where that has one.
     """
 
     name: str
@@ -42,6 +54,13 @@ class Phase:
     host: float
     flops: float
     helps: str
+    last: tuple[str, float] = ("", 0.0)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The operations of its parts, by their names: one is called as it is."""
+        name, flops = self.last
+        return {self.name: self.flops - flops} | ({name: flops} if name else {})
 
 
 def _idle(shape: ModelShape) -> int:
@@ -294,7 +313,9 @@ def _cut(work: Work) -> Iterator[Phase]:
         yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
     host = 2 * pruned + work.refit_offload * (dense + streams(work))
-    yield Phase(REFIT, refit(work), host, refit_flops(work), "--refit_offload True, --weight_update fold")
+    helps, last = "--refit_offload True, --weight_update fold", (REFIT_CHOICE, choice_flops(work, SHARES))
+    yield Phase(REFIT, refit(work), host, refit_flops(work), helps, last)
     if work.reconstructs:
         helps = "--refit_offload True, a smaller --per_device_eval_batch_size, --weight_update refit"
-        yield Phase(RECONSTRUCT, reconstruct(work), host, reconstruct_flops(work), helps)
+        last = RECONSTRUCT_CHOICE, choice_flops(work, NEW_SHARES)
+        yield Phase(RECONSTRUCT, reconstruct(work), host, reconstruct_flops(work), helps, last)

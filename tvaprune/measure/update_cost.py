@@ -95,14 +95,15 @@ def refit(work: Work) -> float:
 
 def refit_flops(work: Work) -> float:
     """Returns the operations of the refit: a pass of the dense stream, two of the pruned one, fits, the shares."""
-    tokens, held = _refit_tokens(work), work.held_blocks * work.block
-    passes = (
-        forward_flops(work.dense, tokens, work.block, head=False)
-        + 2 * forward_flops(work.pruned, tokens, work.block, head=False)
-        + SHARES
-        * (forward_flops(work.pruned, held, work.block) + 2 * held * work.dense.hidden_size * work.dense.vocab_size)
-    )
-    return passes + sum(fit.flops(tokens) for fit in _fits(work))
+    tokens = _refit_tokens(work)
+    dense, pruned = (forward_flops(shape, tokens, work.block, head=False) for shape in (work.dense, work.pruned))
+    return dense + 2 * pruned + sum(fit.flops(tokens) for fit in _fits(work)) + choice_flops(work, SHARES)
+
+
+def choice_flops(work: Work, shares: int) -> float:
+    """Returns those of them that choose among shares of the way, by the held-out predictions."""
+    held = work.held_blocks * work.block
+    return shares * (forward_flops(work.pruned, held, work.block) + head_flops(work.dense, held))
 
 
 def reconstruct(work: Work) -> float:
@@ -166,4 +167,4 @@ def reconstruct_flops(work: Work) -> float:
     training = 3 * EPOCHS * passes(work.pruned, fit) + (EPOCHS + 1) * passes(work.pruned, held)
     heads = head_flops(work.pruned, held) + head_flops(work.dense, held)
     last = EPOCHS * ((2 + again) * head_flops(work.pruned, fit) + (1 + again) * head_flops(work.dense, fit))
-    return both + training + last + (EPOCHS + 1) * heads + NEW_SHARES * (passes(work.pruned, held) + heads)
+    return both + training + last + (EPOCHS + 1) * heads + choice_flops(work, NEW_SHARES)

@@ -8,6 +8,7 @@ and stays zero).
 import gc
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def _written(job: Job, student: Student, dense: TextLoss, results: Results) -> N
         merged = as_stored(merge(student) if isinstance(student, PeftModel) else student, job.stored)
     batch_size = job.run.args.training.per_device_eval_batch_size
     assert results.perplexity is not None
-    results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity"), dense)
+    at = partial(job.run.phases.at, PRUNED_PERPLEXITY)
+    results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity", at), dense)
     ranks.on_main(write_merged, job, None if job.sharded else merged, results.content())
 
 
