@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from tvaprune.flags.arguments import Arguments
+from tvaprune.given import plan_of
 from tvaprune.measure import cost, update_cost
 from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.measure.work import GIB, Work, narrower
@@ -19,7 +20,7 @@ from tvaprune.models.load import load_config, precision
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
-from tvaprune.run import CHOICE_SAMPLES, held_out_samples, plan_of, window_of
+from tvaprune.run import CHOICE_SAMPLES, held_out_samples, window_of
 from tvaprune.text.protocols import C4_WINDOWS
 
 DEFAULT_MEMORY = 40.0  # GiB

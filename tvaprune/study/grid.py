@@ -9,8 +9,8 @@ from typing import Any
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import VIB_ONCE, CompareSettings
+from tvaprune.given import given_units
 from tvaprune.plan.masks import read_record
-from tvaprune.run import given_units
 
 VIB = "vib"
 # Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
