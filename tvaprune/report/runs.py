@@ -261,7 +261,7 @@ def _tuning_charts(log: Sequence[Row], before: Perplexities | None) -> Iterator[
     yield line_chart("Kullback-Leibler to the dense model", [_series(log, "kl", "KL")], "step", "nats per token")
     yield line_chart("Hidden states", [_series(log, "hidden", "1 − cosine")], "step", "1 − cosine")
     scored = _series(log, "eval_perplexity", "fine-tuned, on the windows compared on", style="marked")
-    ends = (min(row["step"] for row in log), max(row["step"] for row in log)) if log else ()
+    ends = (0, max(row["step"] for row in log)) if log else ()  # a level of one step would have no length
     levels = {} if before is None or not scored.points else {DENSE: before.dense, PRUNED: before.pruned}
     lines = [Series(f"{name}, on those reported", [(end, value) for end in ends], "dashed")
              for name, value in levels.items()]  # fmt: skip
