@@ -42,7 +42,9 @@ def comparison_page(folder: Path) -> Page:
 
 def _page(cells: Cells) -> Page:
     first = cells.all[0]
-    texts = ", ".join(f"{text} ({first['windows'][text]} windows of {first['block_size']})" for text in cells.texts)
+    texts = ", ".join(
+        f"{name} ({first['windows'][text]} windows of {first['block_size']})" for text, name in cells.called.items()
+    )
     seeds = list(dict.fromkeys(content["seed"] for content in cells.all))
     return Page(
         "Methods side by side",
@@ -77,7 +79,7 @@ def _charts(cells: Cells, model: str) -> Iterator[Chart | None]:
                 ], "marked")
                 for method in cells.methods
             ]  # fmt: skip
-            yield line_chart(f"{text}, {update}", lines, "sparsity of the decoder", "gap", from_zero=True)
+            yield line_chart(f"{cells.called[text]}, {update}", lines, "sparsity of the decoder", "gap", from_zero=True)
 
 
 def _tables(cells: Cells, model: str) -> Iterator[Block]:
@@ -96,7 +98,7 @@ def _tables(cells: Cells, model: str) -> Iterator[Block]:
             rows.append([method, *gaps, *scores, cost_of_choosing(found, "seconds", "{:.1f} s")])
         head = [
             "method",
-            *(f"{text}, {update}" for text, update in columns),
+            *(f"{cells.called[text]}, {update}" for text, update in columns),
             *(f"zero-shot, {update}" for update in scored),
             "choosing",
         ]

@@ -47,6 +47,9 @@ class Cells:
     def __init__(self, contents: Iterable[dict[str, Any]]) -> None:
         self.all = list(contents)
         self.texts = list(self.all[0]["perplexity"])
+        names = [Path(text).name for text in self.texts]
+        # A file goes by its name: tables have a column of each text for each update.
+        self.called = dict(zip(self.texts, names if len(set(names)) == len(names) else self.texts, strict=True))
         self.models, self.methods, self.updates, self.sparsities = (
             list(dict.fromkeys(content[name] for content in self.all))
             for name in ("model", "method", "weight_update", "target_sparsity")
@@ -188,7 +191,8 @@ def orders_of(cells: Cells, model: str) -> list[dict[str, object]]:
 def _heading(cells: Cells) -> list[str]:
     first = cells.all[0]
     texts = ", ".join(
-        f"{text} ({first['windows'][text]} windows of {first['block_size']} tokens)" for text in cells.texts
+        f"{name} ({first['windows'][text]} windows of {first['block_size']} tokens)"
+        for text, name in cells.called.items()
     )
     seeds = " ".join(map(str, dict.fromkeys(content["seed"] for content in cells.all)))
     return [
@@ -223,7 +227,7 @@ def _tables(cells: Cells) -> list[str]:
     lines = []
     for model in cells.models:
         lines += [f"\n## {Path(model).name}\n", f"{dense_perplexities(cells, model)}\n"]
-        gaps = [f"{text}, {update}" for text in cells.texts for update in cells.updates]
+        gaps = [f"{name}, {update}" for name in cells.called.values() for update in cells.updates]
         scores = [f"zero-shot, {update}" for update in cells.updates]
         lines += _header(["sparsity", "method", *gaps, *scores, "choosing", "update", "peak memory"])
         places = [(sparsity, method) for sparsity in cells.sparsities for method in cells.methods]
@@ -235,7 +239,8 @@ def _tables(cells: Cells) -> list[str]:
 def dense_perplexities(cells: Cells, model: str) -> str:
     """Returns what the unpruned model makes of every text: of cells of old nobody knows the errors."""
     first = max(cells.of(model=model), key=lambda content: "stderr" in content["perplexity"][cells.texts[0]])
-    return f"Dense perplexity: {', '.join(f'{text} {perplexity_of(first, text, DENSE)}' for text in cells.texts)}."
+    values = (f"{name} {perplexity_of(first, text, DENSE)}" for text, name in cells.called.items())
+    return f"Dense perplexity: {', '.join(values)}."
 
 
 def _header(names: Sequence[str]) -> list[str]:
@@ -357,7 +362,7 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
             axes.plot(list(values), list(map(median, values.values())), STYLES.get(update, ":"), marker=".", **style)
             axes.fill_between(list(values), list(map(min, values.values())), list(map(max, values.values())),
                               color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
-    axes.set(yscale="log", title=f"{Path(model).name}, {text}", ylabel="perplexity")
+    axes.set(yscale="log", title=f"{Path(model).name}, {cells.called[text]}", ylabel="perplexity")
     axes.set_xticks(cells.sparsities)
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(_tick))
