@@ -79,7 +79,8 @@ def _saved(run: RunFolder) -> dict[str, Path]:
         output, pruned = (Path(recipe.get(name) or run.path) for name in ("output_dir", "save_pruned"))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"{run.path / RECIPE_NAME}: is no recipe ({reason(error)}); run it again") from error
-    places = {PRUNED: (pruned / run.path.name, pruned, output / "pruned")}  # the first: one of several targets
+    of_target = pruned / run.path.name  # where a run had several
+    places: dict[str, tuple[Path, ...]] = {PRUNED: (of_target, pruned, output / "pruned")}
     if run.results.finetune is not None:
         places["fine-tuned"] = (output / "merged",)
     found = {name: next((p for p in some if (p / "config.json").is_file()), None) for name, some in places.items()}
