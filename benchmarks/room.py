@@ -6,7 +6,7 @@ python -m benchmarks.room
 import torch
 
 from tvaprune.cut.room import disk_needed, memory_needed
-from tvaprune.measure.cost import GIB
+from tvaprune.measure.work import GIB
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan

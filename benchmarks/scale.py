@@ -22,16 +22,17 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from benchmarks.simulate import CONFIGS, PHASES, RealCard, Scene, Taken, plan_to, simulate
+from benchmarks.card import RealCard, Taken
+from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
 from benchmarks.step import steps
 from tvaprune.budget import DEFAULT_MEMORY, RESERVED
 from tvaprune.estimates import TFLOPS, estimate_of
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
-from tvaprune.measure.cost import GIB, Work, narrower
 from tvaprune.measure.hardware import describe_device
 from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.measure.speed import turn_about
+from tvaprune.measure.work import GIB, Work, narrower
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks

@@ -22,6 +22,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["text"],
     ["measure"],
     ["plan"],
+    ["given", "refusals"],
     ["run"],
     ["budget", "targets"],
     ["choose"],

@@ -9,6 +9,7 @@ from datasets import Dataset
 import tvaprune.cut.narrow as narrowing
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import PruneSettings
+from tvaprune.phases import Phases
 from tvaprune.run import CHOICE_SAMPLES, Run
 
 
@@ -74,7 +75,7 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
     class Stopped(Exception):
         pass
 
-    def stop(*args):
+    def stop(*args, **options):
         raise Stopped
 
     def text():
@@ -89,7 +90,8 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
         prune=PruneSettings(refit_offload=offload),
         training=SimpleNamespace(per_device_eval_batch_size=1, device="the device"),
     )
-    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, refit_blocks=text, held_out_blocks=text)
+    texts = {"refit_blocks": text, "held_out_blocks": text}
+    run = SimpleNamespace(args=flags, model=model, stored_dtype=None, phases=Phases(), **texts)
     with pytest.raises(Stopped):
         narrowing.narrow(run, plan, keep_dense=False)
     assert seen == moves and cut_to == ["the device"]

@@ -9,8 +9,9 @@ from models.test_from_gguf import DIGITS, SIZES, byte_level
 from support import tiny
 from transformers import AutoModelForCausalLM
 
-from benchmarks.generations import PROMPTS, cell
+from benchmarks.generations import cell
 from benchmarks.speed import quartiles, touched
+from tvaprune.measure.generations import PROMPTS
 
 pytest.importorskip("gguf")
 SMALL = ["--block_size", "16", "--ctx_length", "16", "--max_train_samples", "8", "--max_eval_samples", "4",

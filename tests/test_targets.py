@@ -13,7 +13,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.conditions import parse
 from tvaprune.flags.ranges import BYTES, NUMBERS, amount
-from tvaprune.measure.cost import forward_flops, narrower
+from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan

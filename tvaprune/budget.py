@@ -12,14 +12,15 @@ from dataclasses import replace
 import torch
 
 from tvaprune.flags.arguments import Arguments
-from tvaprune.measure import cost
-from tvaprune.measure.cost import GIB, Work, narrower
+from tvaprune.given import plan_of
+from tvaprune.measure import cost, update_cost
 from tvaprune.measure.perplexity import windows_of_pass
+from tvaprune.measure.work import GIB, Work, narrower
 from tvaprune.models.load import load_config, precision
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
-from tvaprune.run import CHOICE_SAMPLES, held_out_samples, plan_of, window_of
+from tvaprune.run import CHOICE_SAMPLES, held_out_samples, window_of
 from tvaprune.text.protocols import C4_WINDOWS
 
 DEFAULT_MEMORY = 40.0  # GiB
@@ -94,7 +95,7 @@ def fitted(args: Arguments, work: Work, memory: float | None = None) -> Work:
 
 
 def _update(work: Work) -> float:
-    return max(cost.refit(work), cost.reconstruct(work) if work.reconstructs else 0)
+    return max(update_cost.refit(work), update_cost.reconstruct(work) if work.reconstructs else 0)
 
 
 def changes(args: Arguments, work: Work) -> dict[str, bool | int]:
@@ -192,5 +193,5 @@ def _over(args: Arguments, work: Work) -> Iterator[str]:
         hint = "; --teacher_cache DIR leaves the unpruned model out" if teaches else ""
         yield f"training needs about {needed / GIB:.0f} GiB{asked}, {leaves}{hint}"
     if work.refits and (needed := _update(work)) > room:
-        update, less = args.prune.weight_update, "refit" if cost.refit(work) <= room else "fold"
+        update, less = args.prune.weight_update, "refit" if update_cost.refit(work) <= room else "fold"
         yield f"the {update} needs about {needed / GIB:.0f} GiB, {leaves}; --weight_update {less} needs less"

@@ -13,7 +13,8 @@ from tvaprune.choose.rotation import wants_rotation
 from tvaprune.choose.settings import Cadence
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
-from tvaprune.measure.cost import GIB, Phase, Work, phases
+from tvaprune.measure.cost import Phase, phases
+from tvaprune.measure.work import GIB, Work
 from tvaprune.models.load import load_config
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
@@ -58,8 +59,8 @@ class Estimate:
 
     @property
     def counted(self) -> dict[str, float]:
-        """The operations of each phase, by its name."""
-        return {phase.name: phase.flops for phase in self.phases}
+        """The operations of each phase's parts, by their names."""
+        return {part: flops for phase in self.phases for part, flops in phase.parts.items()}
 
     def minutes(self, tflops: float = TFLOPS) -> float:
         """Returns the minutes that these operations take at a speed in TFLOP/s."""

@@ -82,16 +82,18 @@ def compare(settings: CompareSettings, *every: Settings, **training: Value) -> P
     return found
 
 
-def report(*folders: str | Path, output: str | Path | None = None) -> Path:
+def report(*folders: str | Path, output: str | Path | None = None, prompts: bool = False) -> Path:
     """Writes the results page of what runs left in folders, several side by side, and returns its file.
 
     Args:
         output: The page's file; None: ``report.html`` in the only folder, or in the working folder.
+        prompts: Whether the models that the runs saved continue the same prompts first, for the page to tell.
 
     Raises:
-        InputError: If a folder holds no results of this version, or the page cannot be written.
+        InputError: If a folder holds no results of this version, or the page cannot be written; with ``prompts``, if a
+            model is not there.
     """
-    return _report([Path(folder) for folder in folders], None if output is None else Path(output))
+    return _report([Path(folder) for folder in folders], None if output is None else Path(output), prompts)
 
 
 def estimate(model: str | Path, verb: str, *settings: Settings, **training: Value) -> Estimate:

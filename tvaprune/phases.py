@@ -1,9 +1,11 @@
 """Where in its command a run is, and about how long the rest takes."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
 
@@ -109,6 +111,26 @@ def _in_words(seconds: float) -> str:
     if minutes < 1:
         return "less than a minute left"
     return f"about {minutes} min left" if minutes < 100 else f"about {seconds / 3600:.1f} h left"
+
+
+@contextmanager
+def told_bar(
+    total: int, label: str | None, unit: str, at: Callable[[float], str] | None = None
+) -> Iterator[Callable[[], None]]:
+    """Yields what moves a bar on by one.
+
+    Args:
+        label: None: no bar is shown.
+        at: Told the share that is done; what it returns stands beside the label.
+    """
+    with tqdm(total=total, desc=label, disable=label is None, leave=False, unit=unit) as bar:
+
+        def advance() -> None:
+            bar.update()
+            if label is not None and at is not None:
+                bar.set_description(", ".join(filter(None, (label, at(bar.n / total)))), refresh=False)
+
+        yield advance
 
 
 class TrainingBar(ProgressCallback):

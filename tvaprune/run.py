@@ -1,54 +1,44 @@
-"""One command: its flags, the loaded model, what follows from both, and what is refused before any work."""
+"""One command: its flags, the loaded model, and what follows from both."""
 
-import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from tvaprune import ranks
-from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
-from tvaprune.errors import EVALUATING, InputError, quoted, reason, running_out_in
-from tvaprune.files import check_apart, check_output
+from tvaprune.errors import EVALUATING, InputError, running_out_in
 from tvaprune.flags.arguments import Arguments
-from tvaprune.flags.ranges import AUTO
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
-from tvaprune.identity import IDENTITY_NAME, Identity, blocks_digest, content, model_digest
+from tvaprune.given import as_the_mask_says, given_rotation
+from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.cost import DENSE_PERPLEXITY, PRUNED_PERPLEXITY
 from tvaprune.measure.perplexity import TextLoss, text_loss
-from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot, check_tokenizer
+from tvaprune.measure.zeroshot import check_tokenizer
 from tvaprune.models.families import family_of
 from tvaprune.models.layers import Streamed
 from tvaprune.models.load import Where, load_config, load_model, open_model
 from tvaprune.models.placement import place_of, put
-from tvaprune.models.published import located
 from tvaprune.models.rotate import Rotation, rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.sharding import shard
 from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
-from tvaprune.plan.masks import Masks, load_masks, read_record
-from tvaprune.plan.multiples import fastest_multiple
-from tvaprune.plan.record import FLAGS, as_recorded, recorded_flags, width_rules
-from tvaprune.plan.rotation import read_rotation
+from tvaprune.plan.masks import Masks, read_record
+from tvaprune.plan.record import width_rules
 from tvaprune.plan.widths import WidthRules
+from tvaprune.refusals import check_protocol
 from tvaprune.text.blocks import token_blocks
 from tvaprune.text.protocols import (
     C4_WINDOWS,
     OWN,
     PROTOCOLS,
-    SPLIT,
     EvaluationText,
     evaluation_text,
     protocol_windows,
@@ -103,7 +93,7 @@ class Run:
             phases: Of the command.
         """
         check_protocol(args)
-        args = _as_the_mask_says(args)
+        args = as_the_mask_says(args)
         set_seed(args.training.seed)
         device, streamed = args.training.device, None
         source = args.source.model_name_or_path, args.source.dtype, device
@@ -212,7 +202,7 @@ class Run:
         self.phases.recount((DENSE_PERPLEXITY, PRUNED_PERPLEXITY), len(windows) / counted)
         with running_out_in(EVALUATING):
             self.phases.start(DENSE_PERPLEXITY)  # what was loaded and read before is no operation
-            loss = text_loss(model, windows, batch_size, DENSE_PERPLEXITY, self.phases.at)
+            loss = text_loss(model, windows, batch_size, DENSE_PERPLEXITY, partial(self.phases.at, DENSE_PERPLEXITY))
         if not math.isfinite(loss.perplexity):
             raise InputError(
                 f"--model_name_or_path {self.args.source.model_name_or_path}: the unpruned model itself gives a "
@@ -302,78 +292,6 @@ def window_of(args: Arguments, config: PretrainedConfig) -> int:
     return args.data.ctx_length or min(config.max_position_embeddings, RELEASED_MAX_WINDOW)
 
 
-def check_protocol(args: Arguments) -> None:
-    """Refuses what a protocol of the field settles itself, and windows that the model does not know."""
-    name, data = args.data.protocol, args.data
-    if name == OWN:
-        return
-    settled = {"ctx_length": data.ctx_length, "max_eval_samples": data.max_eval_samples}
-    if args.recipe.get("eval_split", SPLIT) != SPLIT:
-        settled["eval_split"] = args.recipe["eval_split"]
-    for flag, value in settled.items():
-        if value is not None:
-            raise InputError(f"--{flag} {value}: --protocol {name} settles text and windows; leave one out")
-    longest, window = load_config(args.source.model_name_or_path).max_position_embeddings, PROTOCOLS[name].window
-    if window > longest:
-        raise InputError(
-            f"--protocol {name}: has windows of {window} tokens, the model is made for {longest} at most; choose one "
-            "of shorter windows, or own"
-        )
-
-
-def settle_multiple(args: Arguments) -> None:
-    """Replaces ``--dim_multiple auto`` by the number measured, in place, in the recipe too; tells which.
-
-    A run that goes on takes the number that it began with.
-    """
-    if args.prune.dim_multiple != AUTO:
-        return
-    args.prune.dim_multiple = args.recipe["dim_multiple"] = ranks.on_main(_fastest, args)
-
-
-def _fastest(args: Arguments) -> int:
-    number = _begun_with(args) if goes_on(args) else None
-    if number is None:
-        config, device = load_config(args.source.model_name_or_path), args.training.device
-        stored = config.dtype or torch.float32
-        dtype = getattr(torch, args.source.dtype, stored if device.type == "cuda" else torch.float32)
-        number, line = fastest_multiple(shape_of(config), max(args.prune.target_sparsity), device, dtype)
-        print(line)
-    return number
-
-
-def _begun_with(args: Arguments) -> int | None:
-    """Returns the multiple that a run began with: of its last checkpoint, or of its plan; None: it is not told."""
-    asked = args.training.resume_from_checkpoint or ""
-    checkpoint = last_checkpoint(args.output_dir) if asked.lower() == "true" else Path(asked)
-    files = [] if checkpoint is None else [checkpoint / IDENTITY_NAME]
-    for path in (*files, args.save_loc / "plan.json"):
-        with suppress(OSError, ValueError):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            number = content.get("dim_multiple", content.get("settings", {}).get("dim_multiple"))
-            if isinstance(number, int):
-                return number
-    return None
-
-
-def _as_the_mask_says(args: Arguments) -> Arguments:
-    """Returns the flags, those that were not given as the record of ``--mask_loc`` says; tells which differ from it."""
-    if args.prune.mask_loc is None:
-        return args
-    recorded = recorded_flags(args.prune.mask_loc)
-    given = {name: getattr(args.prune, name) for name in FLAGS}
-    if "prune_method" in recorded and "prune_method" not in args.recipe:  # its default is no None
-        given["prune_method"] = None
-    flags, note = as_recorded(given, recorded)
-    if note is not None:
-        print(note)
-    args = copy.copy(args)
-    args.prune = copy.copy(args.prune)
-    for name, value in flags.items():
-        setattr(args.prune, name, value)
-    return args
-
-
 def _agreed(name: str, blocks: Dataset) -> Dataset:
     """Returns the blocks, if they are the same in all processes."""
     if ranks.count() > 1:
@@ -418,151 +336,3 @@ def _tell_another_model(run: Run) -> None:
 def held_out_samples(fitted: int) -> int:
     """Returns how many blocks choose among fits of some others: half as many, at most those that tell masks apart."""
     return max(1, min(CHOICE_SAMPLES, fitted // 2))
-
-
-def given_units(args: Arguments) -> Masks | KeepPlan | None:
-    """Reads ``--mask_loc`` and its record, or ``--plan``, and compares it with the model's config before the weights.
-
-    Raises:
-        InputError: If the file cannot be used, or is of another model.
-    """
-    path, plan = args.prune.mask_loc, args.prune.plan
-    if path is None and plan is None:
-        return None
-    shape = shape_of(load_config(args.source.model_name_or_path))
-    given_rotation(args, shape.hidden_size)
-    if plan is not None:
-        kept = KeepPlan.load(Path(plan))
-        kept.check_fits(shape, f"--plan {plan}")
-        return kept
-    assert path is not None
-    masks = load_masks(path, shape)
-    recorded_flags(path)  # a damaged one ends the command here
-    masks.check_fits(shape, f"--mask_loc {path}")
-    return masks
-
-
-def given_rotation(args: Arguments, hidden_size: int) -> Rotation | None:
-    """Reads the rotation that ``--mask_loc`` or ``--plan`` was made under; None: under none, or neither is given.
-
-    Raises:
-        InputError: If it is not beside the file that names it, or not of this model.
-    """
-    if args.prune.mask_loc is not None:
-        return read_rotation(Path(args.prune.mask_loc), read_record(args.prune.mask_loc).get("rotation"), hidden_size)
-    if args.prune.plan is not None:
-        return read_rotation(Path(args.prune.plan), KeepPlan.load(Path(args.prune.plan)).rotation, hidden_size)
-    return None
-
-
-def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:
-    """Returns what `given_units` keep of the model, before it is loaded: masks cut by the rules that the run takes."""
-    if isinstance(units, KeepPlan):
-        return units
-    recorded = {} if args.prune.mask_loc is None else recorded_flags(args.prune.mask_loc)
-    given = {name: getattr(args.prune, name) for name in FLAGS}
-    if given["dim_multiple"] == AUTO:  # nothing is measured yet
-        given["dim_multiple"] = None
-    flags, _ = as_recorded(given, recorded)
-    shape = shape_of(load_config(args.source.model_name_or_path))
-    rotation = given_rotation(args, shape.hidden_size)
-    if rotation is not None and not rotation.keeps_tie:
-        shape = replace(shape, tie_word_embeddings=False)
-    return plan_from_masks(units, shape, width_rules(flags, shape))
-
-
-def goes_on(args: Arguments) -> bool:
-    """Tells whether the flags ask to go on with an earlier run."""
-    return (args.training.resume_from_checkpoint or "false").lower() != "false"
-
-
-def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
-    """Returns the checkpoint to go on from; ``--resume_from_checkpoint True`` is the last whole one there is.
-
-    Args:
-        may_be_none: Whether a run that has no checkpoint yet begins anew, in place of an error.
-
-    Raises:
-        InputError: If there is none, it is not whole, or the output folder holds somebody else's.
-    """
-    check_ours(args.output_dir)
-    asked = args.training.resume_from_checkpoint
-    if asked is None or not goes_on(args):
-        return None
-    found: Path | str | None = asked
-    if asked.lower() == "true":
-        found = last_checkpoint(args.output_dir)
-        if found is None and may_be_none:
-            print(f"note: there is no checkpoint in {args.output_dir} yet: the run begins anew")
-            return None
-    if found is None or not Path(found).is_dir():
-        raise InputError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
-        )
-    check_whole(Path(found))
-    _check_best(Path(found), args.output_dir)
-    return str(found)
-
-
-def _check_best(checkpoint: Path, output_dir: Path) -> None:
-    """Refuses a checkpoint whose best is another run's: weights would come from wherever that says.
-
-    In a run that was moved the best is the one of that name beside the checkpoint, as `CheckpointedTrainer` finds it.
-    """
-    path = checkpoint / TRAINER_STATE_NAME
-    if not path.is_file():
-        return
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        best = state.get("best_model_checkpoint")
-        folders = output_dir.resolve(), checkpoint.resolve().parent
-        if best is None or any(Path(best).resolve().is_relative_to(folder) for folder in folders):
-            return
-        beside = checkpoint.parent / Path(best).name
-    except Exception as error:  # a broken file raises nearly anything
-        raise InputError(f"{path}: cannot be read ({reason(error)}); go on from another checkpoint") from error
-    if not (beside.name.startswith(PREFIX_CHECKPOINT_DIR) and beside.is_dir()):
-        raise InputError(
-            f"{path}: its best_model_checkpoint is {quoted(best)}, outside --output_dir {output_dir}: go on in the "
-            "folder that the run began in, or begin anew"
-        )
-
-
-def check_training(args: Arguments) -> None:
-    """Builds a trainer of nothing, its optimizer and schedule: what cannot be built is told before anything is touched.
-
-    Raises:
-        InputError: If a package is missing (``--report_to``, ``--optim``), or flags do not go together.
-    """
-    try:
-        Trainer(nn.Linear(1, 1), args.training, eval_dataset=[]).create_optimizer_and_scheduler(1)
-    except (ImportError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"the training cannot begin: {reason(error)}") from error
-
-
-def check_results(args: Arguments, may_hold_some: bool) -> None:
-    """Refuses to replace results that nothing says to touch."""
-    if (args.save_loc / "results.json").exists() and not (args.training.overwrite_output_dir or may_hold_some):
-        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
-
-
-def check_save(args: Arguments) -> None:
-    """Refuses a checkpoint folder that is in use, or that would replace what is read or written, before the work."""
-    folder = args.prune.save_pruned
-    if folder is None:
-        return
-    source = args.source.model_name_or_path
-    check_apart("save_pruned", folder, "--model_name_or_path", None if source is None else located(source))
-    for flag, other in (("output_dir", args.output_dir), ("save_loc", args.save_loc)):
-        if Path(folder).resolve() in (other.resolve(), *other.resolve().parents):
-            raise InputError(f"--save_pruned {folder}: is --{flag} {other}, or holds it; give a folder of its own")
-    check_output("save_pruned", folder, args.training.overwrite_output_dir)
-
-
-def zero_shot_tasks(args: Arguments) -> ZeroShot | None:
-    """Finds the tasks that the flags name, before any work: a wrong name fails at once."""
-    evaluation = args.evaluation
-    if not evaluation.do_zero_eval:
-        return None
-    names = evaluation.zero_eval_tasks or RELEASED_TASKS
-    return ZeroShot(names, args.data.data_dir, evaluation.num_fewshot, evaluation.zero_eval_limit)

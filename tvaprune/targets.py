@@ -15,7 +15,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.ranges import BYTES, NUMBERS, amount
 from tvaprune.flags.verbs import TARGETS
-from tvaprune.measure.cost import forward_flops
+from tvaprune.measure.work import forward_flops
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_layers, dense_parameters
 from tvaprune.models.shape import shape_of

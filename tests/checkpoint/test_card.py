@@ -157,6 +157,23 @@ def test_the_metadata_is_what_the_hub_reads(narrow, tmp_path):
     path.write_text(model_card(model.config, plan, record | {"protocol": text}, "pruned"))
     (found,) = ModelCard(path.read_text()).data.eval_results
     assert (found.dataset_type, found.dataset_split, found.dataset_config) == ("own", "validation", None)
+    assert "±" not in path.read_text()  # control: of what has no error none is told
+    assert "| gap in log perplexity to the dense model | | 0.090 |" in path.read_text()  # log(10.12345 / 9.25)
+    record["perplexity"]["stderr"] = {
+        "dense": 0.25,
+        "pruned": 0.5,
+        "gap": 0.02,
+        "finetuned": 0.3,
+        "finetuned_gap": 0.01,
+    }
+    path.write_text(model_card(model.config, plan, record, "pruned"))
+    assert "| 9.25 ± 0.25 | 10.12 ± 0.30, before fine-tuning 12.50 ± 0.50 |" in path.read_text()
+    assert "| 0.090 ± 0.010 |\n\n±: the standard error over the windows" in path.read_text()
+    told = {each.metric_type: each.metric_value for each in ModelCard(path.read_text()).data.eval_results}
+    assert told == {"perplexity": 10.1235, "perplexity_stderr": 0.3}
+    del record["perplexity"]["finetuned"]
+    path.write_text(model_card(model.config, plan, record, "pruned"))
+    assert "| 9.25 ± 0.25 | 12.50 ± 0.50 |" in path.read_text() and "| 0.301 ± 0.020 |" in path.read_text()
     record["perplexity"] = {"dense": 9.25, "pruned": None}  # of weights that overflow
     path.write_text(model_card(model.config, plan, record, "pruned"))
     assert "| 9.25 | not a number |" in path.read_text() and "model-index" not in metadata_load(path)

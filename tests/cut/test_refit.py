@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,17 @@ def test_tied_embeddings_stay_tied_and_exact(make_model, make_masks):
     assert refitted.lm_head.weight is refitted.model.embed_tokens.weight
     assert torch.equal(refitted.model.embed_tokens.weight, folded.model.embed_tokens.weight)
     assert "lm_head" not in report.strengths and report.share > 0
+
+
+@pytest.mark.parametrize(("model_type", "steps"), [("llama", 7), ("qwen2", 6)])  # three layers, and a head of its own
+def test_its_bars_tell_how_much_is_done(model_type, steps, make_model, make_masks):
+    model, told = make_model(model_type, tie_word_embeddings=model_type == "qwen2"), []
+    plan = make_plan(model, make_masks)
+    phases = SimpleNamespace(at=lambda part, share: told.append((part, round(share, 3))) or "")
+    refit(model, sliced(model, plan), plan, CALIBRATION, HELD_OUT, shares=(0.0, 1.0), phases=phases)
+    walked = [("refit", round(place / steps, 3)) for place in range(1, steps + 1)]
+    # in memory every share is a pass of its own
+    assert told == walked + [("choice after refit", round(place / 12, 3)) for place in range(1, 13)]
 
 
 def test_it_is_deterministic_and_does_not_depend_on_the_batch(make_model, make_masks):

@@ -32,10 +32,19 @@ from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import narrow_shell
+from tvaprune.measure.cost import (
+    DENSE_PERPLEXITY,
+    PRUNED_PERPLEXITY,
+    RECONSTRUCT,
+    RECONSTRUCT_CHOICE,
+    REFIT,
+    REFIT_CHOICE,
+)
 from tvaprune.models import layers, load, shards
 from tvaprune.models.pruned import bare_model
 from tvaprune.models.rotate import Rotation
 from tvaprune.models.shape import shape_of
+from tvaprune.phases import Phases
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import save_masks
@@ -126,10 +135,14 @@ def test_without_a_text_the_folder_is_the_same_too(update, dense, text, tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_reconstructed_folder_is_the_same_too(dtype, dense, text, tmp_path):
+def test_a_reconstructed_folder_is_the_same_too(dtype, dense, text, tmp_path, monkeypatch):
     tiny.save_checkpoint(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype), dense)
+    told = []
+    monkeypatch.setattr(Phases, "at", lambda phases, part, share: told.append((part, share)) or "")
     memory, streamed = both(dense, text, tmp_path, "--weight_update", "reconstruct")
     assert streamed == memory
+    parts = [DENSE_PERPLEXITY, REFIT, REFIT_CHOICE, RECONSTRUCT, RECONSTRUCT_CHOICE, PRUNED_PERPLEXITY]
+    assert [part for part, share in told if share == 1] == 2 * parts  # the command hears of every bar of both
     refitted, _ = applied(dense, text, tmp_path, *STREAM, "--overwrite_output_dir")
     assert refitted["model.safetensors"] != memory[0]["model.safetensors"]  # control
 

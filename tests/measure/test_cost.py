@@ -8,13 +8,14 @@ import pytest
 import torch
 from support import tiny
 
-from benchmarks.simulate import CARD, CONFIGS, PHASES, RealCard, Scene, plan_to, simulate, simulated
+from benchmarks.card import CARD, RealCard, simulated
+from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
 from tvaprune.cut.reconstruct import EPOCHS, WINDOW
 from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
 from tvaprune.cut.refit import SHARES, STRENGTHS
 from tvaprune.cut.ridge import ROWS
-from tvaprune.measure import cost
-from tvaprune.measure.cost import GIB, Work, narrower
+from tvaprune.measure import cost, update_cost
+from tvaprune.measure.work import GIB, Work, narrower, weights
 from tvaprune.models import layers
 from tvaprune.models.shape import shape_of
 
@@ -121,8 +122,16 @@ def test_the_simulation_counts_what_is_alive_and_where():
 
 
 def test_the_refits_constants_are_those_of_the_code():
-    assert (cost.STRENGTHS, cost.SHARES, cost.ROWS) == (sum(map(math.isfinite, STRENGTHS)), len(SHARES), ROWS)
-    assert (2 * cost.WINDOW_LAYERS, cost.EPOCHS, cost.NEW_SHARES) == (WINDOW, EPOCHS, len(AFTER_REFIT))
+    assert (update_cost.STRENGTHS, update_cost.SHARES, update_cost.ROWS) == (
+        sum(map(math.isfinite, STRENGTHS)),
+        len(SHARES),
+        ROWS,
+    )
+    assert (2 * update_cost.WINDOW_LAYERS, update_cost.EPOCHS, update_cost.NEW_SHARES) == (
+        WINDOW,
+        EPOCHS,
+        len(AFTER_REFIT),
+    )
     assert layers.ROWS == ROWS
 
 
@@ -130,9 +139,10 @@ def test_of_a_parallel_model_a_layers_input_waits_beside_each_stream():
     _, work = work_of("Llama-2-7B", 2)
     parallel = replace(work, dense=replace(work.dense, is_parallel=True))
     streams = 2 * (4096 + 4096) * 512 * (work.refit_blocks + work.held_blocks)
-    assert cost.refit(parallel) - cost.refit(work) == cost.reconstruct(parallel) - cost.reconstruct(work) == streams
+    for taken in (update_cost.refit, update_cost.reconstruct):
+        assert taken(parallel) - taken(work) == streams
 
 
 def test_weights_are_those_of_the_published_models():
-    sizes = [cost.weights(work.dense, work) / GIB for _, work in (work_of(name, 32) for name in CONFIGS)]
+    sizes = [weights(work.dense, work) / GIB for _, work in (work_of(name, 32) for name in CONFIGS)]
     assert sizes == pytest.approx([12.55, 13.49, 14.96], abs=0.01)  # 6.74, 7.24 and 8.03 billion of 2 bytes

@@ -108,10 +108,10 @@ def test_a_gap_is_paired_by_window():
 def test_a_bar_says_what_the_command_says_of_the_share_that_is_done(capsys):
     told = []
     blocks = blocks_of([[0, 1, 2]] * 4)
-    text_loss(Scripted(uniform), blocks, 1, "dense", lambda part, share: told.append((part, share)) or "phase 1 of 2")
-    assert told == [("dense", share) for share in (0.25, 0.5, 0.75, 1.0)]
+    text_loss(Scripted(uniform), blocks, 1, "dense", lambda share: told.append(share) or "phase 1 of 2")
+    assert told == [0.25, 0.5, 0.75, 1.0]
     assert "dense" in capsys.readouterr().err
-    text_loss(Scripted(uniform), blocks, 1, None, lambda part, share: told.clear())
+    text_loss(Scripted(uniform), blocks, 1, None, lambda share: told.clear())
     assert told  # control: without a bar nobody asks
 
 

@@ -17,7 +17,8 @@ from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.choose.controller import expected_spread
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores.calibration import both_blocks
-from tvaprune.measure.cost import Work, forward_flops, lora_parameters, narrower
+from tvaprune.measure.cost import lora_parameters
+from tvaprune.measure.work import Work, forward_flops, narrower
 from tvaprune.models import from_gguf, modeling_pruned
 from tvaprune.models.formats import check_graph
 from tvaprune.models.load import load_model, open_model

@@ -12,9 +12,9 @@ from support.byte_tokenizer import byte_tokenizer
 from support.run_folder import COMMAND, GATES, results, write_run
 
 import tvaprune
-from benchmarks.generations import pieces
 from tvaprune.cli import run_command, run_verb
 from tvaprune.errors import InputError
+from tvaprune.measure.generations import PROMPTS, pieces
 from tvaprune.report.charts import Series, bar_chart, line_chart, ticks
 from tvaprune.report.folders import RunFolder, read_runs
 from tvaprune.report.page import PAGE_NAME
@@ -99,6 +99,30 @@ def test_a_run_of_every_part_has_every_section_with_its_figures(run):
     assert "KL from 0.400 to 0.300 on 2 held-out blocks" in text and "verb: prune\nseed: 1" in text
     assert "Not scored, for want of data: b." in text
     assert "<mark> Lyon</mark>,</span>" in text and text.count("<mark>") == 1  # the tuned model says less, nothing else
+
+
+def test_the_models_that_a_run_saved_are_asked(make_model, tmp_path):
+    dense, narrow = make_model(), make_model(intermediate_size=16)
+    model = tiny.save_checkpoint(dense, tmp_path / "dense")
+    run = write_run(tmp_path / "run")
+    results(model=str(model)).write(run)
+    tiny.save_checkpoint(narrow, run / "pruned")
+    with pytest.raises(
+        InputError, match="its fine-tuned model is not where its recipe says; run it again, with --save_pruned"
+    ):
+        report([run], prompts=True)
+    tiny.save_checkpoint(dense, run / "merged")
+    _, before = page(run)
+    assert "Water boils when" not in before  # control
+    _, text = page(run, prompts=True)
+    assert all(prompt in text for prompt in PROMPTS)
+    assert 0 < text.count("<mark>") <= len(PROMPTS)  # of the narrow model alone
+    told = tiny.read_json(run / "generations.json")["models"]
+    assert list(told) == ["dense", "pruned", "fine-tuned"] and told["fine-tuned"] == told["dense"] != told["pruned"]
+    assert "Water boils when" in page(run)[1]  # they stay
+    (run / "recipe.yaml").write_text("- a list")
+    with pytest.raises(InputError, match="recipe.yaml: is no recipe"):
+        report([run], prompts=True)
 
 
 def test_what_a_run_did_not_measure_is_left_out(tmp_path):

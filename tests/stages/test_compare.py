@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import re
 import shutil
 import sys
+from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from tvaprune.cli import run_command, run_verb
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
 from tvaprune.study.page import comparison_page
-from tvaprune.study.report import Cells, orders_of, ratios, worst_change, write_report
+from tvaprune.study.report import Cells, orders_of, ratios, spread, worst_change, write_report
 
 FIRST, SECOND = "first", "second"
 
@@ -71,13 +73,18 @@ def test_it_writes_exactly_these_files(compared):
 
 def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
     output, _ = compared
-    dense = tiny.read_json(output / "tiny" / "dense.json")["perplexity"]
+    dense, windows = (tiny.read_json(output / "tiny" / "dense.json")[name] for name in ("perplexity", "window_losses"))
     for path in (output / "tiny" / "cells").iterdir():
         cell = tiny.read_json(path)
         assert abs(cell["sparsity"] - cell["target_sparsity"]) < 0.05
         (text,) = cell["other_texts"]
         assert {name: value["dense"] for name, value in cell["perplexity"].items()} == dense
         assert all(value["pruned"] != value["dense"] for value in cell["perplexity"].values())
+        for name, value in cell["perplexity"].items():
+            error = value["stderr"]
+            assert error["dense"] == pytest.approx(value["dense"] * stdev(windows[name]) / math.sqrt(6))
+            apart = math.hypot(*(error[which] / value[which] for which in ("dense", "pruned")))
+            assert error["gap"] > 0 and error["gap"] != pytest.approx(apart, rel=1e-4)  # it is paired by window
         assert set(cell["windows"].values()) == {6}
         assert cell["block_size"] == 16 and cell["calibration_samples"] == 8 and cell["split"] == "test"
         assert cell["flags"] == ["--dim_multiple", "4", "--use_cpu"]
@@ -98,6 +105,7 @@ def test_masks_that_were_learned_before_serve_in_place_of_gates(compared, flags,
     for sparsity in (0.3, 0.5):
         record = tiny.read_json(given / f"vib-{sparsity}-0.json")
         kept = {"target_sparsity": sparsity, "rotation": record["rotation"]}
+        kept |= {"train_blocks": 1200, "block_size": 256, "step": 600} if sparsity == 0.5 else {}
         (given / f"vib-{sparsity}-0.json").write_text(json.dumps(kept))
     masks = ["--masks", *(given / f"vib-{sparsity}-0.pkl" for sparsity in (0.5, 0.3))]
     code, out, error = command([*flags, *masks, "--methods", "vib", "--weight_updates", "fold"], tmp_path / "out")
@@ -109,6 +117,9 @@ def test_masks_that_were_learned_before_serve_in_place_of_gates(compared, flags,
         assert cell["perplexity"] == before["perplexity"] and cell["widths"] == before["widths"]
         assert cell["seconds"]["choosing"] is None and before["seconds"]["choosing"] > 0
         assert cell["mask"] == f"vib-{sparsity}-0.pkl"
+    told = "the gates of vib-0.3-0.pkl on what nobody recorded, the gates of vib-0.5-0.pkl on 1200 blocks of 256 tokens"
+    assert f": {told} as they were after 600 steps, scores and refits on 8 blocks. " in out
+    assert "gates on 16 blocks" not in out and "gates on 16 blocks" in (output / "compare.md").read_text()
     assert "| 0.5 | vib |" in out and " | - | " in out.split("| 0.5 | vib |")[1].split("\n")[0]
     line = refusal(command, [*flags, *masks[:2]], tmp_path / "other")
     assert "--sparsities asks for 0.3 too: give a mask of each" in line
@@ -157,6 +168,29 @@ def test_an_interrupted_comparison_goes_on_and_a_finished_one_computes_nothing(c
     code, out, error = command(flags, output)
     assert code == 0 and "seed 0: " not in out
     assert times(output / "tiny") == after
+
+
+def test_cells_of_before_there_were_errors_are_read_as_they_are(compared, flags, command, tmp_path):
+    output = shutil.copytree(compared[0], tmp_path / "out")
+    for path in (output / "tiny" / "cells").iterdir():
+        cell = tiny.read_json(path)
+        for value in cell["perplexity"].values():
+            del value["stderr"]
+        path.write_text(json.dumps(cell))
+    dense, missing = output / "tiny" / "dense.json", output / "tiny" / "cells" / "magnitude-fold-0.5-0.json"
+    before = tiny.read_json(dense)
+    dense.write_text(json.dumps({name: value for name, value in before.items() if name != "window_losses"}))
+    code, out, error = command(flags, output)
+    assert code == 0 and " ± " not in out and "±: " not in out, error
+    missing.unlink()  # of a cell that is measured now something is known, for which the dense model is measured anew
+    code, out, error = command(flags, output)
+    assert code == 0, error
+    assert out.count("seed 0: ") == 1 and tiny.read_json(dense)["window_losses"] == before["window_losses"]
+    row = next(line for line in out.splitlines() if line.startswith("| 0.5 | magnitude"))
+    assert row.count(" ± ") == 2 and "±: the standard error over the windows" in out  # on both texts, its update alone
+    assert re.search(r"Dense perplexity: first\.txt \d+\.\d\d ± ", out)
+    page = (output / "report.html").read_text()
+    assert page.count(" ± ") == 2 + 2 and "±: the standard error over the windows" in page  # the dense model's too
 
 
 def refusal(command, flags, output):
@@ -256,11 +290,11 @@ def test_the_figures_by_hand():
     first, second = ratios(Cells(HAND_MADE), "m/one")
     assert (first["text"], first["method"], first["target_sparsity"]) == (FIRST, "vib", 0.5)
     # first text: 0.3 / 1.0 (flap is the best refitted), 0.3 / 1.5 (taylor the best folded), (0.4 - 0.3) / 0.4 closed
-    assert (first["best_refitted"], first["best_folded"]) == ("flap", "taylor")
+    assert (first["best_refitted"], first["best_folded"]) == ("flap, refit", "taylor, fold")
     assert [first[name] for name in ("to_refitted", "to_folded", "closed")] == pytest.approx([0.3, 0.2, 0.25])
     assert (first["to_best"], first["best"]) == (pytest.approx(0.3), "flap, refit")
     # second text: 0.6 / 0.4, 0.6 / 1.0, (0.8 - 0.6) / 0.8; with their best updates 0.6 / 0.4
-    assert (second["best_refitted"], second["best_folded"]) == ("taylor", "flap")
+    assert (second["best_refitted"], second["best_folded"]) == ("taylor, refit", "flap, fold")
     assert [second[name] for name in ("to_refitted", "to_folded", "closed")] == pytest.approx([1.5, 0.6, 0.25])
     assert (second["to_best"], second["best"]) == (pytest.approx(1.5), "taylor, refit")
     # another update alone: of the best update of each something is known, of refit and fold nothing
@@ -272,6 +306,35 @@ def test_the_figures_by_hand():
     first, second = ratios(Cells(folded + trained), "m/one")  # each with its best: taylor has none better folded
     assert (second["to_best"], second["best"]) == (pytest.approx(1.5), "taylor, reconstruct")
     assert [row["best"] for row in ratios(Cells(folded), "m/one")] == ["taylor, fold", "flap, fold"]  # control
+
+
+def test_the_error_of_a_median_is_that_of_the_seed_in_the_middle():
+    def found(*errors):
+        cells = [cell("vib", "fold", (gap, gap)) for gap, _ in zip((0.9, 0.4, 0.2), errors, strict=False)]
+        for content, error in zip(cells, errors, strict=True):
+            content["perplexity"][FIRST]["stderr"] = error and {"dense": 0.01, "pruned": 0.02, "gap": error}
+        return spread(cells, FIRST)
+
+    assert found(0.5, 0.1, 0.3) == "0.400 ± 0.100 (0.200 to 0.900)"
+    assert found(0.5, 0.1) == "0.650 ± 0.300 (0.400 to 0.900)"  # both are in the middle
+    assert found(0.5) == "0.900 ± 0.500"
+    assert found(0.5, None, 0.3) == "0.400 (0.200 to 0.900)"  # controls: that of another seed is none of it
+    assert spread([cell("vib", "fold", (0.9, 0.4))], SECOND) == "0.400"
+
+
+def test_a_text_goes_by_its_files_name_where_that_tells_it_apart(tmp_path):
+    def headings(*texts):
+        places = dict(zip((FIRST, SECOND), texts, strict=True))
+        renamed = [
+            row | {p: {places[text]: value for text, value in row[p].items()} for p in ("perplexity", "windows")}
+            for row in HAND_MADE
+        ]
+        write_report(renamed, tmp_path)
+        (line,) = (line for line in (tmp_path / "compare.md").read_text().splitlines() if "| method |" in line)
+        return line.split(" | ")[2:6]
+
+    assert headings("/a/b/one.txt", "c4") == ["one.txt, fold", "one.txt, refit", "c4, fold", "c4, refit"]
+    assert headings("/a/one.txt", "/b/one.txt")[1:3] == ["/a/one.txt, refit", "/b/one.txt, fold"]  # control
 
 
 def test_the_worst_change_by_hand():
@@ -301,7 +364,7 @@ def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     text = (tmp_path / "compare.md").read_text()
     assert "| 0.5 | vib | 0.400 (0.300 to 0.900) | 0.300 (0.100 to 0.500) | 0.800 (0.800 to 0.800) |" in text
     assert "| 0.550 | - | 1.5 s | 0.5 s | 1 MiB |" in text
-    assert "| one | 0.5 | first | vib | 0.300 (flap) | 0.200 (taylor) | 0.250 | 0.300 (flap, refit) |" in text
+    assert "| one | 0.5 | first | vib | 0.300 (flap, refit) | 0.200 (taylor, fold) | 0.250 | 0.300 (flap, r" in text
     assert "at most 0.30" in text and "at most 0.15" in text and "at least 0.33" in text
     assert "first: +22.14% (one, vib, 0.5, seed 2); sought: at most +1%" in text
     assert "Order at 0.5, one, refit: first: vib, flap, taylor; second: taylor, vib, flap." in text

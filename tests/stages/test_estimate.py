@@ -14,7 +14,8 @@ from support.folders import edit_config
 from tvaprune import EvalSettings, ModelSettings, PruneSettings, estimate, estimates
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
-from tvaprune.measure import cost
+from tvaprune.measure.cost import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, RECONSTRUCT_CHOICE, REFIT_CHOICE
+from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
@@ -75,11 +76,23 @@ def test_masks_are_scored_as_often_as_a_run_scores_them(large):
     often = estimate(large, "prune", eval_steps=50)
     assert often.work.scorings == 90
     scored = [phases(each)["gate training"].flops for each in (found, often)]
-    one = cost.forward_flops(found.work.dense, 128 * 512, 512)
+    one = forward_flops(found.work.dense, 128 * 512, 512)
     assert scored[1] - scored[0] == pytest.approx(64 * one)
     assert estimate(large, "prune", eval_strategy="no").work.scorings == 0
     assert "gate training" not in phases(estimate(large, "prune", PruneSettings(prune_method="flap")))
     assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
+
+
+def test_what_chooses_a_share_is_a_part_of_its_own(large):
+    found = estimate(large, "apply", weight_update="reconstruct")
+    refit = phases(found)["refit"]
+    assert set(found.counted) == {DENSE_PERPLEXITY, *NARROWING[1:], PRUNED_PERPLEXITY}
+    assert sum(found.counted.values()) == pytest.approx(found.flops)
+    assert 0 < found.counted[REFIT_CHOICE] < refit.flops
+    assert found.counted[REFIT_CHOICE] + found.counted["refit"] == pytest.approx(refit.flops)
+    assert found.counted[REFIT_CHOICE] == 2 * found.counted[RECONSTRUCT_CHOICE]  # six shares, and three
+    folded = estimate(large, "apply", weight_update="fold").counted  # control
+    assert folded["cut"] == 0 and folded.keys().isdisjoint(NARROWING[1:])
 
 
 def test_a_rotation_is_counted_where_the_run_turns(large):
@@ -125,7 +138,7 @@ def test_a_mask_gives_the_widths(small, make_masks):
     shape = found.work.dense
     plan = plan_from_masks(make_masks(shape), shape, WidthRules(4))
     assert found.work.pruned.intermediate_size == plan.intermediate_size
-    assert cost.narrower(shape, 0.5).intermediate_size != plan.intermediate_size  # control: what no mask would give
+    assert narrower(shape, 0.5).intermediate_size != plan.intermediate_size  # control: what no mask would give
 
 
 def test_table_and_json_say_the_same(large, capsys):

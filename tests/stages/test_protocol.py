@@ -23,7 +23,7 @@ def source(make_model, tmp_path, monkeypatch):
     (tmp_path / FILE).parent.mkdir(parents=True)
     Dataset.from_dict({"text": ["", *[" ".join(tiny.WORDS)] * 8]}).to_parquet(tmp_path / FILE)
     short = {name: replace(p, window=32 if p.window == 2048 else 96) for name, p in protocols.PROTOCOLS.items()}
-    for module in ("tvaprune.text.protocols", "tvaprune.run"):
+    for module in ("tvaprune.text.protocols", "tvaprune.refusals", "tvaprune.run"):
         monkeypatch.setattr(f"{module}.PROTOCOLS", short)
     return ("--model_name_or_path", folder, "--dataset_name", text, "--data_dir", tmp_path, "--output_dir",
             tmp_path / "out", *RUN)  # fmt: skip

@@ -1,12 +1,14 @@
 """The README.md of a pruned checkpoint: what it is, how it was made, how each tool loads it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from tvaprune.checkpoint.card_metadata import adapter_metadata, model_metadata, published
 from tvaprune.errors import InputError
+from tvaprune.measure.figures import ERRORS, with_error
 from tvaprune.models.families import base_type
 from tvaprune.models.formats import check_graph, gguf_architecture, vanilla_config
 from tvaprune.models.shape import in_words
@@ -133,14 +135,26 @@ def _perplexity_rows(record: dict[str, Any]) -> list[str]:
         return ["", "Its perplexity was not measured when it was saved."]
     text = record["protocol"]
     where = f"{text['dataset_name']} {text['split']}, windows of {text['window']}"
-    pruned = _figure(values["pruned"])
-    if "finetuned" in values:
-        pruned = f"{_figure(values['finetuned'])}, before fine-tuning {pruned}"
-    return [f"| perplexity ({where}) | {_figure(values['dense'])} | {pruned} |"]
+    dense, pruned, tuned = (_figure(values, name) for name in ("dense", "pruned", "finetuned"))
+    last, gap = ("finetuned", "finetuned_gap") if tuned else ("pruned", "gap")
+    reached = f"{tuned}, before fine-tuning {pruned}" if tuned else pruned
+    rows = [f"| perplexity ({where}) | {dense} | {reached} |"]
+    if values[last] is not None:
+        apart = with_error(math.log(values[last] / values["dense"]), _error(values, gap))
+        rows.append(f"| gap in log perplexity to the dense model | | {apart} |")
+    return [*rows, "", ERRORS] if values.get("stderr") else rows
 
 
-def _figure(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.2f}"  # as JSON has it
+def _figure(values: Mapping[str, Any], name: str) -> str:
+    """Returns a perplexity with its standard error, as JSON has both; nothing where it was not measured."""
+    if name not in values:
+        return ""
+    return "not a number" if values[name] is None else with_error(values[name], _error(values, name), digits=2)
+
+
+def _error(values: Mapping[str, Any], name: str) -> float | None:
+    found: float | None = (values.get("stderr") or {}).get(name)
+    return found
 
 
 def _loading(config: PretrainedConfig, name: str) -> str:

@@ -6,7 +6,7 @@ that are registered there as benchmarks, each with a task's name: of the texts h
 
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +115,28 @@ def _texts(value: object) -> list[str]:
 def _results(record: Mapping[str, Any]) -> list[EvalResult]:
     """Returns the perplexity that was measured last, under the text's hub id; a text without one is its own name.
 
-    Nothing where it is none, as of a model whose weights overflow.
+    Its standard error is a figure beside it: the hub's form has no place for one. Nothing where the perplexity is none,
+    as of a model whose weights overflow.
     """
     values, text = record.get("perplexity"), record.get("protocol")
-    value = values.get("finetuned", values["pruned"]) if values else None
-    if value is None or not text:
+    last = "finetuned" if values and "finetuned" in values else "pruned"
+    if not values or values[last] is None or not text:
         return []
+    error = (values.get("stderr") or {}).get(last)
     name = text["dataset_name"]
     hub_set = HUB_SETS.get(name)
     file = None if hub_set is None else hub_set.files[text["split"]]  # of C4 our test split is its validation file
-    found = EvalResult(
+    found = partial(
+        EvalResult,
         task_type="text-generation",
         dataset_type=Path(name).stem if hub_set is None else hub_set.repo,
         dataset_name=Path(name).stem if hub_set is None else name,
         dataset_config=None if file is None else file.split("/")[0],
         dataset_split=text["split"] if file is None else next(split for split in SPLITS if split in file),
-        metric_type="perplexity",
-        metric_name=f"perplexity, windows of {text['window']}",
-        metric_value=round(value, 4),
     )
-    return [found]
+    told = f"perplexity, windows of {text['window']}"
+    results = [found(metric_type="perplexity", metric_name=told, metric_value=round(values[last], 4))]
+    if error is not None:
+        told = f"standard error of the {told}"
+        results.append(found(metric_type="perplexity_stderr", metric_name=told, metric_value=round(error, 4)))
+    return results

@@ -18,6 +18,7 @@ from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import TRAINING, InputError, running_out_in
 from tvaprune.files import discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
+from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, read_identity
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
@@ -26,7 +27,7 @@ from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
 from tvaprune.plan.record import rules_as_flags
 from tvaprune.plan.rotation import drop_rotations, read_rotation, rotation_name, save_rotation
-from tvaprune.run import Run, given_checkpoint
+from tvaprune.run import Run
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
 DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores

@@ -16,6 +16,7 @@ from tvaprune.cut.reconstruct import Reconstruction, reconstruct_layers
 from tvaprune.cut.refit import RefitReport, refit_layers
 from tvaprune.cut.slice import apply_plan, lent
 from tvaprune.errors import REFITTING, InputError, running_out_in
+from tvaprune.measure.cost import REFIT
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Layers
 from tvaprune.models.placement import place_of, put
@@ -107,12 +108,14 @@ def _fitted(
     """Refits a cut and folded model on a device, and reconstructs it where asked for."""
     trains = run.args.prune.reconstructs
     run.model.eval(), model.eval()
+    run.phases.start(REFIT)  # what was read and cut before is no operation
     dense = Layers(run.model, device, is_used_up=not (keep_dense or trains))
-    done = refit_layers(dense, Layers(model, device), *texts)
+    done = refit_layers(dense, Layers(model, device), *texts, phases=run.phases)
     if not trains:
         return done, None
     dense = Layers(run.model, device, is_used_up=not keep_dense)
-    return done, reconstruct_layers(dense, Layers(model, device), *texts, seed=run.args.training.seed)
+    seed = run.args.training.seed
+    return done, reconstruct_layers(dense, Layers(model, device), *texts, seed=seed, phases=run.phases)
 
 
 def refit_texts(run: Run) -> tuple[Dataset, Dataset]:

@@ -15,17 +15,20 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
 from tvaprune.losses import Predictions, distillation_loss
+from tvaprune.measure.cost import RECONSTRUCT, RECONSTRUCT_CHOICE
 from tvaprune.models.layers import Half, Layers, paths_of
+from tvaprune.models.layout import Block
 from tvaprune.models.logits import head_of
+from tvaprune.phases import Phases, told_bar
 from tvaprune.plan.keep_plan import KeepPlan
 
 WINDOW = 4  # half layers that are trained together
@@ -57,6 +60,7 @@ def reconstruct_layers(
     batch_size: int = 8,
     shares: Sequence[float] = SHARES,
     seed: int = 0,
+    phases: Phases | None = None,
 ) -> Reconstruction:
     """Trains a model that was sliced by ``plan`` towards the dense one, in place, a few half layers at a time.
 
@@ -68,12 +72,14 @@ def reconstruct_layers(
             counts, and their predictions choose the share.
         batch_size: Windows of a pass; a training step is of one in each process.
         seed: Of the order of the steps.
+        phases: Of the command; the bars say where in them it is.
     """
+    at = (phases or Phases()).at
     with torch.no_grad():
         walk = _Reconstruction(dense, pruned, plan)
         walk.begin(calibration, held_out, batch_size)
-        walk.layers(seed)
-        done = walk.settle(shares)
+        walk.layers(seed, partial(at, RECONSTRUCT))
+        done = walk.settle(shares, partial(at, RECONSTRUCT_CHOICE))
     return Reconstruction(done.shares, done.divergences, done.share, tuple(walk.errors))
 
 
@@ -150,27 +156,33 @@ class _Reconstruction(Walk):
         super().__init__(dense, pruned, plan)
         self.errors: list[tuple[float, float]] = []
 
-    def layers(self, seed: int) -> None:
-        """Walks all layers, window by window."""
+    def layers(self, seed: int, at: Callable[[float], str]) -> None:
+        """Walks all layers, window by window; ``at`` is told how much of that is done."""
         halves = self.halves()
         stops = range(len(halves) % WINDOW or WINDOW, len(halves) + 1, WINDOW)  # the last window is a whole one
         windows = [halves[max(0, stop - WINDOW) : stop] for stop in stops]
+        with told_bar(len(windows), "reconstructing", "window", at) as advance:
+            for window in windows:
+                self._pass(window, window is windows[-1], seed)
+                advance()
+
+    def _pass(self, window: Sequence[tuple[int, Block, dict[str, Any]]], last: bool, seed: int) -> None:
+        """Trains a window, and moves both streams past it."""
         norm, head = self.pruned.ends
-        for window in tqdm(windows, desc="reconstructing", unit="window", leave=False):
-            paths, last = [path for _, block, _ in window for path in paths_of(block)], window is windows[-1]
-            changing = [*paths, norm] if last else paths
-            with ExitStack() as stack:
-                if last:
-                    stack.enter_context(self.dense.holding(*self.dense.ends))
-                    stack.enter_context(self.pruned.holding(head))  # which stays as it is, tied or not
-                stack.enter_context(self.dense.holding(*paths))
-                stack.enter_context(self.pruned.changing(*changing))
-                self.move(self.dense, *(Half.of(self.dense, block, options) for _, block, options in window))
-                own = [Half.of(self.pruned, block, options) for _, block, options in window]
-                distance = self._of_predictions if last else self._of_streams
-                self._train(_Trained(own, self.pruned.weights(*changing).values()), distance, seed)
-                self.move(self.pruned, *own)
-            self.dense.done(*(block.module for _, block, _ in window))
+        paths = [path for _, block, _ in window for path in paths_of(block)]
+        changing = [*paths, norm] if last else paths
+        with ExitStack() as stack:
+            if last:
+                stack.enter_context(self.dense.holding(*self.dense.ends))
+                stack.enter_context(self.pruned.holding(head))  # which stays as it is, tied or not
+            stack.enter_context(self.dense.holding(*paths))
+            stack.enter_context(self.pruned.changing(*changing))
+            self.move(self.dense, *(Half.of(self.dense, block, options) for _, block, options in window))
+            own = [Half.of(self.pruned, block, options) for _, block, options in window]
+            distance = self._of_predictions if last else self._of_streams
+            self._train(_Trained(own, self.pruned.weights(*changing).values()), distance, seed)
+            self.move(self.pruned, *own)
+        self.dense.done(*(block.module for _, block, _ in window))
 
     def _train(self, window: _Trained, distance: Distance, seed: int) -> None:
         """Trains a window, as far as its held-out error falls."""

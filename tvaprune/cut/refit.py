@@ -18,19 +18,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, with_one
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
+from tvaprune.measure.cost import REFIT, REFIT_CHOICE
 from tvaprune.models.families import residual_factor
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
+from tvaprune.phases import Phases, told_bar
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -61,6 +63,7 @@ def refit_layers(
     batch_size: int = 8,
     strengths: Sequence[float] = STRENGTHS,
     shares: Sequence[float] = SHARES,
+    phases: Phases | None = None,
 ) -> RefitReport:
     """Refits a model that was sliced by ``plan`` and folded, half a layer at a time.
 
@@ -74,13 +77,13 @@ def refit_layers(
         calibration: Windows whose statistics are fitted, all of one length.
         held_out: Windows of the same length that choose among fits.
         batch_size: Windows of a forward pass.
+        phases: Of the command; the bars say where in them it is.
     """
+    at = (phases or Phases()).at
     walk = _Refit(dense, pruned, plan, strengths)
     walk.begin(calibration, held_out, batch_size)
-    walk.layers()
-    if not plan.shape.tie_word_embeddings:  # a tied head is the embedding, whose output is exact
-        walk.head()
-    done = walk.settle(shares)
+    walk.fit(partial(at, REFIT))
+    done = walk.settle(shares, partial(at, REFIT_CHOICE))
     chosen = {name: strength if math.isfinite(strength) else None for name, strength in walk.chosen.items()}
     return RefitReport(done.shares, done.divergences, done.share, chosen)
 
@@ -93,14 +96,24 @@ class _Refit(Walk):
         self.strengths, self.edits = strengths, edits_of(plan, dense.family, self.device)
         self.chosen: dict[str, float] = {}
 
-    def layers(self) -> None:
-        """Walks all layers: attention, then MLP."""
-        for index, block, options in tqdm(self.halves(), desc="refitting", unit="half layer", leave=False):
-            with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
-                self._half(f"layer {index} ", block, options)
-            self.dense.done(block.module)  # a norm may be the next half's too
+    def fit(self, at: Callable[[float], str]) -> None:
+        """Walks all layers, attention, then MLP, and the head; a tied one is the embedding, whose output is exact.
 
-    def head(self) -> None:
+        Args:
+            at: Told how much of that is done; what it returns stands in the bar.
+        """
+        halves, has_head = self.halves(), not self.plan.shape.tie_word_embeddings
+        with told_bar(len(halves) + has_head, "refitting", "half layer", at) as advance:
+            for index, block, options in halves:
+                with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
+                    self._half(f"layer {index} ", block, options)
+                self.dense.done(block.module)  # a norm may be the next half's too
+                advance()
+            if has_head:
+                self._head()
+                advance()
+
+    def _head(self) -> None:
         """Refits the lm_head."""
         with self.dense.holding(*self.dense.ends), self.pruned.changing(*self.pruned.ends):
             self._fit_readers("", Half.ending(self.dense), Half.ending(self.pruned))

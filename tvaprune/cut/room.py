@@ -2,7 +2,8 @@
 
 from tvaprune.cut.reconstruct import SHARES as NEW_SHARES
 from tvaprune.cut.refit import SHARES
-from tvaprune.measure.cost import Fit, Work, head_share, reconstruct_streamed
+from tvaprune.measure.update_cost import Fit, head_share, reconstruct_streamed
+from tvaprune.measure.work import Work
 from tvaprune.plan.keep_plan import KeepPlan
 
 
@@ -10,8 +11,8 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool
     """Returns the bytes of the largest step, which do not grow with the number of layers.
 
     That is half a layer of the dense model and of the pruned one, or both heads; what the fit of a linear of it holds,
-    or the head's share, as `tvaprune.measure.cost` says; and what a batch makes within that half. A reconstruction
-    after it holds and trains a window of both models.
+    or the head's share, as `tvaprune.measure.update_cost` says; and what a batch makes within that half. A
+    reconstruction after it holds and trains a window of both models.
 
     Args:
         itemsize: Bytes of a weight.

@@ -20,6 +20,7 @@ from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import check_size, narrow_shell
 from tvaprune.errors import InputError
 from tvaprune.flags.settings import PruneSettings
+from tvaprune.measure.cost import REFIT
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Streamed
 from tvaprune.models.pruned import shared_names
@@ -48,12 +49,13 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
         batch_size = windows_per_pass(calibration, run.args.training.per_device_eval_batch_size)
         _check_room(plan, dense, batch_size, calibration, held_out, prune)
         texts = plan, calibration, held_out, batch_size
-        done, more = refit_layers(dense, pruned, *texts), None
+        run.phases.start(REFIT)
+        done, more = refit_layers(dense, pruned, *texts, phases=run.phases), None
         if prune.reconstructs:
             folder = dense.scratch / "reconstructed"
             folder.mkdir()
             pruned = Streamed(model, pruned.weight, device, folder)  # from where the refit ends
-            more = reconstruct_layers(dense, pruned, *texts, seed=run.args.training.seed)
+            more = reconstruct_layers(dense, pruned, *texts, seed=run.args.training.seed, phases=run.phases)
         update = told(done, more, calibration, held_out, begin)
     stored = model.config.dtype = run.stored_dtype
     as_stored = Streamed(model, lambda name: rounded(name, pruned.weight(name), stored), device, dense.scratch)

@@ -6,13 +6,12 @@ ones to go.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.cut.ridge import nearest
@@ -20,6 +19,7 @@ from tvaprune.losses import Predictions, distillation_loss
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
 from tvaprune.models.layout import Block
 from tvaprune.models.logits import head_of
+from tvaprune.phases import told_bar
 from tvaprune.plan.keep_plan import KeepPlan
 
 
@@ -123,22 +123,27 @@ class Walk:
                 hidden = half(hidden)
             stream.copy_(hidden)
 
-    def settle(self, shares: Sequence[float]) -> Settled:
-        """Leaves the pruned model at the share of its way whose held-out predictions are nearest to the dense ones."""
-        divergences = self.divergences(shares)
+    def settle(self, shares: Sequence[float], at: Callable[[float], str] | None = None) -> Settled:
+        """Leaves the pruned model at the share of its way whose held-out predictions are nearest to the dense ones.
+
+        Args:
+            at: Told how much of that is done; what it returns stands in the bar.
+        """
+        divergences = self.divergences(shares, at)
         best = shares[nearest(divergences)]
         self.pruned.settle(best)
         return Settled(tuple(shares), tuple(divergences), best)
 
-    def divergences(self, shares: Sequence[float]) -> list[float]:
+    def divergences(self, shares: Sequence[float], at: Callable[[float], str] | None = None) -> list[float]:
         """Returns the KL from the dense predictions to the pruned model's at each share: the mean over held-out tokens.
 
         The dense stream must have passed all layers.
         """
         passes = [shares[first : first + self.pruned.passes] for first in range(0, len(shares), self.pruned.passes)]
-        return [value for some in passes for value in self._divergences(some)]
+        with told_bar(len(passes) * len(self.halves()), "choosing a share", "half layer", at) as advance:
+            return [value for some in passes for value in self._divergences(some, advance)]
 
-    def _divergences(self, shares: Sequence[float]) -> list[float]:
+    def _divergences(self, shares: Sequence[float], advance: Callable[[], None]) -> list[float]:
         """Returns the KL at some shares, whose streams go through a half layer while it is held."""
         held_out = [batch for batch in self.batches if batch.held_out]
         ids, own = [batch.input_ids for batch in held_out], [batch.pruned for batch in held_out]
@@ -147,11 +152,12 @@ class Walk:
         for stream in streams[1:]:
             for room, hidden in zip(stream, own, strict=True):
                 room.copy_(hidden)
-        for _, block, options in tqdm(self.halves(), desc="choosing a share", unit="half layer", leave=False):
+        for _, block, options in self.halves():
             half = Half.of(self.pruned, block, options)
             for stream, _ in zip(streams, self.pruned.at(shares, *paths_of(block)), strict=True):
                 for hidden in stream:
                     hidden.copy_(half(hidden.to(self.device)))
+            advance()
         dense, pruned = Half.ending(self.dense), Half.ending(self.pruned)
         with self.dense.holding(*self.dense.ends):
             totals = [

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from tvaprune import ranks
 from tvaprune.losses import Predictions
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
 from tvaprune.models.logits import head_of, predictions
+from tvaprune.phases import told_bar
 
 FORWARD_TOKENS = 8192  # of a pass through the layers; more make no GPU quicker
 FORWARD_WINDOWS = 8
@@ -89,7 +89,7 @@ def text_loss(
     blocks: Dataset,
     batch_size: int = 0,
     description: str | None = None,
-    at: Callable[[str, float], str] | None = None,
+    at: Callable[[float], str] | None = None,
 ) -> TextLoss:
     """Returns the negative log-likelihood of a text's tokens.
 
@@ -101,7 +101,7 @@ def text_loss(
         blocks: Windows, as `tvaprune.text.blocks.token_blocks` gives them.
         batch_size: Windows of a pass; 0: as `windows_of_pass` says.
         description: Label of a progress bar; ``None`` shows none.
-        at: Told the description and the share that is done; what it returns stands in the bar.
+        at: Told the share that is done; what it returns stands in the bar.
     """
     if isinstance(model, Layers):
         return _by_layers(model, blocks, batch_size, description, at)
@@ -112,28 +112,18 @@ def text_loss(
     total, count, step = 0.0, 0.0, windows_per_pass(blocks, batch_size)
     sums = torch.zeros(len(blocks), dtype=torch.float64)
     starts = list(ranks.rounds(range(0, len(blocks), step)))
-    with _bar(len(starts), description, "batch") as bar:
+    with told_bar(len(starts), description, "batch", at) as advance:
         for start, counts in starts:
             ids = blocks[start : start + step]["input_ids"].to(device)
             value, each = _summed(predictions(model, input_ids=ids, use_cache=False)[0], ids)
             if counts:
                 total, count = total + value, count + ids[:, 1:].numel()
                 sums[start : start + step] = each
-            _advance(bar, description, at)
+            advance()
     model.train(was_training)
     total, count = ranks.total(total, count)
     ranks.add_up(sums)
     return TextLoss(total / count, sums / (count / len(blocks)))
-
-
-def _bar(total: int, description: str | None, unit: str) -> Any:
-    return tqdm(total=total, desc=description, disable=description is None, leave=False, unit=unit)
-
-
-def _advance(bar: Any, description: str | None, at: Callable[[str, float], str] | None) -> None:
-    bar.update()
-    if description is not None and at is not None:
-        bar.set_description(f"{description}, {at(description, bar.n / bar.total)}", refresh=False)
 
 
 def _summed(found: Predictions, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -164,7 +154,7 @@ def _by_layers(
     blocks: Dataset,
     batch_size: int,
     description: str | None,
-    at: Callable[[str, float], str] | None,
+    at: Callable[[float], str] | None,
 ) -> TextLoss:
     """Returns the same of a model whose layers are held one half at a time."""
     step, tokens = windows_per_pass(blocks, batch_size), blocks[0]["input_ids"].numel()
@@ -173,7 +163,7 @@ def _by_layers(
     size = max(1, STREAM_TOKENS // (step * tokens))
     groups = [batches[first : first + size] for first in range(0, len(batches), size)]
     total, windows, halves = 0.0, list[torch.Tensor](), list(layers.blocks())
-    with _bar(len(groups) * len(halves), description, "half layer") as bar:
+    with told_bar(len(groups) * len(halves), description, "half layer", at) as advance:
         for group in groups:
             states = [layers.room_of(ids, layers.model.config.hidden_size) for ids in group]
             embed(layers, group, states)
@@ -182,7 +172,7 @@ def _by_layers(
                 with layers.holding(*paths_of(block)):
                     for hidden in states:
                         hidden.copy_(half(hidden.to(layers.device)))
-                _advance(bar, description, at)
+                advance()
             with layers.holding(*layers.ends):
                 ending = Half.ending(layers)
                 for ids, hidden in zip(group, states, strict=True):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tvaprune.files import check_output, holds_files, prepare_folder
 from tvaprune.flags.arguments import Arguments
-from tvaprune.run import check_results, check_save, given_checkpoint, goes_on
+from tvaprune.given import given_checkpoint, goes_on
+from tvaprune.refusals import check_results, check_save
 
 
 def found_checkpoint(args: Arguments) -> Path | None:

@@ -17,7 +17,8 @@ from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.recover.lora import LoraSettings
-from tvaprune.run import Run, check_training
+from tvaprune.refusals import check_training
+from tvaprune.run import Run
 
 
 @dataclass

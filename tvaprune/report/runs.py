@@ -6,18 +6,18 @@ from itertools import takewhile
 from pathlib import Path
 
 from tvaprune.cut.reconstruct import Reconstruction
+from tvaprune.measure.figures import ERRORS, with_error
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
 from tvaprune.report.charts import Chart, Series, bar_chart, line_chart
 from tvaprune.report.folders import Generations, Row, RunFolder
 from tvaprune.report.page import Answer, Answers, Block, Code, Note, Page, Section, Table, Tile, charts
 from tvaprune.report.results import KeptWidths, Perplexities, Refit, Results, TaskResults
-from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED, with_error
+from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED
 
 NONE = "–"  # of what was not measured
 SCORED = ("model", DENSE, PRUNED, FINETUNED)
 MAX_PROMPTS = 8
-_ERRORS = " ±: the standard error over the windows; of a gap, over the same windows."
 _HALF = 2  # bytes of a weight in bfloat16 or float16
 
 
@@ -138,7 +138,7 @@ def _protocol(runs: Sequence[RunFolder]) -> str:
         f"{text.dataset_name} {text.split}, {text.line}" for run in runs if (text := run.results.protocol) is not None
     )
     errors = any(run.results.perplexity is not None and run.results.perplexity.stderr for run in runs)
-    return (f"On {'; '.join(texts)}." if texts else "") + errors * _ERRORS
+    return " ".join([*([f"On {'; '.join(texts)}."] if texts else []), *([ERRORS] if errors else [])])
 
 
 def _perplexities(runs: Sequence[RunFolder]) -> list[Block]:
@@ -261,7 +261,7 @@ def _tuning_charts(log: Sequence[Row], before: Perplexities | None) -> Iterator[
     yield line_chart("Kullback-Leibler to the dense model", [_series(log, "kl", "KL")], "step", "nats per token")
     yield line_chart("Hidden states", [_series(log, "hidden", "1 − cosine")], "step", "1 − cosine")
     scored = _series(log, "eval_perplexity", "fine-tuned, on the windows compared on", style="marked")
-    ends = (min(row["step"] for row in log), max(row["step"] for row in log)) if log else ()
+    ends = (0, max(row["step"] for row in log)) if log else ()  # a level of one step would have no length
     levels = {} if before is None or not scored.points else {DENSE: before.dense, PRUNED: before.pruned}
     lines = [Series(f"{name}, on those reported", [(end, value) for end in ends], "dashed")
              for name, value in levels.items()]  # fmt: skip

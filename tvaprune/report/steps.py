@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def measure(
     came = replace(plan.shape, tie_word_embeddings=run.tied)  # turning it may have untied the head
     results.parameters = Parameters(dense_parameters(came), plan.num_parameters)
     with running_out_in(EVALUATING):
-        loss = text_loss(pruned, windows, batch_size, PRUNED_PERPLEXITY, run.phases.at)
+        loss = text_loss(pruned, windows, batch_size, PRUNED_PERPLEXITY, partial(run.phases.at, PRUNED_PERPLEXITY))
     results.perplexity = Perplexities.of(dense, loss)
     if evaluation.speed_batches and not isinstance(pruned, Streamed):
         results.speed_up = ranks.on_main(_speed_up, run, plan, pruned, windows)

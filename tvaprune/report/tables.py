@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from tvaprune.measure.figures import with_error
 from tvaprune.models.shape import in_words
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Perplexities, Results
-from tvaprune.report.zero_shot import with_error
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tvaprune.files import as_json, replacing
+from tvaprune.measure.figures import with_error
 from tvaprune.measure.zeroshot import Score
 from tvaprune.report.results import Average, Difference, Results, ScoringRun, TaskResults, TaskScore, ZeroShotResults
 
@@ -132,12 +133,6 @@ def _difference(scores: Mapping[str, Score], pair: tuple[str, str]) -> Differenc
 
 def _signed(difference: Difference) -> str:
     return with_error(difference.value, difference.stderr, sign="+")
-
-
-def with_error(value: float, error: float | None, sign: str = "", digits: int = 3) -> str:
-    """Returns a value with its standard error where it has one."""
-    told = f"{value:{sign}.{digits}f}"
-    return told if error is None else f"{told} ± {error:.{digits}f}"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:

@@ -15,16 +15,18 @@ from tvaprune.errors import InputError
 from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
+from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.cost import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
+from tvaprune.refusals import check_results, check_save
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import Run, check_results, check_save, given_units, settle_multiple, zero_shot_tasks
+from tvaprune.run import Run
 
 DENSE_MODEL, CUT, SCORING = "dense model", "cut", "zero-shot tasks"
 

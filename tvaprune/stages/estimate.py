@@ -13,10 +13,10 @@ from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.conditions import parse
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import check_flags
+from tvaprune.given import given_units
 from tvaprune.measure import cost
-from tvaprune.measure.cost import GIB
+from tvaprune.measure.work import GIB
 from tvaprune.report.tables import table
-from tvaprune.run import given_units
 from tvaprune.targets import settle_target, settled
 
 RUNS = ("prune", "apply", "finetune")

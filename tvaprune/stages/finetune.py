@@ -8,6 +8,7 @@ and stays zero).
 import gc
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tvaprune.errors import InputError, reason
 from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
+from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.cost import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import ZeroShot
@@ -35,7 +37,6 @@ from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, write_plan, write_results, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
-from tvaprune.run import given_units, settle_multiple, zero_shot_tasks
 
 PRUNING, TRAINING, MERGING, SCORING = "dense and pruned model", "training", "tuned model", "zero-shot tasks"
 UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
@@ -171,7 +172,8 @@ def _written(job: Job, student: Student, dense: TextLoss, results: Results) -> N
         merged = as_stored(merge(student) if isinstance(student, PeftModel) else student, job.stored)
     batch_size = job.run.args.training.per_device_eval_batch_size
     assert results.perplexity is not None
-    results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity"), dense)
+    at = partial(job.run.phases.at, PRUNED_PERPLEXITY)
+    results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity", at), dense)
     ranks.on_main(write_merged, job, None if job.sharded else merged, results.content())
 
 

@@ -15,6 +15,7 @@ from tvaprune.cut.narrow import narrow
 from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
+from tvaprune.given import goes_on, settle_multiple, zero_shot_tasks
 from tvaprune.measure.cost import DENSE_PERPLEXITY, GATE_TRAINING, NARROWING, PRUNED_PERPLEXITY, ROTATION
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
@@ -23,20 +24,13 @@ from tvaprune.models.shape import shape_of
 from tvaprune.phases import Phases
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
+from tvaprune.refusals import check_results, check_save, check_training
 from tvaprune.report import plots
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
 from tvaprune.report.steps import measure, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.run import (
-    Run,
-    check_results,
-    check_save,
-    check_training,
-    goes_on,
-    settle_multiple,
-    zero_shot_tasks,
-)
+from tvaprune.run import Run
 from tvaprune.targets import Target, reached, settle_target, settled
 
 DENSE_MODEL, CHOICE = "dense model", "choice of units"

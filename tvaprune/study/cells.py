@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel, set_seed
 
 from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in_basis
@@ -21,16 +22,17 @@ from tvaprune.files import write_json
 from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.measure import hardware
 from tvaprune.measure.memory import PeakMemory
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import OFFLINE_GROUP, Score, ZeroShot
 from tvaprune.models.rotate import Rotation
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths
 from tvaprune.plan.masks import Masks, load_masks, read_record, save_masks
 from tvaprune.plan.rotation import read_rotation, save_rotation
+from tvaprune.report.results import Perplexities, plain
 from tvaprune.run import Run
 from tvaprune.study.grid import VIB, Cell, Grid
-from tvaprune.study.report import DENSE, PRUNED
+from tvaprune.study.report import DENSE, PRUNED, RECORDED, perplexity_of
 from tvaprune.text.blocks import token_blocks
 
 Result = TypeVar("Result")
@@ -65,34 +67,36 @@ class Measurement:
             started = time.perf_counter()
             content = self.measure(cell)
             write_json(content, self.grid.path(cell))
-            values = ", ".join(f"{text} {value[PRUNED]:.2f}" for text, value in content["perplexity"].items())
+            values = ", ".join(f"{text} {perplexity_of(content, text, PRUNED)}" for text in self.texts)
             name = f"{self.grid.folder.name} {cell.method} {cell.weight_update} {cell.target_sparsity} seed {cell.seed}"
             progress.write(f"{name}: {values} ({time.perf_counter() - started:.1f} s)")
             progress.update()
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Returns a cell's content: everything that repeats it, and all that is measured."""
-        choice = self._choice(cell)
-        dense = self._once("dense", None, lambda: self._perplexities(self.base.model))["perplexity"]
+        choice, dense = self._choice(cell), self._dense()
         mask, run = self.grid.mask_path(cell), self._run(cell)
         run = self._turned(run, read_rotation(mask, choice.get("rotation"), run.shape.hidden_size))
         plan = run.plan(load_masks(mask))
         (pruned, details), seconds, memory = self._timed(lambda: narrow(run, plan, keep_dense=True))
-        measured, limit = self._perplexities(pruned), self.args.zero_eval_limit
+        started, limit = time.perf_counter(), self.args.zero_eval_limit
+        losses = {text: text_loss(pruned, blocks, self.args.eval_batch_size) for text, blocks in self.texts.items()}
+        measuring = time.perf_counter() - started
         zero_shot = None
         if self.grid.is_scored(cell):
-            scores = self._once("dense_zero_shot", limit, lambda: self._zero_shot(self.base.model))
+            scores = self._once("dense_zero_shot", "tasks", limit, lambda: self._zero_shot(self.base.model))
             zero_shot = {DENSE: scores, PRUNED: self._zero_shot(pruned)}
         return {
             **self.grid.settings(cell),
             **dataclasses.asdict(cell),
+            "learned_on": self._learned_on(cell),
             **details,
             "sparsity": plan.sparsity,
             "widths": describe_widths(plan),
             "windows": {text: len(blocks) for text, blocks in self.texts.items()},
-            "perplexity": {text: {DENSE: dense[text], PRUNED: measured["perplexity"][text]} for text in self.texts},
+            "perplexity": {text: plain(Perplexities.of(dense[text], losses[text])) for text in self.texts},
             "zero_shot": zero_shot,
-            "seconds": {"choosing": choice["seconds"], "update": seconds, "perplexity": measured["seconds"]},
+            "seconds": {"choosing": choice["seconds"], "update": seconds, "perplexity": measuring},
             "peak_memory": {"choosing": choice["peak_memory"], "update": memory},
             "hardware": hardware.describe_device(run.args.training.device),
             "versions": hardware.versions(),
@@ -102,7 +106,7 @@ class Measurement:
     def _choice(self, cell: Cell) -> Mapping[str, object]:
         """Makes the cell's mask if it is not there, and returns its basis and its cost: none where it was given."""
         path = self.grid.mask_path(cell)
-        if path in self.grid.given.values():
+        if self.grid.is_given(cell):
             return {"rotation": read_record(path).get("rotation"), "seconds": None, "peak_memory": None}
         settings = self.grid.settings() | {"method": cell.method, "seed": cell.seed} | self.grid.training(cell)
         known = self.grid.known(path.with_suffix(".json"), settings)
@@ -121,20 +125,38 @@ class Measurement:
             write_json(content, path.with_suffix(".json"))
         return content
 
-    def _once(self, name: str, limit: int | None, work: Callable[[], dict[str, object]]) -> dict[str, Any]:
-        """Returns what is measured of the unpruned model, from its file if an earlier run measured it."""
+    def _learned_on(self, cell: Cell) -> dict[str, object] | None:
+        """Returns what the record of a given mask tells of its training; None: the comparison's own settings do."""
+        if not self.grid.is_given(cell):
+            return None
+        record = read_record(self.grid.mask_path(cell))
+        return {name: record.get(name) for name in RECORDED}
+
+    def _once(self, name: str, part: str, limit: int | None, work: Callable[[], dict[str, object]]) -> dict[str, Any]:
+        """Returns what is measured of the unpruned model, from its file if an earlier run measured that part."""
         path, settings = self.grid.folder / f"{name}.json", self.grid.settings() | {"zero_eval_limit": limit}
         content = self.grid.known(path, settings)
-        if content is None:
+        if content is None or part not in content:  # files of old have no windows
             content = settings | work()
             write_json(content, path)
         return content
 
-    def _perplexities(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Measures a model on all texts."""
-        started = time.perf_counter()
-        values = {text: perplexity(model, blocks, self.args.eval_batch_size) for text, blocks in self.texts.items()}
-        return {"perplexity": values, "seconds": time.perf_counter() - started}
+    def _dense(self) -> dict[str, TextLoss]:
+        """Returns what the unpruned model makes of every text: each cell's gaps are paired with its windows."""
+
+        def measure() -> dict[str, object]:
+            started = time.perf_counter()
+            losses = {text: self.base.dense_loss(blocks) for text, blocks in self.texts.items()}
+            return {
+                "perplexity": {text: loss.perplexity for text, loss in losses.items()},
+                "mean_loss": {text: loss.mean for text, loss in losses.items()},
+                "window_losses": {text: loss.windows.tolist() for text, loss in losses.items()},
+                "seconds": time.perf_counter() - started,
+            }
+
+        found = self._once("dense", "window_losses", None, measure)
+        means, windows = found["mean_loss"], found["window_losses"]
+        return {text: TextLoss(means[text], torch.tensor(windows[text], dtype=torch.float64)) for text in self.texts}
 
     def _zero_shot(self, model: PreTrainedModel) -> dict[str, object]:
         """Scores a model on the offline tasks."""

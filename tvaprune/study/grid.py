@@ -9,8 +9,8 @@ from typing import Any
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import VIB_ONCE, CompareSettings
+from tvaprune.given import given_units
 from tvaprune.plan.masks import read_record
-from tvaprune.run import given_units
 
 VIB = "vib"
 # Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
@@ -80,9 +80,13 @@ class Grid:
         """Returns the cell's file."""
         return self.folder / "cells" / f"{cell.name}.json"
 
+    def is_given(self, cell: Cell) -> bool:
+        """Returns whether the cell's mask was learned before, and given."""
+        return cell.method == VIB and bool(self.given)
+
     def mask_path(self, cell: Cell) -> Path:
         """Returns the file of the mask that the cell applies; all updates share it."""
-        if cell.method == VIB and self.given:
+        if self.is_given(cell):
             return self.given[cell.target_sparsity]
         return self.folder / "masks" / f"{cell.method}-{cell.target_sparsity}-{cell.seed}.pkl"
 
@@ -105,7 +109,7 @@ class Grid:
         if cell is not None:
             settings["zero_eval_limit"] = self.args.zero_eval_limit if self.is_scored(cell) else None
             settings |= self.training(cell)
-            if cell.method == VIB and self.given:
+            if self.is_given(cell):
                 settings["mask"] = self.mask_path(cell).name
         return settings
 

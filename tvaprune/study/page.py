@@ -8,7 +8,15 @@ from typing import Any
 from tvaprune.errors import InputError
 from tvaprune.report.charts import Chart, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
-from tvaprune.study.report import COMPARISON_NAME, DENSE, Cells, cost_of_choosing, spread, zero_shot
+from tvaprune.study.report import (
+    COMPARISON_NAME,
+    Cells,
+    cost_of_choosing,
+    dense_perplexities,
+    errors_note,
+    spread,
+    zero_shot,
+)
 
 
 def is_comparison(folder: Path) -> bool:
@@ -34,7 +42,9 @@ def comparison_page(folder: Path) -> Page:
 
 def _page(cells: Cells) -> Page:
     first = cells.all[0]
-    texts = ", ".join(f"{text} ({first['windows'][text]} windows of {first['block_size']})" for text in cells.texts)
+    texts = ", ".join(
+        f"{name} ({first['windows'][text]} windows of {first['block_size']})" for text, name in cells.called.items()
+    )
     seeds = list(dict.fromkeys(content["seed"] for content in cells.all))
     return Page(
         "Methods side by side",
@@ -49,9 +59,8 @@ def _page(cells: Cells) -> Page:
 
 def _model(cells: Cells, model: str) -> Section:
     """Returns the charts and the table of one model."""
-    dense = cells.of(model=model)[0]["perplexity"]
-    values = ", ".join(f"{text} {dense[text][DENSE]:.2f}" for text in cells.texts)
-    note = f"Gap: log perplexity, pruned minus dense; the median over the seeds. Dense perplexity: {values}."
+    meaning = "Gap: log perplexity, pruned minus dense; the median over the seeds."
+    note = " ".join([meaning, *errors_note(cells), dense_perplexities(cells, model)])
     return Section(Path(model).name, [*charts(_charts(cells, model)), *_tables(cells, model)], note)
 
 
@@ -70,7 +79,7 @@ def _charts(cells: Cells, model: str) -> Iterator[Chart | None]:
                 ], "marked")
                 for method in cells.methods
             ]  # fmt: skip
-            yield line_chart(f"{text}, {update}", lines, "sparsity of the decoder", "gap", from_zero=True)
+            yield line_chart(f"{cells.called[text]}, {update}", lines, "sparsity of the decoder", "gap", from_zero=True)
 
 
 def _tables(cells: Cells, model: str) -> Iterator[Block]:
@@ -84,12 +93,12 @@ def _tables(cells: Cells, model: str) -> Iterator[Block]:
             if not found:
                 continue
             place = {"model": model, "method": method, "target_sparsity": sparsity}
-            gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text, update in columns]
+            gaps = [spread(cells.of(weight_update=update, **place), text) for text, update in columns]
             scores = [zero_shot(cells, weight_update=update, **place) for update in scored]
             rows.append([method, *gaps, *scores, cost_of_choosing(found, "seconds", "{:.1f} s")])
         head = [
             "method",
-            *(f"{text}, {update}" for text, update in columns),
+            *(f"{cells.called[text]}, {update}" for text, update in columns),
             *(f"zero-shot, {update}" for update in scored),
             "choosing",
         ]

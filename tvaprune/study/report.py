@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from tvaprune.files import write_json, write_text
 from tvaprune.flags.settings import VIB_ONCE
+from tvaprune.measure.figures import ERRORS, with_error
 from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.report.plots import save_figure
 from tvaprune.study.grid import VIB
@@ -23,6 +24,13 @@ LEARNED = (VIB, VIB_ONCE)
 FOLD, REFIT = "fold", "refit"
 STYLES: dict[str, Any] = {"none": "-.", FOLD: "--", REFIT: "-", "reconstruct": ":"}
 NONE = "-"  # of what was not measured
+# Of a mask's record, what says what its gates learned on; it is a file of the user's, who may have written anything.
+RECORDED = {
+    "train_blocks": "{} blocks",
+    "block_size": "of {} tokens",
+    "dataset_name": "of {}",
+    "step": "as they were after {} steps",
+}
 # What the figures are held against, at 50% (issue: "Figures to reach").
 TARGET_SPARSITY = 0.5
 TARGETS = {
@@ -39,6 +47,9 @@ class Cells:
     def __init__(self, contents: Iterable[dict[str, Any]]) -> None:
         self.all = list(contents)
         self.texts = list(self.all[0]["perplexity"])
+        names = [Path(text).name for text in self.texts]
+        # A file goes by its name: tables have a column of each text for each update.
+        self.called = dict(zip(self.texts, names if len(set(names)) == len(names) else self.texts, strict=True))
         self.models, self.methods, self.updates, self.sparsities = (
             list(dict.fromkeys(content[name] for content in self.all))
             for name in ("model", "method", "weight_update", "target_sparsity")
@@ -49,24 +60,37 @@ class Cells:
         """Returns the cells in which all the values are as given."""
         return [content for content in self.all if all(content[name] == value for name, value in values.items())]
 
-    def gaps(self, text: str, **values: object) -> list[float]:
-        """Returns the gap of each such cell: log perplexity pruned minus dense."""
-        return [gap(content, text) for content in self.of(**values)]
-
     def median_gap(self, text: str, **values: object) -> float | None:
         """Returns the median gap over the seeds; ``None`` if there is no such cell."""
-        found = self.gaps(text, **values)
+        found = [gap(content, text) for content in self.of(**values)]
         return median(found) if found else None
 
 
 def gap(content: dict[str, Any], text: str) -> float:
     """Returns log perplexity pruned minus dense."""
-    return math.log(_pruned(content, text)) - math.log(content["perplexity"][text][DENSE])
+    return math.log(_perplexity(content, text, PRUNED)) - math.log(_perplexity(content, text, DENSE))
 
 
-def _pruned(content: dict[str, Any], text: str) -> float:
-    """Returns the pruned model's perplexity; one that was no number is infinite: it is no better than any."""
-    value: float | None = content["perplexity"][text][PRUNED]
+def error(content: dict[str, Any], text: str, name: str) -> float | None:
+    """Returns the standard error of a cell's figure on a text; None: of a single window, of no number, of old."""
+    found: float | None = (content["perplexity"][text].get("stderr") or {}).get(name)
+    return found
+
+
+def perplexity_of(content: dict[str, Any], text: str, name: str) -> str:
+    """Returns the dense or the pruned model's perplexity in a cell, with its standard error."""
+    return with_error(_perplexity(content, text, name), error(content, text, name), digits=2)
+
+
+def errors_note(cells: Cells) -> list[str]:
+    """Returns what the errors in a comparison's tables are; nothing where no cell has any."""
+    some = any(error(content, text, "gap") is not None for content in cells.all for text in cells.texts)
+    return [f"{ERRORS} Of several seeds it is that of the one in the middle."] if some else []
+
+
+def _perplexity(content: dict[str, Any], text: str, name: str) -> float:
+    """Returns a perplexity; one that was no number is infinite: it is no better than any."""
+    value: float | None = content["perplexity"][text][name]
     return math.inf if value is None else value
 
 
@@ -98,11 +122,9 @@ def ratios(cells: Cells, model: str) -> list[dict[str, object]]:
         folded, refitted = (
             cells.median_gap(text, method=method, weight_update=update, **place) for update in (FOLD, REFIT)
         )
-        best_folded, best_refitted = (
-            _best_baseline(cells, text, weight_update=update, **place) for update in (FOLD, REFIT)
-        )
+        best_folded, best_refitted = (_best_baseline(cells, text, [update], **place) for update in (FOLD, REFIT))
         own = [cells.median_gap(text, method=method, weight_update=update, **place) for update in cells.updates]
-        best = _best_baseline(cells, text, **place)
+        best = _best_baseline(cells, text, cells.updates, **place)
         if any(gap is not None for gap in own):
             ratio = _ratio(refitted, folded)
             rows.append(
@@ -122,15 +144,14 @@ def ratios(cells: Cells, model: str) -> list[dict[str, object]]:
     return rows
 
 
-def _best_baseline(
-    cells: Cells, text: str, weight_update: str | None = None, **place: object
-) -> tuple[float | None, str]:
-    """Returns the smallest median gap of a baseline and its name: with an update, or with the best and its name too."""
-    gaps = {}
-    for update in cells.updates if weight_update is None else [weight_update]:
-        for method in (method for method in cells.methods if method not in LEARNED):
-            name = method if weight_update else f"{method}, {update}"
-            gaps[name] = cells.median_gap(text, method=method, weight_update=update, **place)
+def _best_baseline(cells: Cells, text: str, updates: Sequence[str], **place: object) -> tuple[float | None, str]:
+    """Returns the smallest median gap of a baseline with one of some updates, and the names of both."""
+    gaps = {
+        f"{method}, {update}": cells.median_gap(text, method=method, weight_update=update, **place)
+        for update in updates
+        for method in cells.methods
+        if method not in LEARNED
+    }
     return min(((value, name) for name, value in gaps.items() if value is not None), default=(None, NONE))
 
 
@@ -145,7 +166,7 @@ def worst_change(cells: Cells, text: str) -> dict[str, object] | None:
     for refitted in cells.of(weight_update=REFIT):
         where = {name: refitted[name] for name in names}
         for folded in cells.of(weight_update=FOLD, **where):
-            values = [_pruned(content, text) for content in (refitted, folded)]
+            values = [_perplexity(content, text, PRUNED) for content in (refitted, folded)]
             if math.isfinite(values[1]):
                 found.append({"text": text, **where, "change": values[0] / values[1] - 1})
     return max(found, key=lambda row: row["change"], default=None)
@@ -170,29 +191,43 @@ def orders_of(cells: Cells, model: str) -> list[dict[str, object]]:
 def _heading(cells: Cells) -> list[str]:
     first = cells.all[0]
     texts = ", ".join(
-        f"{text} ({first['windows'][text]} windows of {first['block_size']} tokens)" for text in cells.texts
+        f"{name} ({first['windows'][text]} windows of {first['block_size']} tokens)"
+        for text, name in cells.called.items()
     )
     seeds = " ".join(map(str, dict.fromkeys(content["seed"] for content in cells.all)))
     return [
         "# Learned gates against one-shot scores\n",
         f"`{first['command']}`\n",
         f"Gap: log perplexity pruned minus dense, on the {first['split']} splits of {texts}; median of seeds {seeds} "
-        "(least to largest). Units are chosen, and weights refitted, on the training split of "
-        f"{first['dataset']}: gates on {first['train_samples']} blocks, scores and refits on "
-        f"{first['calibration_samples']}. "
+        f"(least to largest). {''.join(f'{note} ' for note in errors_note(cells))}"
+        "Units are chosen, and weights refitted, on the training split of "
+        f"{first['dataset']}: {_gates(cells)}scores and refits on {first['calibration_samples']} blocks. "
         f"Sparsity: {SPARSITY_DEFINITION}. No fine-tuning. Zero-shot: average accuracy of the offline tasks, one seed. "
         "Choosing: seconds, and peak memory of the process while choosing; where one set of scores serves every "
         f"sparsity, its whole cost stands in each row. Hardware: {first['hardware']}.",
     ]  # fmt: skip
 
 
+def _gates(cells: Cells) -> str:
+    """Returns what the gates learned on: those of the comparison itself, and those of masks that were given."""
+    learned = [content for content in cells.all if content["method"] in LEARNED]
+    own = [f"gates on {content['train_samples']} blocks" for content in learned if "mask" not in content]
+    given = [_given(content) for content in learned if "mask" in content]
+    return "".join(f"{told}, " for told in dict.fromkeys(own + given))
+
+
+def _given(content: dict[str, Any]) -> str:
+    """Returns what the record beside a given mask tells of its training; cells of old did not keep it."""
+    record = content.get("learned_on") or {}
+    known = [form.format(record[name]) for name, form in RECORDED.items() if record.get(name) is not None]
+    return f"the gates of {content['mask']} on {' '.join(known) or 'what nobody recorded'}"
+
+
 def _tables(cells: Cells) -> list[str]:
     lines = []
     for model in cells.models:
-        dense = cells.of(model=model)[0]["perplexity"]
-        values = ", ".join(f"{text} {dense[text][DENSE]:.2f}" for text in cells.texts)
-        lines += [f"\n## {Path(model).name}\n", f"Dense perplexity: {values}.\n"]
-        gaps = [f"{text}, {update}" for text in cells.texts for update in cells.updates]
+        lines += [f"\n## {Path(model).name}\n", f"{dense_perplexities(cells, model)}\n"]
+        gaps = [f"{name}, {update}" for name in cells.called.values() for update in cells.updates]
         scores = [f"zero-shot, {update}" for update in cells.updates]
         lines += _header(["sparsity", "method", *gaps, *scores, "choosing", "update", "peak memory"])
         places = [(sparsity, method) for sparsity in cells.sparsities for method in cells.methods]
@@ -201,13 +236,20 @@ def _tables(cells: Cells) -> list[str]:
     return lines
 
 
+def dense_perplexities(cells: Cells, model: str) -> str:
+    """Returns what the unpruned model makes of every text: of cells of old nobody knows the errors."""
+    first = max(cells.of(model=model), key=lambda content: "stderr" in content["perplexity"][cells.texts[0]])
+    values = (f"{name} {perplexity_of(first, text, DENSE)}" for text, name in cells.called.items())
+    return f"Dense perplexity: {', '.join(values)}."
+
+
 def _header(names: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
 def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
     place = {"model": model, "target_sparsity": sparsity, "method": method}
-    gaps = [spread(cells.gaps(text, weight_update=update, **place)) for text in cells.texts for update in cells.updates]
+    gaps = [spread(cells.of(weight_update=update, **place), text) for text in cells.texts for update in cells.updates]
     scores = [zero_shot(cells, weight_update=update, **place) for update in cells.updates]
     costs = [
         cost_of_choosing(cells.of(**place), "seconds", "{:.1f} s"),
@@ -233,12 +275,19 @@ def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, 
     return form.format(median(map(value, found))) if found else NONE
 
 
-def spread(values: Sequence[float]) -> str:
-    """Returns the median, and the least and largest where there are several."""
-    if not values:
+def spread(found: Sequence[dict[str, Any]], text: str) -> str:
+    """Returns the median gap of some cells with its error, and the least and largest gap where there are several.
+
+    Of two cells in the middle the errors' mean counts: both are of the same windows, so it is at most that.
+    """
+    if not found:
         return NONE
-    middle = f"{median(values):.3f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3f} to {max(values):.3f})"
+    order = sorted(found, key=lambda content: gap(content, text))
+    middle = order[(len(order) - 1) // 2 : len(order) // 2 + 1]
+    errors = [value for content in middle if (value := error(content, text, "gap")) is not None]
+    gaps = [gap(content, text) for content in order]
+    told = with_error(median(gaps), mean(errors) if len(errors) == len(middle) else None)
+    return told if len(gaps) == 1 else f"{told} ({gaps[0]:.3f} to {gaps[-1]:.3f})"
 
 
 def _figures(figures: list[dict[str, Any]], worst: list[dict[str, Any]], orders: list[dict[str, Any]]) -> list[str]:
@@ -305,7 +354,7 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
     for method in cells.methods:
         for update in cells.updates:
             values = {
-                sparsity: [_pruned(content, text) for content in found]
+                sparsity: [_perplexity(content, text, PRUNED) for content in found]
                 for sparsity in cells.sparsities
                 if (found := cells.of(model=model, method=method, weight_update=update, target_sparsity=sparsity))
             }
@@ -313,7 +362,7 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
             axes.plot(list(values), list(map(median, values.values())), STYLES.get(update, ":"), marker=".", **style)
             axes.fill_between(list(values), list(map(min, values.values())), list(map(max, values.values())),
                               color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
-    axes.set(yscale="log", title=f"{Path(model).name}, {text}", ylabel="perplexity")
+    axes.set(yscale="log", title=f"{Path(model).name}, {cells.called[text]}", ylabel="perplexity")
     axes.set_xticks(cells.sparsities)
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(_tick))

@@ -1,0 +1,9 @@
+"""How a measured figure is told: with its standard error where it has one."""
+
+ERRORS = "±: the standard error over the windows; of a gap, over the same windows."
+
+
+def with_error(value: float, error: float | None, sign: str = "", digits: int = 3) -> str:
+    """Returns a value with its standard error where it has one."""
+    told = f"{value:{sign}.{digits}f}"
+    return told if error is None else f"{told} ± {error:.{digits}f}"
