@@ -20,6 +20,7 @@ import torch
 from transformers.utils import logging
 
 from tvaprune.cli import run_command
+from tvaprune.export.gguf_file import in_llama_cpp
 from tvaprune.files import write_json, write_text
 from tvaprune.measure import hardware
 from tvaprune.measure.speed import turn_about
@@ -128,13 +129,8 @@ def gguf_files(path: str, output: Path, outtypes: list[str]) -> dict[str, Path]:
 
 def llama_cpp(dense: Path, pruned: Path, name: str, ideal: float, args: argparse.Namespace) -> list[Timing]:
     """Times both files in llama.cpp: a prompt, and tokens one by one after it."""
-    from llama_cpp import Llama
-
     prompt, tokens = max(int(shape.split("x")[1]) for shape in args.prefill), args.decode
-    models = [
-        Llama(str(file), n_ctx=prompt + tokens, n_batch=prompt, n_threads=torch.get_num_threads(), verbose=False)
-        for file in (dense, pruned)
-    ]
+    models = [in_llama_cpp(file, n_ctx=prompt + tokens, n_batch=prompt) for file in (dense, pruned)]
     ids = torch.randint(0, models[0].n_vocab(), (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def read(model: Any) -> Step:
