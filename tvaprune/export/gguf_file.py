@@ -104,9 +104,14 @@ def _add_rest(writer: Any, config: PretrainedConfig, architecture: Architecture)
         writer.add_sliding_window(sliding_window(config))
         writer.add_sliding_window_pattern([kind == SLIDING for kind in config.layer_types])
         writer.add_rope_freq_base_swa(rope_of(config, SLIDING)["rope_theta"])
-    for entry in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
-        if getattr(config, entry, None) is not None:
-            getattr(writer, f"add_{entry}")(getattr(config, entry))
+    adders = {
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        family.logit_cap: writer.add_final_logit_softcapping,
+        family.logit_multiplier: writer.add_logit_scale,
+    }
+    for entry, add in adders.items():
+        if entry is not None and getattr(config, entry, None) is not None:
+            add(getattr(config, entry))
 
 
 def _context_length(config: PretrainedConfig, architecture: Architecture) -> int:
