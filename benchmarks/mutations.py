@@ -187,6 +187,27 @@ MUTATIONS = [
         "queries = queries.flip(0)\n            rows, means = {",
         "tests/plan/test_edits.py",
     ),
+    Mutation(
+        "a GGUF file of Gemma whose gains are one too small",
+        "tvaprune/export/gguf_tensors.py",
+        "values = values + family.norm_offset",
+        "values = values + 0.0",
+        "tests/export/test_gguf_families.py",
+    ),
+    Mutation(
+        "a GGUF file of Granite without the embedding's factor",
+        "tvaprune/export/gguf_tensors.py",
+        "residual_factor(config) / embedding_factor(config)",
+        "residual_factor(config)",
+        "tests/export/test_gguf_families.py",
+    ),
+    Mutation(
+        "a GGUF architecture that takes the first layer's widths for all",
+        "tvaprune/models/formats.py",
+        "is None and (uniform or architecture.per_layer)",
+        "is None",
+        "tests/export/test_gguf_families.py",
+    ),
 ]
 
 

@@ -6,6 +6,8 @@ attention over the context, which no parameter tells, nothing is counted). llama
 installed, on the GGUF files that the export writes; their sizes are told anyway.
 
     python -m benchmarks.speed DENSE PRUNED [PRUNED ...] --output out/speed
+
+``--dtypes`` without a name times llama.cpp alone.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 from transformers.utils import logging
 
 from tvaprune.cli import run_command
+from tvaprune.export.gguf_file import in_llama_cpp
 from tvaprune.files import write_json, write_text
 from tvaprune.measure import hardware
 from tvaprune.measure.speed import turn_about
@@ -126,15 +129,21 @@ def gguf_files(path: str, output: Path, outtypes: list[str]) -> dict[str, Path]:
     return files
 
 
-def llama_cpp(dense: Path, pruned: Path, name: str, ideal: float, args: argparse.Namespace) -> list[Timing]:
-    """Times both files in llama.cpp: a prompt, and tokens one by one after it."""
-    from llama_cpp import Llama
+def touched_in(file: Path) -> int:
+    """Returns the same of a GGUF file."""
+    import gguf
 
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors}
+    sizes.pop("rope_freqs.weight", None)  # no parameters: factors of the rotary embedding
+    embedding = sizes.pop("token_embd.weight")
+    return sum(sizes.values()) + (0 if "output.weight" in sizes else embedding)
+
+
+def llama_cpp(dense: Path, pruned: Path, name: str, args: argparse.Namespace) -> list[Timing]:
+    """Times both files in llama.cpp: a prompt, and tokens one by one from the beginning of a text."""
+    ideal = touched_in(dense) / touched_in(pruned)
     prompt, tokens = max(int(shape.split("x")[1]) for shape in args.prefill), args.decode
-    models = [
-        Llama(str(file), n_ctx=prompt + tokens, n_batch=prompt, n_threads=torch.get_num_threads(), verbose=False)
-        for file in (dense, pruned)
-    ]
+    models = [in_llama_cpp(file, n_ctx=prompt + tokens, n_batch=prompt) for file in (dense, pruned)]
     ids = torch.randint(0, models[0].n_vocab(), (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def read(model: Any) -> Step:
@@ -167,7 +176,7 @@ def main() -> None:
     parser.add_argument("dense", help="the checkpoint that the others were cut from")
     parser.add_argument("pruned", nargs="+", help="folders of --save_pruned, or of fine-tuning's merged model")
     parser.add_argument("--output", type=Path, default=Path("out/speed"), help="folder of speed.md and the GGUFs")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="precisions in transformers")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], help="precisions in transformers")
     parser.add_argument("--outtypes", nargs="+", default=["f16", "q8_0"], help="precisions in llama.cpp")
     parser.add_argument("--prefill", nargs="+", default=["1x512", "8x256"], help="batch x tokens")
     parser.add_argument("--decode", type=int, default=64, help="tokens decoded one by one")
@@ -184,7 +193,7 @@ def main() -> None:
         if importlib.util.find_spec("llama_cpp") is not None:
             for outtype in args.outtypes:
                 pair = files[args.dense][outtype], files[model][outtype]
-                found += llama_cpp(*pair, model, found[-1].ideal, args)
+                found += llama_cpp(*pair, model, args)
     if importlib.util.find_spec("llama_cpp") is None:
         print("note: llama.cpp is not timed: pip install llama-cpp-python")
     where = f"({hardware.describe_device(torch.device('cpu'))}; median of {args.repeats} pairs)"

@@ -4,7 +4,7 @@
 # far it is, an interrupted one goes on, and one that is done is not done again.
 #   bash script/smollm2.sh [OUTPUT] [--FLAG VALUE ...]     default: out/smollm2
 # The flags go to prune and to finetune and win over those set here. MODEL=FOLDER takes another model in place of
-# SmolLM2, of a family whose uneven layers a GGUF file holds: Llama or Mistral, without biases. PRUNE, TUNE and SPEED
+# SmolLM2, of a family whose uneven layers a GGUF file holds (docs/models.md). PRUNE, TUNE and SPEED
 # hold flags of one step, as in TUNE="--num_train_epochs 2".
 # Relative paths are below the folder that this is called from.
 set -euo pipefail

@@ -158,5 +158,5 @@ def test_names_inside_a_model_are_spelled_where_models_are_known():
     names = names_inside_models()
     assert {"q_proj", "input_layernorm", "down_proj", "embed_tokens"} <= names
     found = {name for name, path in MODULES.items() if spelled(path.read_text(encoding="utf-8"), names)}
-    assert found <= {name for name in MODULES if room_of(name) in ("models", "checkpoint")} | {"export.gguf_file"}
+    assert found <= {name for name in MODULES if room_of(name) in ("models", "checkpoint")} | {"export.gguf_tensors"}
     assert spelled("layer.self_attn.q_proj", names) == {"self_attn", "q_proj"}  # control

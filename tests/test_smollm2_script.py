@@ -1,5 +1,6 @@
 """script/smollm2.sh and what it calls, with a tiny model in SmolLM2's place."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,11 +8,14 @@ import sys
 import pytest
 from models.test_from_gguf import DIGITS, SIZES, byte_level
 from support import tiny
+from support.folders import LLAMA3_ROPE
 from transformers import AutoModelForCausalLM
 
+from benchmarks import speed
 from benchmarks.generations import cell
-from benchmarks.speed import quartiles, touched
+from benchmarks.speed import quartiles, touched, touched_in
 from tvaprune.measure.generations import PROMPTS
+from tvaprune.stages.export import export
 
 pytest.importorskip("gguf")
 SMALL = ["--block_size", "16", "--ctx_length", "16", "--max_train_samples", "8", "--max_eval_samples", "4",
@@ -88,6 +92,30 @@ def test_an_untied_embedding_is_looked_up_and_not_passed_through(make_model):
     model = make_model("llama")
     embedding = model.get_input_embeddings().weight.numel()
     assert touched(model) == sum(p.numel() for p in model.parameters()) - embedding
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_s_tokens_pass_through_as_many_parameters_as_the_model_s(tied, make_model, tmp_path):
+    model = make_model("llama", tie_word_embeddings=tied, rope_parameters=LLAMA3_ROPE)
+    model.save_pretrained(tmp_path / "model")
+    export("gguf", tmp_path / "model", tmp_path / "model.gguf", verify=False)
+    assert touched_in(tmp_path / "model.gguf") == touched(model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_llama_cpp_alone_is_timed_and_files_are_weighed(make_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, layers in (("dense", 6), ("cut", 2)):
+        make_model("llama", num_hidden_layers=layers, hidden_size=64, intermediate_size=512).save_pretrained(name)
+    given = "dense cut --dtypes --prefill 1x32 --decode 8 --repeats 3 --output out"
+    monkeypatch.setattr(sys, "argv", ["speed", *given.split()])
+    speed.main()
+    told = tiny.read_json(tmp_path / "out" / "speed.json")["timings"]
+    names = ["f16, prompt of 32", "f16, generation of 8", "q8_0, prompt of 32", "q8_0, generation of 8"]
+    assert [row["what"] for row in told] == [f"llama.cpp {name}" for name in names]
+    assert all(row["dense"] > 0 and row["ratio"][0] <= row["ratio"][1] and row["ideal"] > 2 for row in told)
+    assert "| MiB | safetensors | f16 | q8_0 |" in capsys.readouterr().out
 
 
 def test_quartiles_are_those_of_the_values():

@@ -435,8 +435,9 @@ def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_pat
     [
         ("llama GQA", uneven, "4.57", ["gguf x", "onnx x", "vanilla x"]),
         ("qwen3 tied", uniform, "4.57", ["gguf x", "onnx x", "vanilla x"]),
-        ("qwen3 tied", uneven, "4.57", ["gguf x-vanilla", "onnx x", "vanilla x"]),
-        ("internlm3", uneven, "5.23", ["onnx x"]),
+        ("qwen3 tied", uneven, "4.57", ["gguf x", "onnx x", "vanilla x"]),
+        ("qwen3 untied", uneven, "4.57", ["gguf x-vanilla", "onnx x", "vanilla x"]),
+        ("internlm3", uneven, "5.23", ["gguf x", "onnx x"]),
         ("exaone4", uneven, "4.57", ["onnx x", "vanilla x"]),
         ("olmo2", uneven, "4.57", ["onnx x"]),
         ("olmo2", uniform, "4.57", ["onnx x", "vanilla x"]),

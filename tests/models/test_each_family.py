@@ -14,11 +14,9 @@ from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores import SCORES, score_masks
 from tvaprune.errors import InputError
-from tvaprune.export.gguf_file import export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
 from tvaprune.models.families import base_type, family_of
-from tvaprune.models.formats import ARCHITECTURES
 from tvaprune.models.shape import shape_of
 from tvaprune.recover.lora import LoraSettings, add_lora, merge
 
@@ -178,14 +176,6 @@ def test_vanilla_is_a_stock_model_of_the_same_function_or_refused(row, make_mode
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "vanilla").eval()
     assert not type(loaded).__name__.startswith("Pruned")
     torch.testing.assert_close(logits(loaded, input_ids), logits(narrow, input_ids), **CLOSE)
-
-
-def test_gguf_is_written_for_the_families_that_have_an_architecture_and_refused_for_others(model, tmp_path):
-    if base_type(model.config) in ARCHITECTURES:
-        pytest.skip("tests/export")
-    with pytest.raises(InputError, match=f"models of type '{base_type(model.config)}' are not written, only llama"):
-        export_gguf(model, tmp_path, tmp_path / "model.gguf", "f32", overwrite=False, verify=False)
-    assert not any(tmp_path.iterdir())
 
 
 REFUSED_ONNX = {

@@ -46,7 +46,7 @@ def no_heads_in_layer_0(plan):
 
 
 def uniform(plan):
-    for layer in range(3):
+    for layer in range(plan.shape.num_hidden_layers):
         plan = with_units(with_units(plan, "attn", layer, 1), "inter", layer, 16)
     return plan
 

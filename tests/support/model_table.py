@@ -75,11 +75,17 @@ def vanilla(model_type):
 
 
 def gguf(model_type):
-    """Which of llama.cpp's architectures takes the family."""
-    known = ARCHITECTURES.get(model_type)
-    if known is None:
-        return "vanilla first" if vanilla(model_type) == "yes" else "no"
-    return f"`{known.per_layer}`, `{known.name}`" if known.per_layer else f"`{known.name}` where uniform"
+    """Which of llama.cpp's architectures take the family, those with a width for each layer first."""
+
+    def named(known):
+        limits = [limit for limit in ("tied", "square") if getattr(known, limit)]
+        return f"`{known.name}`" + (f" ({', '.join(limits)})" if limits else "")
+
+    if model_type not in ARCHITECTURES:
+        return "vanilla first"
+    by_layer = [named(known) for known in ARCHITECTURES[model_type] if known.per_layer]
+    uniform = [named(known) for known in ARCHITECTURES[model_type] if not known.per_layer]
+    return "; ".join([*by_layer, f"{', '.join(uniform)} where uniform"])
 
 
 def table():

@@ -28,13 +28,12 @@ from transformers import (
 
 from tvaprune.errors import InputError, quoted
 from tvaprune.models.families import FAMILIES
+from tvaprune.models.formats import LARGEST_GEMMA
 from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import FLOATS, check_config
 
 SUFFIX = ".gguf"
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin")
-# Layers of the models whose attention's scale llama.cpp takes from the hidden width, not from the head's.
-_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 # How llama.cpp splits text before byte-level BPE, by its names: those that transformers knows for our families, those
 # that are GPT-2's own split, which is its default, and those that we add.
 _SPLITS = ("llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx", "falcon3", "tekken", "qwen2", "deepseek-r1-qwen")
@@ -208,8 +207,8 @@ def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
         raw["head_dim"] = header.head_dim
     if header.sliding_window:
         raw["sliding_window"] = header.sliding_window
-    if raw["model_type"] in _LARGEST_GEMMA:  # no file says it: llama.cpp knows it by the number of layers
-        is_largest = raw["num_hidden_layers"] == _LARGEST_GEMMA[raw["model_type"]]
+    if raw["model_type"] in LARGEST_GEMMA:  # no file says it: llama.cpp knows it by the number of layers
+        is_largest = raw["num_hidden_layers"] == LARGEST_GEMMA[raw["model_type"]]
         width = raw["hidden_size"] // raw["num_attention_heads"]
         raw["query_pre_attn_scalar"] = width if is_largest else header.head_dim or width
     config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
