@@ -73,6 +73,10 @@ def test_what_is_no_rotation_is_refused_before_anything_turns(make_model, input_
     for wrong, words in ((skewed, "is not orthogonal"), (lost, "is not orthogonal"), (torch.eye(4), "is 4 x 4")):
         with pytest.raises(InputError, match=words):
             rotate(model, Rotation(wrong))
+    ones = torch.ones(size)
+    for wrong in (ones[1:], -ones, ones * float("nan"), ones * float("inf")):
+        with pytest.raises(InputError, match=f"has a stretch that is not {size} numbers above 0"):
+            rotate(model, Rotation(random_rotation(size), wrong))
     assert torch.equal(logits(model, input_ids), before)
 
 

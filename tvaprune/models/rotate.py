@@ -188,7 +188,7 @@ def _basis(model: PreTrainedModel, rotation: Rotation, fetch: Callable[[str], to
     reason = why_not(family, shape)
     if reason is not None:
         raise InputError(f"--rotate on: a model of type '{base_type(model.config)}' cannot be rotated, as {reason}")
-    check_rotation(rotation.matrix, shape.hidden_size, "the rotation")
+    check_rotation(rotation, shape.hidden_size, "the rotation")
     names = norms_of(family, shape)
     gains = {name: fetch(f"{name}.weight").double().cpu() + family.norm_offset for name in names}
     norms = {f"{name}.weight": torch.ones(shape.hidden_size).double() - family.norm_offset for name in names}
@@ -214,19 +214,25 @@ def _kept_gain(gain: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return kept
 
 
-def check_rotation(rotation: torch.Tensor, hidden_size: int, named: str) -> None:
+def check_rotation(rotation: Rotation, hidden_size: int, named: str) -> None:
     """Refuses what is no rotation of a stream of this width.
 
     Raises:
         InputError: Beginning with ``named``.
     """
-    if rotation.shape != (hidden_size, hidden_size):
-        sizes = " x ".join(map(str, rotation.shape))
+    if rotation.matrix.shape != (hidden_size, hidden_size):
+        sizes = " x ".join(map(str, rotation.matrix.shape))
         raise InputError(f"{named} is {sizes}, the model is {hidden_size} wide: give the rotation of this model")
-    values = rotation.double()
+    values, stretch = rotation.matrix.double(), rotation.stretch
     error = float((values.T @ values - torch.eye(hidden_size, dtype=values.dtype, device=values.device)).abs().max())
     if not error <= TOLERANCE:  # NaN is not orthogonal
         raise InputError(f"{named} is not orthogonal (off by {error:.2g}): its file is damaged; prune again")
+    if stretch is not None and not (
+        stretch.shape == (hidden_size,) and bool(((stretch > 0) & stretch.isfinite()).all())
+    ):
+        raise InputError(
+            f"{named} has a stretch that is not {hidden_size} numbers above 0: its file is damaged; prune again"
+        )
 
 
 def _blocks(family: ModelFamily, shape: ModelShape) -> list[Block]:

@@ -53,7 +53,7 @@ def read_rotation(beside: Path, digest: object, hidden_size: int) -> Rotation | 
         found = Rotation(parts[_KEY], parts.get(_STRETCH))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path}: is no rotation ({reason(error)}); give the file that the run wrote") from error
-    check_rotation(found.matrix, hidden_size, str(path))
+    check_rotation(found, hidden_size, str(path))
     if found.digest != digest:
         raise InputError(f"{path}: is not the rotation that {beside.name} names; give the file that the run wrote")
     return found
