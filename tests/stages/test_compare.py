@@ -16,7 +16,7 @@ from tvaprune.cli import run_command, run_verb
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
 from tvaprune.study.page import comparison_page
-from tvaprune.study.report import Cells, orders_of, ratios, spread, worst_change, write_report
+from tvaprune.study.report import Cells, _tick, orders_of, ratios, spread, worst_change, write_report
 
 FIRST, SECOND = "first", "second"
 
@@ -386,3 +386,8 @@ def test_a_model_that_fell_to_no_number_is_the_worst_and_ends_nothing(tmp_path):
     assert "| 0.5 | flap | inf (inf to inf) | 1.000 " in (tmp_path / "compare.md").read_text()
     comparison_page(tmp_path).write(tmp_path / "report.html")
     assert "<td>inf (inf to inf)</td>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("digits", "labels"), [("125", ["20", "", "50"]), ("123456789", ["20", "30", "50"])])
+def test_a_perplexity_is_labelled_by_its_first_digit(digits, labels):
+    assert [_tick(value, digits) for value in (20.0, 30.0, 50.0)] == labels

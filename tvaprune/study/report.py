@@ -364,11 +364,13 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
                               color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
     axes.set(yscale="log", title=f"{Path(model).name}, {cells.called[text]}", ylabel="perplexity")
     axes.set_xticks(cells.sparsities)
+    bottom, top = axes.get_ylim()
+    digits = "125" if top > 10 * bottom else "123456789"  # which do not crowd
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(FuncFormatter(_tick))
+        which(FuncFormatter(lambda value, position: _tick(value, digits)))
     axes.grid(alpha=0.3, which="both")
 
 
-def _tick(value: float, position: int | None) -> str:
-    """Returns the label of a perplexity: the first digits 1, 2 and 5 only, which do not crowd."""
-    return f"{value:,.0f}" if value >= 1 and f"{value:e}"[0] in "125" else ""
+def _tick(value: float, digits: str) -> str:
+    """Returns the label of a perplexity that begins with one of some digits; of others none."""
+    return f"{value:,.0f}" if value >= 1 and f"{value:e}"[0] in digits else ""
