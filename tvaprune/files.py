@@ -29,7 +29,7 @@ MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that
 _LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
-_UMASK = os.umask(0)
+_UMASK = os.umask(0)  # which only setting tells
 os.umask(_UMASK)
 _in_use: set[Path] = set()  # this process's own temporaries: its number may be that of a dead one
 _held: list[tuple[ExitStack, set[Path]]] = []  # the folders that the running command holds

@@ -3,7 +3,6 @@
 import copy
 import json
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,8 +72,7 @@ def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:
     flags, _ = as_recorded(given, recorded)
     shape = shape_of(load_config(args.source.model_name_or_path))
     rotation = given_rotation(args, shape.hidden_size)
-    if rotation is not None and not rotation.keeps_tie:
-        shape = replace(shape, tie_word_embeddings=False)
+    shape = shape if rotation is None else rotation.turned(shape)
     return plan_from_masks(units, shape, width_rules(flags, shape))
 
 

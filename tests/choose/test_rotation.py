@@ -10,7 +10,7 @@ import torch
 from support import tiny
 from support.families import logits
 
-from tvaprune.choose import rotation
+from tvaprune.choose import rotation, tie
 from tvaprune.choose.choose import in_basis
 from tvaprune.choose.rotation import learn_rotation, moments_of
 from tvaprune.errors import InputError
@@ -147,6 +147,30 @@ def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, s
         *source, *GATES, "--rotate", "off", "--resume_from_checkpoint", True, "--output_dir", pruned
     )
     assert "--rotate" in tiny.refusal(code, error) and file.is_file()
+
+
+@pytest.mark.parametrize(("cost", "turns"), [(0.0, False), (1e9, True)])
+@pytest.mark.parametrize("source", [True], indirect=True, ids=["tied"])
+def test_a_tie_that_costs_too_much_leaves_the_basis_as_it_came(cost, turns, source, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(tie, "COST", cost)
+    code, output, error = command(*source, *TRAINED, "--weight_update", "fold", "--output_dir", tmp_path)
+    assert code == 0, error
+    assert ("note: --rotate auto turns nothing" in output) is not turns
+    assert ("rotation" in tiny.read_json(tmp_path / "results.json")) is turns
+    assert bool([*(tmp_path / "best").glob("rotation_*")]) is turns
+
+
+@pytest.mark.parametrize("source", [True], indirect=True, ids=["tied"])
+def test_what_is_turned_and_tied_is_tuned_on(pruned, source, tmp_path, command):
+    """Its teacher is the dense model in the same basis: at the start the student is what was measured."""
+    tuned = (*MEASURED, "--do_train", "--plan", pruned / "plan.json", "--refit_samples", 8, "--max_train_samples", 8,
+             "--max_steps", 1, "--learning_rate", 1e-9, "--lora_r", 2, "--output_dir", tmp_path / "tuned")  # fmt: skip
+    code, _, error = command(*source, *tuned)
+    assert code == 0, error
+    found, before = (tiny.read_json(path / "results.json")["perplexity"] for path in (tmp_path / "tuned", pruned))
+    assert found["finetuned"] == pytest.approx(before["pruned"], rel=1e-4)
+    assert abs(before["pruned"] - before["dense"]) > 1e-2  # control
+    assert tiny.read_json(tmp_path / "tuned" / "merged" / "config.json")["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def kept_tie(
             print(f"the tie is kept: {int(axes.sum())} of {len(axes)} hidden dims stay axes, at a KL of {cost:.2g}")
             return stretch, axes
     print(
-        f"note: --rotate auto turns nothing: keeping the tie of the embeddings would change the predictions by a KL of "
+        "note: --rotate auto turns nothing: keeping the tie of the embeddings would change the predictions by a KL of "
         f"{cost:.2g}, above {limit:g}; --rotate on unties them"
     )
     return None

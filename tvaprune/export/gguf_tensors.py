@@ -31,10 +31,9 @@ def gguf_tensors(model: PreTrainedModel, architecture: Architecture) -> dict[str
         name = f"{names.get_name(f'{block}.qkv_proj' if is_part else module)}.{kind}"
         values = _changed(module, kind, values.detach().float(), model, architecture)
         tensors[name] = torch.cat([tensors[name], values]) if name in tensors else values
-    factors = rope_factors(model)
-    return (
-        tensors if factors is None or "llama3" not in architecture.ropes else tensors | {"rope_freqs.weight": factors}
-    )
+    if "llama3" in architecture.ropes and (factors := rope_factors(model)) is not None:
+        tensors["rope_freqs.weight"] = factors
+    return tensors
 
 
 def _parts(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -10,7 +10,7 @@ see `tvaprune.choose.tie`.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,7 +28,7 @@ TOLERANCE = 1e-3  # of ``Q^T Q`` from the identity: float32's rounding at 8,192 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """What a residual stream is turned by: ``(x * stretch) Q`` is what ``x`` was.
+    """What a residual stream is turned by: of ``x`` it makes ``(x * stretch) Q``.
 
     Attributes:
         matrix: ``Q``, orthogonal, shape ``(hidden_size, hidden_size)``.
@@ -42,6 +42,10 @@ class Rotation:
     def keeps_tie(self) -> bool:
         """Tells whether a tied head stays the embedding."""
         return self.stretch is not None
+
+    def turned(self, shape: ModelShape) -> ModelShape:
+        """Returns the sizes of a model that is turned so: what does not keep a tie unties."""
+        return shape if self.keeps_tie else replace(shape, tie_word_embeddings=False)
 
     @cached_property
     def digest(self) -> str:
@@ -69,7 +73,7 @@ class Turn:
 
 
 def turns_of(family: ModelFamily, shape: ModelShape, tied: bool = False) -> dict[str, Turn]:
-    """Returns what a rotation does to every parameter that it changes, the head's own included; norms become 1.
+    """Returns what a rotation does to every parameter that it changes but the norms, the head's own included.
 
     Args:
         tied: Whether the head stays the embedding.

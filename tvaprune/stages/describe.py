@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.hf_argparser import string_to_bool
@@ -64,8 +64,7 @@ def describe(
     masks = load_masks(mask, shape)
     masks.check_fits(shape, str(mask))
     rotation = read_rotation(mask, read_record(mask).get("rotation"), shape.hidden_size)
-    if rotation is not None and not rotation.keeps_tie:
-        shape = replace(shape, tie_word_embeddings=False)
+    shape = shape if rotation is None else rotation.turned(shape)
     flags, note = as_recorded(given, recorded_flags(mask))
     rules = width_rules(flags, shape)
     if note is not None:
