@@ -126,7 +126,7 @@ class Scene:
     def gate_step(self) -> Taken:
         """The second step of gate training: the optimiser's state is there."""
         work = self.work
-        settings = gate_settings(PruneSettings(), DistillSettings(), 4500, 4500, 4500 * 512, 10.0, NO_RULES)
+        settings = gate_settings(PruneSettings(), DistillSettings(), 4500, 4500, 10.0, NO_RULES)
         objective = PruningObjective(GatedModel(self.dense), settings).train()
         del objective._buffers["settled"]  # whose value is asked
         objective.settled = False  # type: ignore[assignment]

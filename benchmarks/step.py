@@ -70,9 +70,7 @@ def steps(sizes: dict[str, Any], size: tuple[int, int], device: str, dtype: torc
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048))
     model.to(device, dtype)
-    settings = gate_settings(
-        PruneSettings(target_sparsity=[0.5]), DistillSettings(), 1000, 1000, 512_000, 10.0, WidthRules(8)
-    )
+    settings = gate_settings(PruneSettings(target_sparsity=[0.5]), DistillSettings(), 1000, 1000, 10.0, WidthRules(8))
     objective = PruningObjective(GatedModel(model.eval()), settings).to(device)
     input_ids = torch.randint(0, sizes["vocab_size"], size, device=device)
 

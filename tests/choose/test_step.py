@@ -26,7 +26,7 @@ CHOSEN = ["llama GQA", "qwen2 untied", "qwen3 odd widths, tied", *OTHER_ROWS]
 
 def settings(noise="token", **prune):
     prune = PruneSettings(target_sparsity=[0.3], lagrangian_warmup_epochs=0.25, gate_noise=noise, **prune)
-    return gate_settings(prune, DistillSettings(), 8, 8, 512, 5.0, WidthRules(4, uniform=True))
+    return gate_settings(prune, DistillSettings(), 8, 8, 5.0, WidthRules(4, uniform=True))
 
 
 def plain_norm(norm, family, kept, x):

@@ -15,6 +15,7 @@ from tvaprune.choose.trainer import BAND, GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import RunArguments
 from tvaprune.flags.settings import DistillSettings, PruneSettings
+from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import best_mask, load_masks
 from tvaprune.plan.widths import WidthRules
@@ -23,7 +24,7 @@ from tvaprune.plan.widths import WidthRules
 def settings(num_steps=8, distill=True, **prune):
     prune = {"lagrangian_warmup_epochs": 0.25, "dim_multiple": 4} | prune
     arguments = PruneSettings(target_sparsity=[0.3], **prune)
-    return gate_settings(arguments, DistillSettings(distill=distill), num_steps, num_steps, 512, 5.0, WidthRules(4))
+    return gate_settings(arguments, DistillSettings(distill=distill), num_steps, num_steps, 5.0, WidthRules(4))
 
 
 def blocks(count=64, length=12):
@@ -31,13 +32,17 @@ def blocks(count=64, length=12):
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
 
 
-def train(model, folder, resume=None, stop_after=None, callbacks=(), **options):
+def trainer_of(model, folder, start=-2.0, **options):
     torch.manual_seed(0)
     args = RunArguments(
         output_dir=str(folder), max_steps=8, eval_steps=4, logging_steps=1, learning_rate=1.0, disable_tqdm=True,
         use_cpu=True, per_device_train_batch_size=4, save_total_limit=4, **({"save_steps": 4} | options),
     )  # fmt: skip
-    trainer = GateTrainer(GatedModel(model, -2.0), settings(), args, blocks(), blocks(8), {"model": "tiny"})
+    return GateTrainer(GatedModel(model, start), settings(), args, blocks(), blocks(8), {"model": "tiny"})
+
+
+def train(model, folder, resume=None, callbacks=(), **options):
+    trainer = trainer_of(model, folder, **options)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
@@ -251,7 +256,7 @@ def test_a_target_that_rises_beyond_the_choice_is_refused():
         settings(lagrangian_warmup_epochs=0.9)
     assert settings(lagrangian_warmup_epochs=0.9, settle_share=0.0).num_warmup_steps == 7
     few = gate_settings(
-        PruneSettings(), DistillSettings(), 10, 1000, 5120, 5.0, WidthRules(4)
+        PruneSettings(), DistillSettings(), 10, 1000, 5.0, WidthRules(4)
     )  # --max_steps 10 of an epoch of 1,000
     assert few.num_warmup_steps == 3 and few.num_settle_steps == 3
 
@@ -339,21 +344,38 @@ def test_half_precision_weights_train_full_precision_gates(make_model, tmp_path)
     assert best_mask(tmp_path / "best") is not None
 
 
-@pytest.mark.parametrize(("tokens", "rate", "start"), [(511_999, 0.1, -5.0), (512_000, 0.05, -9.0)])
-def test_the_defaults_go_by_tokens_and_not_by_steps(tokens, rate, start):
-    for steps in (100, 4000):  # the same text in larger batches
-        chosen = gate_settings(PruneSettings(), DistillSettings(), steps, steps, tokens, 10.0, WidthRules())
-        assert (chosen.vib_learning_rate, chosen.initial_log_variance) == (rate, start)
+def test_the_sharpness_begins_low_and_never_above_its_end():
+    def begins(**given):
+        chosen = gate_settings(PruneSettings(**given), DistillSettings(), 100, 100, 10.0, WidthRules())
+        return chosen.beta_start, chosen.beta
+
+    assert begins() == (0.5, 10.0)
+    assert begins(beta_start=10, beta=5) == (5, 5)  # as the paper, whose sharpness is constant, for every family
 
 
-def test_which_defaults_were_taken_is_said_and_what_they_cannot_reach():
-    def said(steps, tokens):
-        chosen = gate_settings(PruneSettings(), DistillSettings(), steps, steps, tokens, 10.0, WidthRules())
-        return describe(chosen, steps, tokens)
+def test_how_the_steps_are_spent_is_said_and_what_they_cannot_reach():
+    def said(steps, **given):
+        chosen = gate_settings(PruneSettings(**given), DistillSettings(), steps, steps, 10.0, WidthRules())
+        return describe(chosen, steps)
 
-    assert "defaults of a short run (1,000 tokens" in said(300, 1000) and "note:" not in said(300, 1000)
-    few = said(70, 600_000)  # 70 * 0.05 / 2 = 1.75 of the 9 that the start is away from the cut
-    assert "defaults of a long run" in few and "by 1.8 at most, and the cut is 9 away" in few
+    assert "rises over 90 of 300 steps, the choice stands after 201;" in said(300) and "note:" not in said(300)
+    # 67 of 100 steps at a rate that falls from 0.1 to 0.033: 67 * 0.0665 = 4.46 of the 5 that the cut is away.
+    assert "by 4.5 at most, and the cut is 5 away" in said(100)
+    assert "note:" not in said(100, vib_learning_rate=0.2)
+
+
+@pytest.mark.parametrize(("made", "sparsity"), [(False, "0.000"), (True, None)])
+def test_a_choice_that_the_gates_have_not_made_is_told(made, sparsity, make_model, tmp_path, capsys):
+    trainer = trainer_of(make_model("llama"), tmp_path, start=-9.0)
+    gated, rules = trainer.gated, trainer.settings.rules
+    if made:
+        kept = plan_from_masks(calibrate(gated.masks(), gated.shape, 0.3, rules), gated.shape, rules).full_kept()
+        gated.log_variance.data = kept.map(lambda keep: torch.where(keep, -9.0, 9.0)).flat()
+    trainer.state.max_steps = trainer.state.global_step = 8
+    trainer._settle()
+    said = capsys.readouterr().out
+    assert "the choice is made" not in said if made else f"expected sparsity of {sparsity}, the target is 0.3" in said
+    gated.detach_gates()
 
 
 def test_scoring_takes_a_quarter_of_the_work_at_most():

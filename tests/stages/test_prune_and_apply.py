@@ -331,7 +331,7 @@ def test_no_flag_of_the_user_is_overwritten(tmp_path):
              "--output_dir", tmp_path)  # fmt: skip
     args = Arguments.parse([str(flag) for flag in flags], "prune")
     assert (args.training.num_train_epochs, args.training.save_steps) == (3, 7)
-    settings = gate_settings(args.prune, args.distill, 100, 50, 51_200, 10.0, WidthRules(8))
+    settings = gate_settings(args.prune, args.distill, 100, 50, 10.0, WidthRules(8))
     assert (settings.vib_learning_rate, settings.beta, settings.initial_log_variance) == (0.02, 4, -7)
     assert settings.num_warmup_steps == 15
 

@@ -84,7 +84,7 @@ def arguments(kind, folder, **options):
 def gate_trainer(folder, sharded, steps=STEPS, **options):
     args = arguments(RunArguments, folder, max_steps=steps, per_device_eval_batch_size=1, **options)
     chosen = PruneSettings(target_sparsity=[0.3], lagrangian_warmup_epochs=0.25, settle_share=0.3)
-    settings = gate_settings(chosen, DistillSettings(), steps, steps, 512, 5.0, WidthRules(4))
+    settings = gate_settings(chosen, DistillSettings(), steps, steps, 5.0, WidthRules(4))
     base = frozen(sharded)
     torch.manual_seed(0)
     return GateTrainer(GatedModel(base, -2.0), settings, args, blocks(64), blocks(7), {"model": "tiny"})

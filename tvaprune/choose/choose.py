@@ -115,10 +115,10 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     choice_blocks = run.choice_blocks()
     cadence = Cadence.of(args, training.num_train_epochs, len(train_blocks), len(choice_blocks))
     steps_per_epoch = math.ceil(len(train_blocks) * args.data.block_size / cadence.step_tokens)
-    num_steps, num_tokens = cadence.num_steps, cadence.num_tokens
+    num_steps = cadence.num_steps
     beta = family_of(run.model.config).beta
-    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, num_tokens, beta, run.rules)
-    print(describe(settings, num_steps, num_tokens))
+    settings = gate_settings(args.prune, args.distill, num_steps, steps_per_epoch, beta, run.rules)
+    print(describe(settings, num_steps))
     if training.eval_strategy == "steps":
         print(cadence.describe(training.eval_steps if training.eval_steps_given else None, EVAL_STEPS))
         if not training.eval_steps_given:

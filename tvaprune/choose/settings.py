@@ -1,16 +1,20 @@
-"""The settings of one gate training, resolved: what depends on the target, the family or the run's length."""
+"""The settings of one gate training, resolved: what depends on the target, the family or the number of steps."""
 
 import math
 from dataclasses import dataclass
 
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.flags.settings import SHORT_RUN_TOKENS, DistillSettings, PruneSettings
+from tvaprune.flags.settings import DistillSettings, PruneSettings
 from tvaprune.plan.widths import WidthRules
 
 SCORING_SHARE = 0.25  # of the training's work, that scoring masks may take
 
-_AS_GIVEN = ("reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "gate_noise", "gate_ce_weight")
+_WARMUP_EPOCHS = 0.3
+_AS_GIVEN = (
+    "vib_learning_rate", "reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "initial_log_variance",
+    "gate_noise", "gate_ce_weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,16 @@ def gate_settings(
     distill: DistillSettings,
     num_steps: int,
     steps_per_epoch: float,
-    num_tokens: int,
     family_beta: float,
     rules: WidthRules,
 ) -> GateSettings:
-    """Resolves the defaults that depend on the target, the family and the length of the run.
-
-    The released values serve runs of some 4,000 steps of 512 tokens; under `SHORT_RUN_TOKENS` a faster start does.
-
-    Args:
-        num_tokens: Tokens of the whole run, whatever the batch.
+    """Resolves the defaults that depend on the target, the family and the number of steps.
 
     Raises:
         InputError: If the target would still rise where the choice must stand.
     """
-    short, sparsity = num_tokens < SHORT_RUN_TOKENS, max(prune.target_sparsity)
-    beta = _given(prune.beta, family_beta)
-    warmup_epochs = _given(prune.lagrangian_warmup_epochs, 0.3 if short else 0.2 if sparsity > 0.6 else 0.1)
+    sparsity, beta = max(prune.target_sparsity), _given(prune.beta, family_beta)
+    warmup_epochs = _given(prune.lagrangian_warmup_epochs, _WARMUP_EPOCHS)
     num_warmup_steps, num_settle_steps = round(warmup_epochs * steps_per_epoch), round(prune.settle_share * num_steps)
     if num_warmup_steps > num_steps - num_settle_steps:
         if prune.lagrangian_warmup_epochs is not None:
@@ -69,13 +66,11 @@ def gate_settings(
         num_warmup_steps = (num_steps - num_settle_steps) // 2  # a run of few steps, as --max_steps makes it
     return GateSettings(
         target_sparsity=sparsity,
-        vib_learning_rate=_given(prune.vib_learning_rate, 0.1 if short or sparsity > 0.5 else 0.05),
         att_mul=_given(prune.att_mul, 512 if sparsity > 0.6 else 256),
         num_warmup_steps=num_warmup_steps,
         num_settle_steps=num_settle_steps,
         beta=beta,
-        beta_start=_given(prune.beta_start, 0.5 if short else beta),
-        initial_log_variance=_given(prune.initial_log_variance, -5.0 if short else -9.0),
+        beta_start=min(prune.beta_start, beta),
         rules=rules,
         **{name: getattr(prune, name) for name in _AS_GIVEN},
         **vars(distill),
@@ -86,18 +81,17 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def describe(settings: GateSettings, num_steps: int, num_tokens: int) -> str:
-    """Returns the line that says which set of defaults was taken, and why; and what the rate cannot reach."""
-    length = "short" if num_tokens < SHORT_RUN_TOKENS else "long"
+def describe(settings: GateSettings, num_steps: int) -> str:
+    """Returns the line that says how the steps are spent; and what the rate cannot reach."""
+    choosing = num_steps - settings.num_settle_steps
     line = (
-        f"gates: defaults of a {length} run ({num_tokens:,} tokens, the limit is {SHORT_RUN_TOKENS:,}): "
-        f"--vib_learning_rate {settings.vib_learning_rate:g}, --beta_start {settings.beta_start:g}, "
-        f"--initial_log_variance {settings.initial_log_variance:g}, where you gave none"
+        f"gates: the target rises over {settings.num_warmup_steps:,} of {num_steps:,} steps, the choice stands after "
+        f"{choosing:,}; --vib_learning_rate {settings.vib_learning_rate:g}"
     )
-    reach = settings.vib_learning_rate * num_steps / 2  # AdamW's steps under linear decay
+    reach = settings.vib_learning_rate * choosing * (1 - choosing / num_steps / 2)  # AdamW's steps, linear decay
     if reach < -settings.initial_log_variance:
         line += (
-            f"\nnote: {num_steps} steps at this rate move a log-variance by {reach:.1f} at most, and the cut is "
+            f"\nnote: until then this rate moves a log-variance by {reach:.1f} at most, and the cut is "
             f"{-settings.initial_log_variance:g} away: raise --vib_learning_rate or --initial_log_variance, or take "
             "smaller batches"
         )

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -97,7 +98,7 @@ class GateTrainer(CheckpointedTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
         """Returns the objective of a batch at the schedule of this step."""
         if self.state.global_step >= self._num_choosing_steps and not self._objective.settled:
-            self._objective.settle()
+            self._settle()
         self._used = self._schedule()  # the log comes after the step counter has moved on
         parts = model(**inputs, **self._used)
         if not torch.isfinite(parts["loss"]):
@@ -107,6 +108,19 @@ class GateTrainer(CheckpointedTrainer):
             )
         self._parts = {name: value.detach() for name, value in parts.items()}
         return parts["loss"]
+
+    def _settle(self) -> None:
+        """Makes the choice final, and says so where the gates have not come to one by themselves."""
+        with torch.no_grad():
+            reached = float(expected_sparsity(self.gated.log_alpha(), self.settings.beta, self.gated.shape))
+        if abs(reached - self.settings.target_sparsity) > BAND:
+            ranks.on_main(
+                tqdm.write,
+                f"note: the choice is made at step {self.state.global_step} with the gates at an expected sparsity of "
+                f"{reached:.3f}, the target is {self.settings.target_sparsity}: the least sure go with the others; "
+                "more steps, or a higher --vib_learning_rate, choose better",
+            )
+        self._objective.settle()
 
     @property
     def _objective(self) -> PruningObjective:

@@ -13,9 +13,6 @@ from tvaprune.flags.ranges import AUTO, BYTES, NUMBERS, amount, check_ranges, nu
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
-# Below this many tokens the released gate settings cannot reach their target. Tokens, not steps:
-# the same run in larger batches takes fewer steps and is no shorter.
-SHORT_RUN_TOKENS = 512_000
 
 Method = Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -121,11 +118,7 @@ class PruneSettings:
         "Turn the residual stream, before units are chosen, to the directions that matter: cutting hidden dims costs "
         "less. auto: for gates; tied embeddings stay tied. on: for scores too; tied embeddings are untied, exactly.",
     )
-    vib_learning_rate: float | None = _flag(
-        None,
-        f"Learning rate of the gates; default 0.1 in a short run (under {SHORT_RUN_TOKENS:,} tokens) or above 50%% "
-        "sparsity, else 0.05.",
-    )
+    vib_learning_rate: float = _flag(0.1, "Learning rate of the gates.")
     reg_learning_rate: float = _flag(0.1, "Learning rate of the two Lagrangian multipliers.")
     kl_factor: float = _flag(1e-6, "Weight of the information loss.")
     att_mul: float | None = _flag(
@@ -134,22 +127,21 @@ class PruneSettings:
     inter_mul: float = _flag(1.0, "Weight of the MLP gates within it.")
     emb_mult: float = _flag(30.0, "Weight of the hidden gates at the embedding within it.")
     lagrangian_warmup_epochs: float | None = _flag(
-        None, "Epochs over which the target sparsity rises; default 0.1, above 60%% sparsity 0.2, in a short run 0.3."
+        None,
+        "Epochs over which the target sparsity rises; default 0.3, in a run of few steps half of those that choose.",
     )
     beta: float | None = _flag(
         None, "Sharpness of the keep probability at the end; default by family: Llama 10, Mistral 5."
     )
-    beta_start: float | None = _flag(
-        None, "Sharpness at the start, rising geometrically; default 0.5 in a short run, else the final value."
+    beta_start: float = _flag(
+        0.5, "Sharpness at the start, at most --beta, to which it rises geometrically while units are chosen."
     )
     settle_share: float = _flag(
         0.33, "Last share of the steps, in which the choice stands and the kept gates' means train on without noise."
     )
     gate_noise: Literal["token", "sequence"] = _flag("token", "What a gate is drawn anew for.")
     gate_ce_weight: float = _flag(0.0, "Weight of the cross-entropy beside the distillation of the gates.")
-    initial_log_variance: float | None = _flag(
-        None, "Start of the gates' log-variances; default -5 in a short run, else the released -9."
-    )
+    initial_log_variance: float = _flag(-5.0, "Start of the gates' log-variances; 0 is where a gate is cut.")
     dim_multiple: int | str | None = _flag(
         None,
         "Multiple that hidden and MLP widths are adjusted to; 0: off; auto: the one at which linear layers of such "
