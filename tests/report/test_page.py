@@ -108,7 +108,7 @@ def test_the_models_that_a_run_saved_are_asked(make_model, tmp_path):
     results(model=str(model)).write(run)
     tiny.save_checkpoint(narrow, run / "pruned")
     with pytest.raises(
-        InputError, match="its fine-tuned model is not where its recipe says; run it again, with --save_pruned"
+        InputError, match="its finetuned model is not where its recipe says; run it again, with --save_pruned"
     ):
         report([run], prompts=True)
     tiny.save_checkpoint(dense, run / "merged")
@@ -118,7 +118,7 @@ def test_the_models_that_a_run_saved_are_asked(make_model, tmp_path):
     assert all(prompt in text for prompt in PROMPTS)
     assert 0 < text.count("<mark>") <= len(PROMPTS)  # of the narrow model alone
     told = tiny.read_json(run / "generations.json")["models"]
-    assert list(told) == ["dense", "pruned", "fine-tuned"] and told["fine-tuned"] == told["dense"] != told["pruned"]
+    assert list(told) == ["dense", "pruned", "finetuned"] and told["finetuned"] == told["dense"] != told["pruned"]
     assert "Water boils when" in page(run)[1]  # they stay
     (run / "recipe.yaml").write_text("- a list")
     with pytest.raises(InputError, match="recipe.yaml: is no recipe"):
