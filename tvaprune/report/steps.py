@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -82,7 +83,7 @@ def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Datase
     return None
 
 
-def ask(run: Run, name: str, model: torch.nn.Module | Streamed) -> None:
+def ask(run: Run, name: str, model: Any) -> None:
     """Lets one of a run's models continue the prompts, and writes what its models said so far; main does it alone.
 
     Args:
@@ -90,13 +91,13 @@ def ask(run: Run, name: str, model: torch.nn.Module | Streamed) -> None:
     """
     if not run.args.evaluation.prompt_tokens:
         return
-    if not run.args.source.shard and not isinstance(model, Streamed) and run.streamed is None:
+    if run.streamed is None and not run.args.source.shard:
         ranks.on_main(_ask, run, name, model)
     elif name == DENSE:
         print("note: --shard and --stream keep no whole model in memory, so the page does not show what models say")
 
 
-def _ask(run: Run, name: str, model: torch.nn.Module) -> None:
+def _ask(run: Run, name: str, model: Any) -> None:
     """Does so; what goes wrong is a note: the figures are there without."""
     run.answers.pop(name, None)  # of the target before
     try:
