@@ -155,7 +155,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
     for place in ("0.51", "0.2"):
         assert f"mini, vib, fold: 0.2231 ± 0.002 at {place}" in text  # the dots
     assert f"mini, vib, fold, fine-tuned: {math.log(1.1):.4g} ± 0.003 at 0.51" in text
-    assert text.count('class="error') == 3 and BARS in text
+    assert text.count('class="error') == 4 and BARS in text  # pruned and fine-tuned of both
     for folder in (first, second):
         results(seed=9, widths=widths, finetune=None, perplexity=Perplexities(20.0, 25.0)).write(folder)
     results(perplexity=Perplexities(20.0, 25.0)).write(first)
