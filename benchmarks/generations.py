@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from tvaprune.cli import run_command
 from tvaprune.errors import InputError, one_line
-from tvaprune.measure.generations import PROMPTS, Answers, answers
+from tvaprune.measure.generations import PROMPTS, Answers, answers, in_a_line
 from tvaprune.models.load import load_model
 from tvaprune.report.folders import write_generations
 from tvaprune.report.results import Results
@@ -22,7 +22,7 @@ from tvaprune.report.results import Results
 
 def cell(text: str) -> str:
     """Returns a text as a cell of a Markdown table: line ends shown as `⏎`."""
-    return one_line(text.strip("\n").replace("\n", " ⏎ ")).replace("|", "\\|").replace("<", "&lt;")
+    return one_line(in_a_line(text.strip("\n"))).replace("|", "\\|").replace("<", "&lt;")
 
 
 def main() -> None:

@@ -301,6 +301,7 @@ def test_a_comparison_stands_alone(run, tmp_path):
         ("abc", "ab", ("ab", "", "")),
         ("ab", "abc", ("ab", "c", "")),
         ("", "ab", ("", "a", "b")),
+        ("a\n\nb", "a\n\n\n", ("a ⏎  ⏎ ", " ⏎ ", "")),
     ],
 )
 def test_the_first_difference_is_found(first, said, parts):

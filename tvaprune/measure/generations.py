@@ -66,6 +66,11 @@ def _until(ids: list[int], stops: set[int | None]) -> list[int]:
     return ids[: next((place for place, one in enumerate(ids, 1) if one in stops), len(ids))]
 
 
+def in_a_line(text: str) -> str:
+    """Returns a text on one line, its line ends shown: a small model may say little else."""
+    return text.replace("\n", " ⏎ ")
+
+
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     """Returns the text that each token adds to those before it; together they are the text of all."""
     texts = [str(tokenizer.decode(ids[:count], skip_special_tokens=True)) for count in range(len(ids) + 1)]

@@ -6,6 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from tvaprune.measure.figures import ERRORS, with_error
+from tvaprune.measure.generations import in_a_line
 from tvaprune.report.charts import BARS, Point, Series, line_chart
 from tvaprune.report.folders import Generations, RunFolder
 from tvaprune.report.page import Answer, Answers, Block, Note, Table, charts
@@ -136,4 +137,5 @@ def _said(told: Generations) -> Iterator[Answers]:
 def answer(name: str, first: Sequence[str], said: Sequence[str]) -> Answer:
     """Returns what a model said, parted at the first piece that is not the first model's."""
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, said, strict=False)))
-    return Answer(name, "".join(said[:same]), "".join(said[same : same + 1]), "".join(said[same + 1 :]))
+    parts = said[:same], said[same : same + 1], said[same + 1 :]
+    return Answer(name, *(in_a_line("".join(part)) for part in parts))
