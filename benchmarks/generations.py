@@ -2,8 +2,8 @@
 
 python -m benchmarks.generations smollm2 out/smollm2/pruned out/smollm2/tuned/merged > generations.md
 
-With ``--write out/smollm2`` the results page of that folder has them too, once ``tvaprune report`` makes it anew. The
-models that a run itself saved ``tvaprune report DIR --prompts`` asks without this.
+With ``--write out/smollm2`` the results page of that folder has these, once ``tvaprune report`` makes it anew, in place
+of those that the run itself asked for (``--prompts``).
 """
 
 import argparse
@@ -14,16 +14,15 @@ from transformers.utils import logging
 
 from tvaprune.cli import run_command
 from tvaprune.errors import InputError, one_line
-from tvaprune.files import write_json
-from tvaprune.measure.generations import PROMPTS, continuation, pieces
+from tvaprune.measure.generations import PROMPTS, Answers, answers, in_a_line
 from tvaprune.models.load import load_model
-from tvaprune.report.folders import GENERATIONS_NAME
+from tvaprune.report.folders import write_generations
 from tvaprune.report.results import Results
 
 
 def cell(text: str) -> str:
     """Returns a text as a cell of a Markdown table: line ends shown as `⏎`."""
-    return one_line(text.strip("\n").replace("\n", " ⏎ ")).replace("|", "\\|").replace("<", "&lt;")
+    return one_line(in_a_line(text.strip("\n"))).replace("|", "\\|").replace("<", "&lt;")
 
 
 def main() -> None:
@@ -39,17 +38,16 @@ def main() -> None:
         raise InputError(f"--write {args.write}: holds no results.json; give a run's folder")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    said: dict[str, list[list[str]]] = {}
+    said: dict[str, Answers] = {}
     for path in args.models:
         model, tokenizer = load_model(path, "auto", torch.device("cpu"))
-        added = (continuation(model, tokenizer, one, args.tokens, args.chat) for one in PROMPTS)
-        said[path] = [pieces(tokenizer, ids) for ids in added]
-    columns = [[cell("".join(answer)) for answer in answers] for answers in said.values()]
+        said[path] = answers(model, tokenizer, args.tokens, args.chat)
+    columns = [[cell("".join(answer)) for answer in every] for every in said.values()]
     if run is not None:
-        write_json({"command": run.command, "prompts": PROMPTS, "models": said}, args.write / GENERATIONS_NAME)
+        write_generations(args.write, run.command, said)
     print(f"| | {' | '.join(args.models)} |\n{'|---' * (1 + len(columns))}|")
-    for prompt, *answers in zip(PROMPTS, *columns, strict=True):
-        print(f"| **{cell(prompt)}** | {' | '.join(answers)} |")
+    for prompt, *row in zip(PROMPTS, *columns, strict=True):
+        print(f"| **{cell(prompt)}** | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,27 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "prompts of a batch that read what fills up the shorter ones",
+        "tvaprune/measure/generations.py",
+        "[0] * gap + [1] * (longest - gap)",
+        "[1] * longest",
+        "tests/measure/test_generations.py",
+    ),
+    Mutation(
+        "one target's page with the words of the model before",
+        "tvaprune/report/steps.py",
+        "run.answers.pop(name, None)",
+        "run.answers.get(name)",
+        "tests/stages/test_prompts.py",
+    ),
+    Mutation(
+        "error bars to one side",
+        "tvaprune/report/charts.py",
+        "return self.y - (error or 0.0), self.y",
+        "return self.y, self.y",
+        "tests/report/test_page.py",
+    ),
+    Mutation(
         "experts that are not counted",
         "tvaprune/models/shape.py",
         "norms + count * each for norms, count",

@@ -19,6 +19,7 @@ from tvaprune.given import as_the_mask_says, given_rotation
 from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.cost import DENSE_PERPLEXITY, PRUNED_PERPLEXITY
+from tvaprune.measure.generations import Answers
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import check_tokenizer
 from tvaprune.models.families import family_of
@@ -69,6 +70,7 @@ class Run:
         streamed: Where its layers are fetched from, if the model is without its weights (``--stream``).
         trains: Whether gradients flow through it, which settles the precision that a float16 checkpoint is loaded in.
         phases: Of the command.
+        answers: What its models added to the prompts so far, by what the page calls them.
     """
 
     args: Arguments
@@ -80,6 +82,7 @@ class Run:
     streamed: Streamed | None = None
     trains: bool = False
     phases: Phases = field(default_factory=Phases)
+    answers: dict[str, Answers] = field(default_factory=dict)
 
     @classmethod
     def load(

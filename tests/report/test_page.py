@@ -15,11 +15,11 @@ import tvaprune
 from tvaprune.cli import run_command, run_verb
 from tvaprune.errors import InputError
 from tvaprune.measure.generations import PROMPTS, pieces
-from tvaprune.report.charts import Series, bar_chart, line_chart, ticks
+from tvaprune.report.charts import BARS, HEIGHT, TOP, Series, bar_chart, line_chart, ticks
 from tvaprune.report.folders import RunFolder, read_runs
 from tvaprune.report.page import PAGE_NAME
+from tvaprune.report.quality import answer
 from tvaprune.report.results import Perplexities
-from tvaprune.report.runs import answer
 from tvaprune.report.steps import write_results
 from tvaprune.stages.report import report
 
@@ -108,7 +108,7 @@ def test_the_models_that_a_run_saved_are_asked(make_model, tmp_path):
     results(model=str(model)).write(run)
     tiny.save_checkpoint(narrow, run / "pruned")
     with pytest.raises(
-        InputError, match="its fine-tuned model is not where its recipe says; run it again, with --save_pruned"
+        InputError, match="its finetuned model is not where its recipe says; run it again, with --save_pruned"
     ):
         report([run], prompts=True)
     tiny.save_checkpoint(dense, run / "merged")
@@ -118,7 +118,7 @@ def test_the_models_that_a_run_saved_are_asked(make_model, tmp_path):
     assert all(prompt in text for prompt in PROMPTS)
     assert 0 < text.count("<mark>") <= len(PROMPTS)  # of the narrow model alone
     told = tiny.read_json(run / "generations.json")["models"]
-    assert list(told) == ["dense", "pruned", "fine-tuned"] and told["fine-tuned"] == told["dense"] != told["pruned"]
+    assert list(told) == ["dense", "pruned", "finetuned"] and told["finetuned"] == told["dense"] != told["pruned"]
     assert "Water boils when" in page(run)[1]  # they stay
     (run / "recipe.yaml").write_text("- a list")
     with pytest.raises(InputError, match="recipe.yaml: is no recipe"):
@@ -152,7 +152,15 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert read.headings[:4] == ["2 runs side by side", "Asked and reached", "Perplexity", "Gap over sparsity"]
     assert ["seed", "1", "9"] in read.rows and ["sparsity reached", "0.5100", "0.2000"] in read.rows
     assert ["fine-tuning", "lora, 6 steps of 4 blocks, 2 s", "–"] in read.rows
-    assert "mini, vib, fold: 0.2231 at 0.51" in text and "mini, vib, fold: 0.2231 at 0.2" in text  # the dots
+    for place in ("0.51", "0.2"):
+        assert f"mini, vib, fold: 0.2231 ± 0.002 at {place}" in text  # the dots
+    assert f"mini, vib, fold, fine-tuned: {math.log(1.1):.4g} ± 0.003 at 0.51" in text
+    assert text.count('class="error') == 4 and BARS in text  # pruned and fine-tuned of both
+    for folder in (first, second):
+        results(seed=9, widths=widths, finetune=None, perplexity=Perplexities(20.0, 25.0)).write(folder)
+    results(perplexity=Perplexities(20.0, 25.0)).write(first)
+    _, text = page(first, second, output=tmp_path / "both.html")  # control: of a single window, or of an older run
+    assert "mini, vib, fold: 0.2231 at 0.51" in text and 'class="error' not in text and BARS not in text
 
 
 def test_targets_of_one_training_count_as_runs_and_its_curves_stand_once(run, tmp_path):
@@ -269,12 +277,15 @@ def test_a_comparison_stands_alone(run, tmp_path):
         for method, base in (("vib", 0.0), ("flap", 1.0)) for sparsity in (0.25, 0.5) for seed in (0, 1, 2)
     ]  # fmt: skip
     cells[0]["zero_shot"] = {"pruned": {"average": 0.625}}  # of vib at 0.25
+    for content in cells[:6]:  # of vib
+        content["perplexity"]["prose"]["stderr"] = {"dense": 0.1, "pruned": 0.2, "gap": 0.03}
     (tmp_path / "compare.json").write_text(json.dumps({"cells": cells}))
     read, text = page(tmp_path)
     assert read.headings == ["Methods side by side", "mini", "To repeat it"] and read.fetches == []
     assert ["flap", "1.510 (1.500 to 1.520)", "1.2 s"] in read.rows
-    assert ["vib", "0.260 (0.250 to 0.270)", "0.625", "1.2 s"] in read.rows
-    assert "vib: 0.26 at 0.25" in text and "flap: 1.51 at 0.5" in text
+    assert ["vib", "0.260 ± 0.030 (0.250 to 0.270)", "0.625", "1.2 s"] in read.rows
+    assert "vib: 0.26 ± 0.03 at 0.25" in text and "flap: 1.51 at 0.5" in text
+    assert text.count('class="error s0"') == 2 and text.count('class="error') == 2 and BARS in text  # none of flap
     with pytest.raises(InputError, match="which has a page of its own; give it alone"):
         report([run, tmp_path])
     (tmp_path / "compare.json").write_text("{}")
@@ -290,6 +301,7 @@ def test_a_comparison_stands_alone(run, tmp_path):
         ("abc", "ab", ("ab", "", "")),
         ("ab", "abc", ("ab", "c", "")),
         ("", "ab", ("", "a", "b")),
+        ("a\n\nb", "a\n\n\n", ("a ⏎  ⏎ ", " ⏎ ", "")),
     ],
 )
 def test_the_first_difference_is_found(first, said, parts):
@@ -323,6 +335,22 @@ def test_a_line_goes_through_its_points_in_the_frame():
     assert (left, right) == (62, 450) and 10 < top < bottom < 208
     assert line_chart("t", [Series("a", [(1, math.nan)])], "x", "y") is None
     assert line_chart("t", [Series("a", [(1, 2.0)])], "x", "y").svg.count("<circle") == 1  # one point: a dot
+
+
+def test_a_bar_goes_as_far_as_the_error_to_both_sides():
+    points = [(0, 1.0, 0.25), (1, 2.0), (2, 2.5, math.nan), (3, 3.0, 0.0), (4, 4.0, 1.0)]
+    chart = line_chart("t", [Series("a", points)], "x", "y", from_zero=True)
+    bars = re.findall(r'class="error s0" d="M\S+ ([\d.]+)H.*?V([\d.]+)M', chart.svg)
+    ends = [tuple(map(float, bar)) for bar in bars]
+    _, *places = (float(place.split()[1]) for place in re.search(r'd="M([^"]*)"/>', _line(chart)).group(1).split("L"))
+    assert len(ends) == 2  # of the first and the last, whose errors are known and not nothing
+    scale = (places[-1] - places[0]) / 2.0  # from the second point, 2.0, to the last, 4.0
+    (low, high), (lowest, highest) = ends
+    assert high - low == pytest.approx(0.5 * scale, abs=0.03) and highest - lowest == pytest.approx(2 * scale, abs=0.03)
+    assert (lowest + highest) / 2 == pytest.approx(places[-1], abs=0.02)
+    assert TOP < highest < lowest < HEIGHT  # the frame has room for it
+    bare = line_chart("t", [Series("a", [point[:2] for point in points])], "x", "y", from_zero=True)
+    assert "error" not in bare.svg and _line(bare) != _line(chart)  # control: no bars, so less room above
 
 
 def _line(chart):

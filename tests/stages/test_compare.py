@@ -10,13 +10,14 @@ from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from support import tiny
 
 from tvaprune.cli import run_command, run_verb
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
 from tvaprune.study.page import comparison_page
-from tvaprune.study.report import Cells, _tick, orders_of, ratios, spread, worst_change, write_report
+from tvaprune.study.report import Cells, _panel, _tick, orders_of, ratios, spread, worst_change, write_report
 
 FIRST, SECOND = "first", "second"
 
@@ -190,7 +191,7 @@ def test_cells_of_before_there_were_errors_are_read_as_they_are(compared, flags,
     assert row.count(" ± ") == 2 and "±: the standard error over the windows" in out  # on both texts, its update alone
     assert re.search(r"Dense perplexity: first\.txt \d+\.\d\d ± ", out)
     page = (output / "report.html").read_text()
-    assert page.count(" ± ") == 2 + 2 and "±: the standard error over the windows" in page  # the dense model's too
+    assert page.count(" ± ") == 2 + 2 + 2 and "±: the standard error over the windows" in page  # dense, cell, its dots
 
 
 def refusal(command, flags, output):
@@ -373,6 +374,19 @@ def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     report = tiny.read_json(tmp_path / "compare.json")
     assert [row["to_refitted"] for row in report["figures"]] == pytest.approx([0.3, 1.5])
     assert len(report["cells"]) == 22
+
+
+def test_the_picture_has_a_bar_where_an_error_is_known():
+    def bars(error):
+        cells = [cell("vib", "fold", (0.4, 0.8)), cell("flap", "fold", (0.9, 0.8))]
+        cells[0]["perplexity"][FIRST]["stderr"] = error
+        axes = Figure().subplots()
+        _panel(axes, Cells(cells), "m/one", FIRST, {"vib": "C0", "flap": "C1"})
+        return [segment.tolist() for bar in axes.containers for part in bar[2] for segment in part.get_segments()]
+
+    ((low, high),) = bars({"dense": 0.01, "pruned": 0.125, "gap": 0.5})
+    assert low == pytest.approx([0.5, math.exp(0.4) - 0.125]) and high == pytest.approx([0.5, math.exp(0.4) + 0.125])
+    assert bars(None) == []  # control
 
 
 def test_a_model_that_fell_to_no_number_is_the_worst_and_ends_nothing(tmp_path):

@@ -42,6 +42,7 @@ CHECKPOINT_FILES = {"config.json", "generation_config.json", "model.safetensors"
 RESULT_FILES = {
     "finetune.png",
     "finetune_log.json",
+    "generations.json",
     "plan.json",
     "recipe.yaml",
     "report.html",

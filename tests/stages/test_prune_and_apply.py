@@ -65,8 +65,8 @@ def test_pruning_writes_exactly_these_files(pruned):
     own = [name for name in files if not name.startswith("checkpoint-")]
     rotation = f"rotation_{tiny.read_json(output / 'plan.json')['rotation']}.safetensors"
     assert own == sorted(
-        [f"best/{mask.name}", f"best/{mask.stem}.json", f"best/{rotation}", rotation, "plan.json", "recipe.yaml",
-         "report.html", "results.json", "training.png", "training_log.json", "widths.png"]
+        [f"best/{mask.name}", f"best/{mask.stem}.json", f"best/{rotation}", rotation, "generations.json", "plan.json",
+         "recipe.yaml", "report.html", "results.json", "training.png", "training_log.json", "widths.png"]
     )  # fmt: skip
     assert {name.split("/")[0] for name in files if name.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-8"}
 

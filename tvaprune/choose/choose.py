@@ -40,7 +40,7 @@ _GATE_FLAGS = (
 
 
 # What a target's folder holds beside its mask and its zero-shot examples.
-_TARGET_FILES = ("plan.json", "widths.png", "results.json", "recipe.yaml", "report.html")
+_TARGET_FILES = ("plan.json", "widths.png", "results.json", "recipe.yaml", "report.html", "generations.json")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ CONDITIONS = (
               lambda args: ranks.launched() == 1),
     Condition(("speed_batches",), "beside --shard True or --device_map auto, which time the way between the GPUs",
               lambda args: not args.is_spread),
+    Condition(("prompt_tokens",), "beside --shard True or --stream True, where no whole model is in memory: tvaprune "
+              "report --prompts asks those that are saved",
+              lambda args: not (args.evaluation.prompt_tokens and (args.source.shard or args.prune.stream))),
+    Condition(("prompt_tokens",), "without --do_eval True", lambda args: args.training.do_eval, ("apply",)),
     Condition(("teacher_cache",), "beside --shard True, which keeps the teacher's layers apart already",
               lambda args: not args.source.shard),
     Condition(("do_zero_eval",), "beside --shard True: score the merged model that it leaves, by lm_eval",

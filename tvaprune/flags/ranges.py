@@ -66,7 +66,7 @@ RANGES = {
             "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps",
             "dataloader_prefetch_factor", "train_samples", "calibration_samples", "eval_batch_size", "threads",
         ),
-        COUNT_OR_NONE: ("dim_multiple", "speed_batches", "num_fewshot"),
+        COUNT_OR_NONE: ("dim_multiple", "speed_batches", "prompt_tokens", "num_fewshot"),
         WORKERS: ("dataloader_num_workers",),
         SEED: ("seed", "data_seed", "seeds", "zero_eval_seeds"),
     }.items()

@@ -291,6 +291,9 @@ class EvalSettings:
         "validation", "Split that the perplexity is reported on; choose nothing on the test split."
     )
     speed_batches: int = _flag(20, "Batches timed, dense and pruned turn about; 0: no timing.")
+    prompt_tokens: int = _flag(
+        32, "Tokens that each model adds to eight short prompts, greedily: the page shows where they part; 0: none."
+    )
     do_zero_eval: bool = _flag(
         False, "Score zero-shot tasks by the lm-evaluation-harness; alone: the shipped model, offline."
     )

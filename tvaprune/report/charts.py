@@ -6,22 +6,37 @@ Lengths are units of the view box, near a pixel where the chart has its full wid
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 42
 COLOURS = 8  # classes s0 to s7 of the page's style; what comes after them takes them again, dashed
-Point = tuple[float, float]
+BARS = "Bars, where they are longer than a dot: the standard error to both sides."
+CAP = 3.0  # half of what ends an error bar
+
+
+class Point(NamedTuple):
+    """A value at a place; None: nobody knows its standard error."""
+
+    x: float
+    y: float
+    error: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The value less and plus its standard error."""
+        error = self.error if _is_finite(self.error) else None
+        return self.y - (error or 0.0), self.y + (error or 0.0)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line, or set of dots; points without a finite value are left out."""
+    """One line, or set of dots; points without a finite value are left out, those with an error have a bar."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[tuple[float, float] | Point]
     style: Literal["line", "dashed", "dots", "marked"] = "line"
 
 
@@ -56,21 +71,19 @@ def line_chart(
     Args:
         from_zero: Whether the vertical axis has the zero.
     """
-    finite = [
-        Series(one.name, [p for p in one.points if all(map(_is_finite, p))], one.style) for one in series
-    ]  # fmt: skip
-    shown = [(index, one) for index, one in enumerate(finite) if one.points]
+    every = [(index, one, _finite(one)) for index, one in enumerate(series)]
+    shown = [(index, one, points) for index, one, points in every if points]
     if not shown:
         return None
-    points = [point for _, one in shown for point in one.points]
-    x = _Scale(*_span([p[0] for p in points]), LEFT, WIDTH - RIGHT)
-    values = [p[1] for p in points] + ([0.0] if from_zero else [])
+    points = [point for _, _, its in shown for point in its]
+    x = _Scale(*_span([p.x for p in points]), LEFT, WIDTH - RIGHT)
+    values = [end for p in points for end in p.ends] + ([0.0] if from_zero else [])
     y = _Scale(*_span(values, margin=0.06), HEIGHT - BOTTOM, TOP)
-    marks = [_series(one, _colour(index, one), x, y) for index, one in shown]
-    whole = all(float(p[0]).is_integer() for p in points)  # steps have no halves
+    marks = [_series(one, its, _colour(index, one), x, y) for index, one, its in shown]
+    whole = all(float(p.x).is_integer() for p in points)  # steps have no halves
     places = [tick for tick in ticks(x.low, x.high) if float(tick).is_integer() or not whole]
     svg = _frame(title, x, y, places, x_label, y_label, marks)
-    return Chart(title, svg, tuple((one.name, _colour(index, one)) for index, one in shown))
+    return Chart(title, svg, tuple((one.name, _colour(index, one)) for index, one, _ in shown))
 
 
 def bar_chart(title: str, kept: Sequence[int], full: Sequence[int], x_label: str, y_label: str) -> Chart:
@@ -114,24 +127,39 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _finite(one: Series) -> list[Point]:
+    points = (Point(*point) for point in one.points)
+    return [point for point in points if _is_finite(point.x) and _is_finite(point.y)]
+
+
 def _colour(index: int, one: Series) -> str:
     dashed = one.style == "dashed" or index >= COLOURS
     return f"s{index % COLOURS}{' dashed' if dashed else ''}{' dots' if one.style == 'dots' else ''}"
 
 
-def _series(one: Series, colour: str, x: _Scale, y: _Scale) -> Markup:
-    places = [(x(a), y(b)) for a, b in one.points]
+def _series(one: Series, points: Sequence[Point], colour: str, x: _Scale, y: _Scale) -> Markup:
     drawn = Markup("")
     if one.style != "dots":
-        path = "L".join(f"{a} {b}" for a, b in places)
+        path = "L".join(f"{x(point.x)} {y(point.y)}" for point in points)
         drawn += Markup('<path class="line {}" d="M{}"/>').format(colour, path)
-    if one.style in ("dots", "marked") or len(places) == 1:
-        for (a, b), (left, right) in zip(places, one.points, strict=True):
-            told = f"{one.name}: {right:.4g} at {left:.4g}"
+    for point in points:
+        low, high = point.ends
+        if low < high:
+            left, right = round(x(point.x) - CAP, 2), round(x(point.x) + CAP, 2)
+            bar = f"M{left} {y(low)}H{right}M{x(point.x)} {y(low)}V{y(high)}M{left} {y(high)}H{right}"
+            drawn += Markup('<path class="error {}" d="{}"/>').format(colour, bar)
+    if one.style in ("dots", "marked") or len(points) == 1:
+        for point in points:
+            told = f"{one.name}: {point.y:.4g}{_beside(point)} at {point.x:.4g}"
             drawn += Markup('<circle class="dot {}" cx="{}" cy="{}" r="3"><title>{}</title></circle>').format(
-                colour, a, b, told
+                colour, x(point.x), y(point.y), told
             )
     return drawn
+
+
+def _beside(point: Point) -> str:
+    low, high = point.ends
+    return f" ± {point.error:.2g}" if low < high else ""
 
 
 def _frame(

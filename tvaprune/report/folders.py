@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
+from tvaprune.files import write_json
 from tvaprune.flags.recipes import RECIPE_NAME
+from tvaprune.measure.generations import PROMPTS, Answers
 from tvaprune.report.results import RESULTS_NAME, Results
 
 TRAINING_LOG, FINETUNE_LOG = "training_log.json", "finetune_log.json"
@@ -97,6 +99,16 @@ def _log(path: Path) -> list[Row]:
 
 def _is_row(row: object) -> bool:
     return isinstance(row, dict) and "step" in row and all(isinstance(one, int | float | None) for one in row.values())
+
+
+def write_generations(folder: Path, command: str, models: Mapping[str, Answers]) -> None:
+    """Writes what models said beside the results of a run.
+
+    Args:
+        command: The run's: the page of another's results leaves it out.
+        models: By what the page calls them, the dense one first.
+    """
+    write_json({"command": command, "prompts": PROMPTS, "models": models}, folder / GENERATIONS_NAME)
 
 
 def _generations(path: Path, command: str) -> Generations | None:

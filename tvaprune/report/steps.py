@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -12,11 +13,12 @@ from transformers import PreTrainedModel
 
 from tvaprune import ranks
 from tvaprune.budget import times
-from tvaprune.errors import EVALUATING, InputError, running_out_in
+from tvaprune.errors import EVALUATING, InputError, reason, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.cost import PRUNED_PERPLEXITY
+from tvaprune.measure.generations import answers
 from tvaprune.measure.perplexity import TextLoss, text_loss, windows_per_pass
 from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
@@ -25,11 +27,11 @@ from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation
 from tvaprune.report import plots, tables
-from tvaprune.report.folders import read_runs
+from tvaprune.report.folders import read_runs, write_generations
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Parameters, Perplexities, Results, ScoringRun
 from tvaprune.report.runs import page_of
-from tvaprune.report.zero_shot import DENSE, ZeroShotRecord
+from tvaprune.report.zero_shot import DENSE, PRUNED, ZeroShotRecord
 from tvaprune.run import Run
 
 
@@ -50,7 +52,7 @@ def _write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
 def measure(
     run: Run, plan: KeepPlan, pruned: PreTrainedModel | Streamed, windows: Dataset, dense: TextLoss, results: Results
 ) -> None:
-    """Measures the pruned model, and its speed beside the dense one's where both are in memory.
+    """Measures the pruned model, its speed beside the dense one's where both are in memory, and what it says.
 
     Args:
         dense: What the dense model makes of the same windows.
@@ -66,6 +68,7 @@ def measure(
     results.perplexity = Perplexities.of(dense, loss)
     if evaluation.speed_batches and not isinstance(pruned, Streamed):
         results.speed_up = ranks.on_main(_speed_up, run, plan, pruned, windows)
+    ask(run, PRUNED, pruned)
 
 
 def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Dataset) -> SpeedUp | None:
@@ -78,6 +81,31 @@ def _speed_up(run: Run, plan: KeepPlan, pruned: PreTrainedModel, windows: Datase
         pass
     print("note: both models do not fit beside each other: no speed-up; a larger --memory lets them, if there is more")
     return None
+
+
+def ask(run: Run, name: str, model: Any) -> None:
+    """Lets one of a run's models continue the prompts, and writes what its models said so far; main does it alone.
+
+    Args:
+        name: By which the page calls it; the dense one is asked first, and nothing is written before another is.
+    """
+    if not run.args.evaluation.prompt_tokens:
+        return
+    if run.streamed is None and not run.args.source.shard:
+        ranks.on_main(_ask, run, name, model)
+    elif name == DENSE:
+        print("note: --shard and --stream keep no whole model in memory, so the page does not show what models say")
+
+
+def _ask(run: Run, name: str, model: Any) -> None:
+    """Does so; what goes wrong is a note: the figures are there without."""
+    run.answers.pop(name, None)  # of the target before
+    try:
+        run.answers[name] = answers(model, run.tokenizer, run.args.evaluation.prompt_tokens)
+    except Exception as error:  # whatever the checkpoint's tokenizer or way of generating makes of it
+        print(f"note: the {name} model does not continue the prompts ({reason(error)}); the page is without its words")
+    if name != DENSE and DENSE in run.answers:
+        write_generations(run.args.save_loc, run.record()["command"], run.answers)
 
 
 def write_results(args: Arguments, results: Results) -> None:

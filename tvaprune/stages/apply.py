@@ -24,7 +24,7 @@ from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.refusals import check_results, check_save
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, tell, write_plan, zero_shot
+from tvaprune.report.steps import ask, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
 
@@ -79,6 +79,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         phases.begin(DENSE_MODEL)
         windows = run.windows()
         dense = run.dense_loss(windows)
+        ask(run, DENSE, run.model)
     if measures:
         write_plan(run, plan, args.save_loc)
     phases.begin(CUT)

@@ -35,7 +35,7 @@ from tvaprune.recover.output import read_again, write_adapter, write_merged
 from tvaprune.recover.training import prepare_student, train, training_speed, write_teacher_cache
 from tvaprune.report import plots, tables
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, write_plan, write_results, zero_shot
+from tvaprune.report.steps import ask, measure, write_plan, write_results, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 
 PRUNING, TRAINING, MERGING, SCORING = "dense and pruned model", "training", "tuned model", "zero-shot tasks"
@@ -97,6 +97,7 @@ def _prepared(args: Arguments) -> Path | None:
 def _pruned(job: Job, results: Results) -> tuple[PreTrainedModel, TextLoss]:
     """Measures the dense model, writes the pruned checkpoint; returns it as loaded and measured, and the dense loss."""
     dense = job.run.dense_loss(job.windows)
+    ask(job.run, DENSE, job.run.model)
     job.teacher_cache = ranks.on_main(write_teacher_cache, job)
     results.note_update(_written_pruned(job, results))
     pruned = job.load_pruned()
@@ -174,6 +175,7 @@ def _written(job: Job, student: Student, dense: TextLoss, results: Results) -> N
     assert results.perplexity is not None
     at = partial(job.run.phases.at, PRUNED_PERPLEXITY)
     results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity", at), dense)
+    ask(job.run, FINETUNED, merged)
     ranks.on_main(write_merged, job, None if job.sharded else merged, results.content())
 
 

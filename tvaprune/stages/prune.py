@@ -28,7 +28,7 @@ from tvaprune.refusals import check_results, check_save, check_training
 from tvaprune.report import plots
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
-from tvaprune.report.steps import measure, tell, write_page, write_plan, zero_shot
+from tvaprune.report.steps import ask, measure, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
 from tvaprune.targets import Target, reached, settle_target, settled
@@ -54,6 +54,7 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     run = Run.load(args, trains=True, phases=phases)
     windows = run.windows()
     dense = run.dense_loss(windows)
+    ask(run, DENSE, run.model)
     phases.begin(CHOICE)
     run = in_basis(run, checkpoint)
     chosen = choose_masks(run, checkpoint)

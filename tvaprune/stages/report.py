@@ -11,18 +11,15 @@ import torch
 import yaml
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import write_json
 from tvaprune.flags.recipes import RECIPE_NAME
-from tvaprune.measure.generations import PROMPTS, continuation, pieces
+from tvaprune.measure.generations import Answers, answers
 from tvaprune.models.load import load_model
-from tvaprune.report.folders import GENERATIONS_NAME, RunFolder, read_runs
+from tvaprune.report.folders import RunFolder, read_runs, write_generations
 from tvaprune.report.page import PAGE_NAME, Page
 from tvaprune.report.results import RESULTS_NAME
 from tvaprune.report.runs import page_of
-from tvaprune.report.zero_shot import DENSE, PRUNED
+from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 from tvaprune.study.page import comparison_page, is_comparison
-
-TOKENS = 40  # that a model adds to a prompt, at most
 
 
 def report(folders: Sequence[Path], output: Path | None = None, prompts: bool = False) -> Path:
@@ -63,13 +60,10 @@ def _ask(run: RunFolder) -> None:
         InputError: If the narrower model was not saved, or a model cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models, said = {DENSE: run.results.model} | _saved(run), dict[str, list[list[str]]]()
+    models, said = {DENSE: run.results.model} | _saved(run), dict[str, Answers]()
     for name, path in models.items():
-        model, tokenizer = load_model(str(path), "auto", device)
-        added = [continuation(model, tokenizer, prompt, TOKENS) for prompt in PROMPTS]
-        said[name] = [pieces(tokenizer, ids) for ids in added]
-    told = {"command": run.results.command, "prompts": PROMPTS, "models": said}
-    write_json(told, run.path / GENERATIONS_NAME)
+        said[name] = answers(*load_model(str(path), "auto", device))
+    write_generations(run.path, run.results.command, said)
 
 
 def _saved(run: RunFolder) -> dict[str, Path]:
@@ -82,7 +76,7 @@ def _saved(run: RunFolder) -> dict[str, Path]:
     of_target = pruned / run.path.name  # where a run had several
     places: dict[str, tuple[Path, ...]] = {PRUNED: (of_target, pruned, output / "pruned")}
     if run.results.finetune is not None:
-        places["fine-tuned"] = (output / "merged",)
+        places[FINETUNED] = (output / "merged",)
     found = {name: next((p for p in some if (p / "config.json").is_file()), None) for name, some in places.items()}
     if missing := [name for name, path in found.items() if path is None]:
         raise InputError(

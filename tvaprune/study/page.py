@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.report.charts import Chart, Series, line_chart
+from tvaprune.report.charts import BARS, Chart, Point, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
 from tvaprune.study.report import (
     COMPARISON_NAME,
@@ -14,6 +15,8 @@ from tvaprune.study.report import (
     cost_of_choosing,
     dense_perplexities,
     errors_note,
+    gap,
+    middle_error,
     spread,
     zero_shot,
 )
@@ -60,7 +63,7 @@ def _page(cells: Cells) -> Page:
 def _model(cells: Cells, model: str) -> Section:
     """Returns the charts and the table of one model."""
     meaning = "Gap: log perplexity, pruned minus dense; the median over the seeds."
-    note = " ".join([meaning, *errors_note(cells), dense_perplexities(cells, model)])
+    note = " ".join([meaning, *errors_note(cells, BARS), dense_perplexities(cells, model)])
     return Section(Path(model).name, [*charts(_charts(cells, model)), *_tables(cells, model)], note)
 
 
@@ -71,15 +74,19 @@ def _charts(cells: Cells, model: str) -> Iterator[Chart | None]:
     for update in cells.updates:
         for text in cells.texts:
             lines = [
-                Series(method, [
-                    (sparsity, value)
-                    for sparsity in cells.sparsities
-                    if (value := cells.median_gap(text, model=model, method=method, weight_update=update,
-                                                  target_sparsity=sparsity)) is not None
-                ], "marked")
+                Series(method, list(_points(cells, text, model=model, method=method, weight_update=update)), "marked")
                 for method in cells.methods
-            ]  # fmt: skip
+            ]
             yield line_chart(f"{cells.called[text]}, {update}", lines, "sparsity of the decoder", "gap", from_zero=True)
+
+
+def _points(cells: Cells, text: str, **place: object) -> Iterator[Point]:
+    """Yields the median gap of each sparsity, with the error of the cell in the middle."""
+    for sparsity in cells.sparsities:
+        found = cells.of(target_sparsity=sparsity, **place)
+        if found:
+            value = median(gap(content, text) for content in found)
+            yield Point(sparsity, value, middle_error(found, text, "gap"))
 
 
 def _tables(cells: Cells, model: str) -> Iterator[Block]:

@@ -82,10 +82,10 @@ def perplexity_of(content: dict[str, Any], text: str, name: str) -> str:
     return with_error(_perplexity(content, text, name), error(content, text, name), digits=2)
 
 
-def errors_note(cells: Cells) -> list[str]:
-    """Returns what the errors in a comparison's tables are; nothing where no cell has any."""
+def errors_note(cells: Cells, *more: str) -> list[str]:
+    """Returns what the errors in a comparison's tables are, and more of them; nothing where no cell has any."""
     some = any(error(content, text, "gap") is not None for content in cells.all for text in cells.texts)
-    return [f"{ERRORS} Of several seeds it is that of the one in the middle."] if some else []
+    return [f"{ERRORS} Of several seeds it is that of the one in the middle.", *more] if some else []
 
 
 def _perplexity(content: dict[str, Any], text: str, name: str) -> float:
@@ -276,18 +276,23 @@ def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, 
 
 
 def spread(found: Sequence[dict[str, Any]], text: str) -> str:
-    """Returns the median gap of some cells with its error, and the least and largest gap where there are several.
+    """Returns the median gap of some cells with its error, and the least and largest gap where there are several."""
+    if not found:
+        return NONE
+    gaps = [gap(content, text) for content in found]
+    told = with_error(median(gaps), middle_error(found, text, "gap"))
+    return told if len(gaps) == 1 else f"{told} ({min(gaps):.3f} to {max(gaps):.3f})"
+
+
+def middle_error(found: Sequence[dict[str, Any]], text: str, name: str) -> float | None:
+    """Returns the standard error of a figure in the cell whose gap is the median of some; None: nobody knows it.
 
     Of two cells in the middle the errors' mean counts: both are of the same windows, so it is at most that.
     """
-    if not found:
-        return NONE
     order = sorted(found, key=lambda content: gap(content, text))
     middle = order[(len(order) - 1) // 2 : len(order) // 2 + 1]
-    errors = [value for content in middle if (value := error(content, text, "gap")) is not None]
-    gaps = [gap(content, text) for content in order]
-    told = with_error(median(gaps), mean(errors) if len(errors) == len(middle) else None)
-    return told if len(gaps) == 1 else f"{told} ({gaps[0]:.3f} to {gaps[-1]:.3f})"
+    errors = [value for content in middle if (value := error(content, text, name)) is not None]
+    return mean(errors) if len(errors) == len(middle) else None
 
 
 def _figures(figures: list[dict[str, Any]], worst: list[dict[str, Any]], orders: list[dict[str, Any]]) -> list[str]:
@@ -353,13 +358,18 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
     axes.axhline(cells.of(model=model)[0]["perplexity"][text][DENSE], color="0.6", linewidth=1)
     for method in cells.methods:
         for update in cells.updates:
+            place = {"model": model, "method": method, "weight_update": update}
+            some = {sparsity: cells.of(target_sparsity=sparsity, **place) for sparsity in cells.sparsities}
+            found = {sparsity: contents for sparsity, contents in some.items() if contents}
             values = {
-                sparsity: [_perplexity(content, text, PRUNED) for content in found]
-                for sparsity in cells.sparsities
-                if (found := cells.of(model=model, method=method, weight_update=update, target_sparsity=sparsity))
+                sparsity: [_perplexity(content, text, PRUNED) for content in contents]
+                for sparsity, contents in found.items()
             }
+            middles = list(map(median, values.values()))
+            errors = [middle_error(contents, text, PRUNED) for contents in found.values()]
             style: dict[str, Any] = {"color": colours[method], "linewidth": 2.2 if method in LEARNED else 1.3}
-            axes.plot(list(values), list(map(median, values.values())), STYLES.get(update, ":"), marker=".", **style)
+            axes.plot(list(values), middles, STYLES.get(update, ":"), marker=".", **style)
+            _error_bars(axes, list(values), middles, errors, colours[method])
             axes.fill_between(list(values), list(map(min, values.values())), list(map(max, values.values())),
                               color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
     axes.set(yscale="log", title=f"{Path(model).name}, {cells.called[text]}", ylabel="perplexity")
@@ -369,6 +379,16 @@ def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, s
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(lambda value, position: _tick(value, digits)))
     axes.grid(alpha=0.3, which="both")
+
+
+def _error_bars(
+    axes: Axes, places: Sequence[float], values: Sequence[float], errors: Sequence[float | None], colour: str
+) -> None:
+    """Draws the standard errors of those values that have one."""
+    known = [one for one in zip(places, values, errors, strict=True) if one[2] is not None and math.isfinite(one[1])]
+    if known:
+        x, y, yerr = map(list, zip(*known, strict=True))
+        axes.errorbar(x, y, yerr=yerr, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
 
 
 def _tick(value: float, digits: str) -> str:
