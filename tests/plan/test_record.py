@@ -148,9 +148,11 @@ def test_older_records_tell_what_they_hold(record, flags, mask):
     assert recorded_flags(mask) == flags
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
-def test_the_shipped_masks_tell_their_multiple(path):
-    assert recorded_flags(path) == {"dim_multiple": 8, "prune_method": "vib"}
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_masks_tell_their_rules(path):
+    free = {"keep_one_kv_head": False, "uniform": False, "tensor_parallel": 1}
+    older = path.stem in ("mask_info_26.844462387911015", "mask_info_38.272763225167864")
+    assert recorded_flags(path) == {"dim_multiple": 8, "prune_method": "vib"} | ({} if older else free)
 
 
 @pytest.mark.parametrize(
