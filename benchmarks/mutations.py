@@ -145,15 +145,8 @@ MUTATIONS = [
     Mutation(
         "the multipliers' rate taken from the gates'",
         TRAINER,
-        '"lr": settings.reg_learning_rate',
-        '"lr": settings.vib_learning_rate',
-        "tests/choose/test_trainer.py",
-    ),
-    Mutation(
-        "the means' rate taken from the log-variances'",
-        TRAINER,
-        '"lr": settings.mu_learning_rate',
-        '"lr": settings.vib_learning_rate',
+        '"lr": self.settings.reg_learning_rate',
+        '"lr": self.settings.vib_learning_rate',
         "tests/choose/test_trainer.py",
     ),
     Mutation(

@@ -11,7 +11,6 @@ from tvaprune.plan.widths import WidthRules
 SCORING_SHARE = 0.25  # of the training's work, that scoring masks may take
 
 _WARMUP_EPOCHS = 0.3
-_MEANS_RATE = 0.2  # of the log-variances'
 _AS_GIVEN = (
     "vib_learning_rate", "reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "initial_log_variance",
     "gate_noise", "gate_ce_weight",
@@ -24,7 +23,6 @@ class GateSettings:
 
     target_sparsity: float
     vib_learning_rate: float
-    mu_learning_rate: float
     reg_learning_rate: float
     kl_factor: float
     att_mul: float
@@ -68,7 +66,6 @@ def gate_settings(
         num_warmup_steps = (num_steps - num_settle_steps) // 2  # a run of few steps, as --max_steps makes it
     return GateSettings(
         target_sparsity=sparsity,
-        mu_learning_rate=_given(prune.mu_learning_rate, _MEANS_RATE * prune.vib_learning_rate),
         att_mul=_given(prune.att_mul, 512 if sparsity > 0.6 else 256),
         num_warmup_steps=num_warmup_steps,
         num_settle_steps=num_settle_steps,

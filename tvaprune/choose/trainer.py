@@ -72,15 +72,14 @@ class GateTrainer(CheckpointedTrainer):
             self.add_callback(_GateProgress(phases or Phases(), GATE_TRAINING))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Returns AdamW with three groups: the gates are minimised, at two rates, the multipliers maximised."""
-        objective, settings = self._objective, self.settings
+        """Returns AdamW with two groups: the gates are minimised, the multipliers maximised."""
+        objective = self._objective
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [objective.gated.log_variance], "lr": settings.vib_learning_rate},
-                {"params": [objective.gated.mu], "lr": settings.mu_learning_rate},
+                {"params": [objective.gated.mu, objective.gated.log_variance], "lr": self.settings.vib_learning_rate},
                 {
                     "params": list(objective.lagrangian.parameters()),
-                    "lr": settings.reg_learning_rate,
+                    "lr": self.settings.reg_learning_rate,
                     "maximize": True,
                 },
             ],
@@ -93,7 +92,7 @@ class GateTrainer(CheckpointedTrainer):
         optimizer = self.optimizer if optimizer is None else optimizer
         warmup = self.args.get_warmup_steps(num_training_steps)
         gates_only = get_scheduler(self.args.lr_scheduler_type, optimizer, warmup, num_training_steps).lr_lambdas[0]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [gates_only, gates_only, lambda step: 1.0])
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [gates_only, lambda step: 1.0])
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:

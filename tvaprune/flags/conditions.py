@@ -10,7 +10,7 @@ from tvaprune.flags.settings import DistillSettings
 from tvaprune.flags.verbs import TARGETS, VERBS
 
 _GATES = (
-    "vib_learning_rate", "mu_learning_rate", "reg_learning_rate", "kl_factor", "att_mul", "inter_mul", "emb_mult",
+    "vib_learning_rate", "reg_learning_rate", "kl_factor", "att_mul", "inter_mul", "emb_mult",
     "lagrangian_warmup_epochs", "beta", "beta_start", "settle_share", "gate_noise", "gate_ce_weight",
     "initial_log_variance", *(entry.name for entry in fields(DistillSettings)),
 )  # fmt: skip

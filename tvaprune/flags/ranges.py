@@ -47,9 +47,9 @@ RANGES = {
     for found, names in {
         ANY: ("initial_log_variance",),
         POSITIVE: (
-            "vib_learning_rate", "mu_learning_rate", "reg_learning_rate", "beta", "beta_start", "distill_temp",
-            "lora_alpha_ratio", "epoch_f", "num_train_epochs", "learning_rate", "adam_epsilon", "eval_steps",
-            "save_steps", "logging_steps", "memory",
+            "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "distill_temp", "lora_alpha_ratio",
+            "epoch_f", "num_train_epochs", "learning_rate", "adam_epsilon", "eval_steps", "save_steps",
+            "logging_steps", "memory",
         ),
         WEIGHT: (
             "kl_factor", "att_mul", "inter_mul", "emb_mult", "gate_ce_weight", "distill_ce_loss_alpha",

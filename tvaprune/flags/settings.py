@@ -118,10 +118,7 @@ class PruneSettings:
         "Turn the residual stream, before units are chosen, to the directions that matter: cutting hidden dims costs "
         "less. auto: for gates; tied embeddings stay tied. on: for scores too; tied embeddings are untied, exactly.",
     )
-    vib_learning_rate: float = _flag(0.1, "Learning rate of the gates' log-variances: how sure each unit is.")
-    mu_learning_rate: float | None = _flag(
-        None, "Learning rate of the gates' means, which the model feels at once; default a fifth of the other."
-    )
+    vib_learning_rate: float = _flag(0.1, "Learning rate of the gates.")
     reg_learning_rate: float = _flag(0.1, "Learning rate of the two Lagrangian multipliers.")
     kl_factor: float = _flag(1e-6, "Weight of the information loss.")
     att_mul: float | None = _flag(
