@@ -197,6 +197,8 @@ def simulated() -> Iterator[Card]:
         stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
         stack.enter_context(mock.patch.object(nn.functional, "dropout", _dropout))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # The card has the fused optimizer, which holds nothing beside its moments.
+        stack.enter_context(mock.patch("torch.optim.adam._device_dtype_check_for_fused", lambda *options: None))
         # Of fake tensors transformers thinks that they are compiled, and leaves no mask out.
         stack.enter_context(mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
