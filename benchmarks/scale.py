@@ -40,7 +40,7 @@ from tvaprune.plan.widths import WidthRules
 
 MULTIPLES = (0, 8, 64, 128, 256)
 BLOCKS, BLOCK = 4500, 512
-FEW = 2  # layers of a simulated refit
+FEW = 2  # layers of a simulated refit and reconstruction
 PROMPT, NEW = 512, 16  # tokens before decoding, tokens decoded and timed
 SMALL = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
                     num_key_value_heads=4, max_position_embeddings=1024)  # fmt: skip
@@ -114,11 +114,11 @@ def memory_rows(setting: Setting) -> list[str]:
             taken: Taken | None = getattr(scene, phase)()
             del scene
             torch.cuda.empty_cache()
-        elif phase == "refit" and work.dense.num_hidden_layers > FEW:
+        elif phase in ("refit", "reconstruct") and work.dense.num_hidden_layers > FEW:
             # Its windows pass layer by layer: the first layers, held against the formula, and all by the formula.
             few, part = (shallow(setting.config, shape, FEW) for shape in (work.dense, work.pruned))
             less = replace(work, dense=few[1], pruned=part[1])
-            rows.append(row(f"refit, first {FEW} layers", simulate(few[0], less, phase), cost.of_pass(phase, less)))
+            rows.append(row(f"{phase}, first {FEW} layers", simulate(few[0], less, phase), cost.of_pass(phase, less)))
             taken = None
         else:
             taken = simulate(setting.config, work, phase, plan)
@@ -156,9 +156,8 @@ def shallow(config: PretrainedConfig, shape: ModelShape, layers: int) -> tuple[P
     """Returns a config and a shape of the first layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    names = ("num_key_value_heads", "intermediate_size", "layer_norms")
-    heads, channels, norms = (getattr(shape, name)[:layers] for name in names)
-    return config, replace(shape, num_key_value_heads=heads, intermediate_size=channels, layer_norms=norms)
+    names = ("num_key_value_heads", "intermediate_size", "layer_norms", "experts")
+    return config, replace(shape, **{name: getattr(shape, name)[:layers] for name in names})
 
 
 def step_rows(setting: Setting, turns: int) -> list[str]:

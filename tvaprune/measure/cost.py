@@ -131,14 +131,15 @@ def gate_step(work: Work) -> float:
     """Returns the bytes on the card while gates are trained.
 
     A layer keeps for the backward pass, besides what its attention reads and writes (2 q + 2 k): its two norms' inputs,
-    two outputs that are gated, and of the MLP the gate, its activation, up and the product; and the noise of all these,
-    where it is not drawn again. Of a chunk's logits there are the student's, the teacher's, the log-probabilities of
-    both and their gradients.
+    two outputs that are gated, and of the MLP the gate, its activation, up and, where that is not computed again, the
+    product; and the noise of all these, where it is not drawn again. Of a chunk's logits there are the student's, the
+    teacher's, the log-probabilities of both and their gradients.
     """
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
     noise = not work.redraws
     h_own = 4 * h + copies(shape)
-    per_layer = [b * (h_own + 2 * q + 2 * k + 4 * f + noise * (2 * h + f)) for q, k, f in layer_widths(shape)]
+    of_mlp = 4 - (shape.gated_mlp and not work.checkpointing)
+    per_layer = [b * (h_own + 2 * q + 2 * k + of_mlp * f + noise * (2 * h + f)) for q, k, f in layer_widths(shape)]
     chunk = min(chunk_tokens(shape.vocab_size), work.tokens)
     loss = (21 + 2 * b if work.distill else 12 + b) * shape.vocab_size * chunk
     units = h + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
@@ -312,12 +313,12 @@ def _rotation(work: Work) -> Phase:
 
 
 def _cut(work: Work) -> Iterator[Phase]:
-    """The fits, which hold the weights before and after on the host, or the cut alone, weight by weight."""
+    """The fits, which hold the weights before on the host, or the cut alone, weight by weight."""
     dense, pruned = weights(work.dense, work), weights(work.pruned, work)
     if not work.refits:
         yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
-    host = 2 * pruned + work.refit_offload * (dense + streams(work))
+    host = pruned + work.refit_offload * (dense + streams(work))
     helps, last = "--refit_offload True, --weight_update fold", (REFIT_CHOICE, choice_flops(work, SHARES))
     yield Phase(REFIT, refit(work), host, refit_flops(work), helps, last)
     if work.reconstructs:
