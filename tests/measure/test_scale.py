@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import scale
-from benchmarks.scale import MULTIPLES, SHAPES, Setting, main, met
+from benchmarks.scale import MULTIPLES, SHAPES, Setting, main, met, shallow
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
 
@@ -37,3 +37,16 @@ def test_widths_are_multiples_and_the_ideal_is_the_ratio_of_parameters(multiple)
     assert all(width % max(1, multiple) == 0 for width in plan.intermediate_size)
     head = plan.shape.vocab_size
     assert met(setting.work(plan).pruned) == plan.num_parameters - head * plan.hidden_size
+
+
+def test_the_first_layers_are_a_model_of_their_own():
+    for config in SHAPES.values():
+        few, shape = shallow(config, shape_of(config), 1)
+        assert shape == shape_of(few) and shape.channels_per_token == (config.intermediate_size,)
+
+
+def test_a_step_is_simulated_as_the_budget_runs_it():
+    setting = Setting("Llama-3-8B", SHAPES["Llama-3-8B"], None, torch.device("cpu"))
+    work = setting.work(setting.plan(128), "finetune")
+    assert work.checkpointing and work.accumulates
+    assert not setting.work(setting.plan(128)).checkpointing  # control: gates fit
