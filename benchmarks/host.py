@@ -8,7 +8,11 @@ not stay.
 
     python -m benchmarks.host
 
-FIGURES
+    prune, fold: 540 MiB, 1.66 times the weights; 1.66 without files
+    prune, refit: 702 MiB, 2.16 times the weights; 2.16 without files
+    apply, fold: 499 MiB, 1.53 times the weights; 0.54 without files
+    apply, refit: 747 MiB, 2.29 times the weights; 1.29 without files
+
 (Two cores of an AMD EPYC.)
 """
 
