@@ -81,6 +81,7 @@ _FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
     _aten._scaled_dot_product_efficient_attention: _attention_flops(2),
     _aten._scaled_dot_product_flash_attention_backward: lambda grad, *args, **options: _attention_flops(5)(*args),
     _aten._scaled_dot_product_efficient_attention_backward: lambda grad, *args, **options: _attention_flops(5)(*args),
+    _aten.addmm_: flop_registry[_aten.addmm],
     _aten.linalg_cholesky_ex: lambda matrix, *args, **options: matrix.shape[-1] ** 3 // 3,
     _aten.cholesky_solve: lambda right, *args, **options: 2 * right.shape[-2] ** 2 * right.shape[-1],
 }

@@ -99,7 +99,8 @@ def taken(folder: str, command: tuple[str, ...]) -> tuple[int, int]:
     run_verb(command[0], flags)
     gc.collect()
     os.chdir(Path(folder) / "large")
-    with _Peaks() as memory:
+    memory = _Peaks()
+    with memory:
         run_verb(command[0], flags)
     return memory.peak - memory.before, memory.own
 

@@ -36,7 +36,7 @@ def predictions(model: Any, **inputs: Any) -> tuple[Predictions, Any]:
         if states is not None and causal not in _proved:
             _proved[causal] = bool((way(states[:, -1:]) == output.logits).all())
         if states is not None and _proved[causal]:
-            return Predictions(states, _way(causal, _summing(head))), output
+            return Predictions(states, _way(causal, _summing(head)) or way), output
     output = model(**inputs)
     return Predictions(output.logits), output
 
@@ -98,11 +98,12 @@ def _summing(head: Any) -> Product:
     Autograd holds three of them at the first sum, and of 128,256 tokens in float32 each is 2 GiB. A head that is
     frozen, in shares or under autocast is returned as it is.
     """
-    linear = head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
-    weight = getattr(linear, "weight", None)
+    plain: Product = head
+    linear: Any = head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+    weight: Any = getattr(linear, "weight", None)
     is_plain = type(linear) is nn.Linear and weight.requires_grad and not isinstance(weight, DTensor)
     if not (is_plain and torch.is_grad_enabled()) or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-        return head  # type: ignore[no-any-return]
+        return plain
     sums: list[torch.Tensor] = []
     shared = _Shared.apply(weight, sums)
 
