@@ -83,11 +83,11 @@ class Setting:
 
     def work(self, plan: KeepPlan, verb: str = "prune") -> Work:
         """Returns what the phases of a verb do: the defaults, with what their budget sets."""
-        padded = plan.padded
-        pruned = sized(self.shape, plan.hidden_size, tuple(map(len, padded.attn)), tuple(map(len, padded.inter)))
         flags = ["--refit_samples", "8"] if self.name == "small" else []
         work = self.estimate(verb, DEFAULT_MEMORY, *flags).work
-        return replace(work, pruned=pruned, redraws=self.on_card, choice_blocks=8 if flags else work.choice_blocks)
+        return replace(
+            work, pruned=plan.shape_stored, redraws=self.on_card, choice_blocks=8 if flags else work.choice_blocks
+        )
 
     def estimate(self, verb: str, memory: float, *flags: str) -> Estimate:
         """Returns what a run of a verb's defaults will take on a card."""

@@ -54,7 +54,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
     asked, trains = finetune.train_lm_head, _step(args) is not None or args.prune.reconstructs
     return Work(
         dense=shape,
-        pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_after,
+        pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_stored,
         weight_bytes=precision(args.source.dtype, device, config.dtype, trains).itemsize,
         sliding_window=getattr(config, "sliding_window", None),
         block=args.data.block_size,
