@@ -81,6 +81,7 @@ _FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
     _aten._scaled_dot_product_efficient_attention: _attention_flops(2),
     _aten._scaled_dot_product_flash_attention_backward: lambda grad, *args, **options: _attention_flops(5)(*args),
     _aten._scaled_dot_product_efficient_attention_backward: lambda grad, *args, **options: _attention_flops(5)(*args),
+    _aten.addmm_: flop_registry[_aten.addmm],
     _aten.linalg_cholesky_ex: lambda matrix, *args, **options: matrix.shape[-1] ** 3 // 3,
     _aten.cholesky_solve: lambda right, *args, **options: 2 * right.shape[-2] ** 2 * right.shape[-1],
 }
@@ -197,6 +198,8 @@ def simulated() -> Iterator[Card]:
         stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
         stack.enter_context(mock.patch.object(nn.functional, "dropout", _dropout))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # The card has the fused optimizer, which holds nothing beside its moments.
+        stack.enter_context(mock.patch("torch.optim.adam._device_dtype_check_for_fused", lambda *options: None))
         # Of fake tensors transformers thinks that they are compiled, and leaves no mask out.
         stack.enter_context(mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -25,12 +25,11 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from benchmarks.card import RealCard, Taken
 from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
 from benchmarks.step import steps
-from tvaprune.budget import DEFAULT_MEMORY, RESERVED
-from tvaprune.estimates import TFLOPS, estimate_of
+from tvaprune.budget import DEFAULT_MEMORY
+from tvaprune.estimates import TFLOPS, Estimate, estimate_of
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
 from tvaprune.measure.hardware import describe_device
-from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.measure.speed import turn_about
 from tvaprune.measure.work import GIB, Work, narrower
 from tvaprune.models.parameters import dense_parameters
@@ -41,7 +40,7 @@ from tvaprune.plan.widths import WidthRules
 
 MULTIPLES = (0, 8, 64, 128, 256)
 BLOCKS, BLOCK = 4500, 512
-FEW = 2  # layers of a simulated refit
+FEW = 2  # layers of a simulated refit and reconstruction
 PROMPT, NEW = 512, 16  # tokens before decoding, tokens decoded and timed
 SMALL = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
                     num_key_value_heads=4, max_position_embeddings=1024)  # fmt: skip
@@ -82,20 +81,21 @@ class Setting:
         channels = tuple(max(1, round(width / step)) * step for width in half.intermediate_size)
         return plan_to(self.shape, sized(self.shape, half.hidden_size, half.num_key_value_heads, channels))
 
-    def work(self, plan: KeepPlan) -> Work:
-        """Returns what the phases do: the defaults."""
-        padded = plan.padded
-        pruned = sized(self.shape, plan.hidden_size, tuple(map(len, padded.attn)), tuple(map(len, padded.inter)))
-        longest = self.config.max_position_embeddings
-        window = getattr(self.config, "sliding_window", None)
-        blocks = 8 if self.name == "small" else 128
-        work = Work(
-            self.shape, pruned, sliding_window=window, window=min(8192, longest), refit_blocks=blocks,
-            choice_blocks=blocks, redraws=self.on_card, rotation_batch=windows_of_pass(BLOCK),
-        )  # fmt: skip
-        while work.rotation_batch > 1 and cost.gradient_pass(work) > (DEFAULT_MEMORY - RESERVED) * GIB:
-            work = replace(work, rotation_batch=work.rotation_batch // 2)
-        return work
+    def work(self, plan: KeepPlan, verb: str = "prune") -> Work:
+        """Returns what the phases of a verb do: the defaults, with what their budget sets."""
+        flags = ["--refit_samples", "8"] if self.name == "small" else []
+        work = self.estimate(verb, DEFAULT_MEMORY, *flags).work
+        return replace(
+            work, pruned=plan.shape_stored, redraws=self.on_card, choice_blocks=8 if flags else work.choice_blocks
+        )
+
+    def estimate(self, verb: str, memory: float, *flags: str) -> Estimate:
+        """Returns what a run of a verb's defaults will take on a card."""
+        units = None if self.mask is None else load_masks(self.mask, self.shape)
+        with tempfile.TemporaryDirectory() as folder:
+            self.config.save_pretrained(folder)
+            given = ["--model_name_or_path", folder, "--dtype", "bfloat16", "--memory", f"{memory:g}", "--use_cpu"]
+            return estimate_of(parse(verb, [*given, *flags]), units, on_card=True)
 
 
 def sized(shape: ModelShape, hidden: int, heads: tuple[int, ...], channels: tuple[int, ...]) -> ModelShape:
@@ -106,36 +106,40 @@ def sized(shape: ModelShape, hidden: int, heads: tuple[int, ...], channels: tupl
 def memory_rows(setting: Setting) -> list[str]:
     """Returns a row for each phase: memory and operations beside those of the formulas."""
     plan = setting.plan(128 if setting.shape.hidden_size >= 1024 else 8)
-    work = setting.work(plan)
+    works = {phase: setting.work(plan, "finetune" if phase == "finetuning_step" else "prune") for phase in PHASES}
     rows = ["| phase | device, GiB | by formula | host, GiB | TFLOP a pass | by formula |", "|---|---|---|---|---|---|"]
-    for phase in PHASES:
+    for phase, work in works.items():
         if setting.on_card:
             scene = Scene(RealCard(), work, setting.config, plan, setting.device)
             taken: Taken | None = getattr(scene, phase)()
             del scene
             torch.cuda.empty_cache()
-        elif phase == "refit" and work.dense.num_hidden_layers > FEW:
+        elif phase in ("refit", "reconstruct") and work.dense.num_hidden_layers > FEW:
             # Its windows pass layer by layer: the first layers, held against the formula, and all by the formula.
             few, part = (shallow(setting.config, shape, FEW) for shape in (work.dense, work.pruned))
             less = replace(work, dense=few[1], pruned=part[1])
-            rows.append(row(f"refit, first {FEW} layers", simulate(few[0], less, phase), cost.of_pass(phase, less)))
+            rows.append(row(f"{phase}, first {FEW} layers", simulate(few[0], less, phase), cost.of_pass(phase, less)))
             taken = None
         else:
             taken = simulate(setting.config, work, phase, plan)
-        rows.append(row(phase.replace("_", " "), taken, cost.of_pass(phase, work)))
+        rows.append(row(named(phase, work), taken, cost.of_pass(phase, work)))
     return rows
+
+
+def named(phase: str, work: Work) -> str:
+    """Returns a phase's name; of a training's pass with its size."""
+    name = phase.replace("_", " ")
+    if phase not in ("gate_step", "finetuning_step"):
+        return name
+    return f"{name}, {work.batch} x {work.block}" + ", checkpointing" * work.checkpointing
 
 
 def memory_line(setting: Setting) -> str:
     """Returns what the whole of ``prune`` takes at most on a card, by the formulas, with what ``--memory`` sets."""
-    units = None if setting.mask is None else load_masks(setting.mask, setting.shape)
     told = []
-    with tempfile.TemporaryDirectory() as folder:
-        setting.config.save_pretrained(folder)
-        for memory in (DEFAULT_MEMORY, 24):
-            flags = ["--model_name_or_path", folder, "--dtype", "bfloat16", "--memory", f"{memory:g}", "--use_cpu"]
-            most = estimate_of(parse("prune", flags), units, on_card=True).largest
-            told.append(f"{most.device / GIB:.2f} GiB at --memory {memory:g} ({most.name})")
+    for memory in (DEFAULT_MEMORY, 24):
+        most = setting.estimate("prune", memory).largest
+        told.append(f"{most.device / GIB:.2f} GiB at --memory {memory:g} ({most.name})")
     return f"All of `prune`, by the formulas, at most: {', '.join(told)}."
 
 
@@ -152,9 +156,8 @@ def shallow(config: PretrainedConfig, shape: ModelShape, layers: int) -> tuple[P
     """Returns a config and a shape of the first layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    names = ("num_key_value_heads", "intermediate_size", "layer_norms")
-    heads, channels, norms = (getattr(shape, name)[:layers] for name in names)
-    return config, replace(shape, num_key_value_heads=heads, intermediate_size=channels, layer_norms=norms)
+    names = ("num_key_value_heads", "intermediate_size", "layer_norms", "experts")
+    return config, replace(shape, **{name: getattr(shape, name)[:layers] for name in names})
 
 
 def step_rows(setting: Setting, turns: int) -> list[str]:

@@ -135,11 +135,12 @@ class Scene:
         return self._steps(objective, lambda ids: objective(ids, 10.0, 0.3)["loss"])
 
     def _steps(self, model: Any, loss: Callable[[torch.Tensor], torch.Tensor]) -> Taken:
-        optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
-        for _ in range(2):
-            self.card.restart()
-            ids = torch.zeros(self.work.batch, self.work.block, dtype=torch.int64, device=self.device)
-            loss(ids).backward()
+        optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
+        ids = torch.zeros(self.work.batch, self.work.block, dtype=torch.int64, device=self.device)
+        for passes in (1, 1 + self.work.accumulates):
+            for _ in range(passes):
+                self.card.restart()  # the gradients of an earlier pass are there
+                loss(ids).backward()
             optimizer.step()
             optimizer.zero_grad()
         return self.card.taken
@@ -167,7 +168,7 @@ class Scene:
         return self.card.taken
 
     def finetuning_step(self) -> Taken:
-        """The second step of fine-tuning."""
+        """The second step of fine-tuning, of several passes its second."""
         work = self.work
         lora = LoraSettings(work.lora_r, 4.0, 0.05, work.train_lm_head)
         student: Any = self.pruned()

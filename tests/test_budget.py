@@ -12,6 +12,9 @@ from tvaprune.budget import GIB, fit, memory_of, rotation_batch, times, times_tr
 from tvaprune.errors import InputError
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost, update_cost
+from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
 
 MINI = LlamaConfig(vocab_size=4096, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4)
 
@@ -125,3 +128,14 @@ def test_memory_is_a_number_above_0(arguments):
     for wrong in (0, -1, math.nan, math.inf):
         with pytest.raises(InputError, match="--memory is .*: give a number above 0"):
             arguments("prune", "mini", "--memory", wrong)
+
+
+def test_a_layer_that_loses_all_is_counted_as_it_is_stored(arguments):
+    shape = work_of(arguments("prune", "mini")).dense
+    none = torch.arange(0)
+    kept = PerUnit(torch.arange(128), (none, *[torch.arange(4)] * 5), (none, *[torch.arange(384)] * 5))
+    plan = KeepPlan(kept, kept.map(lambda units: torch.ones(len(units))), shape, 1)
+    counted = work_of(arguments("prune", "mini"), plan).pruned
+    assert min(counted.num_key_value_heads) > 0 and min(counted.intermediate_size) > 0
+    assert dense_parameters(counted) == plan.num_parameters
+    assert min(plan.shape_after.num_key_value_heads) == 0  # control

@@ -5,11 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvaprune.losses import (
+    CHUNK_TOKENS,
     Predictions,
+    chunk_tokens,
     cross_entropy,
     distillation_loss,
     hidden_loss,
     largest_difference,
+    spans,
     top_k,
     top_k_distillation_loss,
 )
@@ -236,3 +239,11 @@ def test_the_largest_difference_of_two_models_by_hand(monkeypatch):
     second[0, 1, 2], second[0, 4, 0] = 0.5, -2.0
     assert largest_difference(first, second).item() == 2.0
     assert largest_difference(first, first).item() == 0.0
+
+
+def test_of_a_large_vocabulary_half_as_many_positions_are_a_chunk():
+    head = torch.zeros(2**16 + 1, 2)
+    for vocabulary, size in ((2**16, CHUNK_TOKENS), (2**16 + 1, CHUNK_TOKENS // 2)):
+        side = Predictions(torch.zeros(2, CHUNK_TOKENS, 2), lambda x, rows=vocabulary: x @ head[:rows].T)
+        assert side.vocabulary == vocabulary and chunk_tokens(vocabulary) == size
+        assert spans(side, CHUNK_TOKENS)[0] == (0, size // 2)

@@ -106,7 +106,10 @@ def test_the_table_of_memory_is_that_of_benchmarks_scale():
     for model, whole, small, step, minutes in rows:
         part = page.split(f"## {model}\n")[1].split("\n## ")[0]
         assert f"at most: {whole} GiB at --memory 40" in part and f", {small} GiB at --memory 24" in part
-        assert f"| finetuning step | {step} |" in part and f"{minutes} min at 150 TFLOP/s" in part
+        assert (
+            re.search(rf"^\| finetuning step, [^|]*\| {step} \|", part, re.MULTILINE)
+            and f"{minutes} min at 150 TFLOP/s" in part
+        )
 
 
 @pytest.mark.parametrize("line", commands("bash script/"))

@@ -54,11 +54,12 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
     asked, trains = finetune.train_lm_head, _step(args) is not None or args.prune.reconstructs
     return Work(
         dense=shape,
-        pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_after,
+        pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_stored,
         weight_bytes=precision(args.source.dtype, device, config.dtype, trains).itemsize,
         sliding_window=getattr(config, "sliding_window", None),
         block=args.data.block_size,
         batch=training.per_device_train_batch_size,
+        accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
         redraws=on_card,
         distill=args.distill.distill and finetune.teacher_cache is None,
@@ -179,7 +180,8 @@ def _ways(args: Arguments, work: Work) -> Iterator[Work]:
     settled = work.checkpointing or given & {"activation_checkpointing", "gradient_checkpointing"}
     for checkpointing in [work.checkpointing] if settled else [False, True]:
         for batch in batches:
-            yield replace(work, batch=batch, checkpointing=checkpointing)
+            accumulates = work.accumulates or batch < work.batch
+            yield replace(work, batch=batch, checkpointing=checkpointing, accumulates=accumulates)
 
 
 def _over(args: Arguments, work: Work) -> Iterator[str]:

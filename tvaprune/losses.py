@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024  # whose logits are there at a time
+LARGE_VOCABULARY = 2**16  # tokens, of more than which half as many positions are a chunk
 
 
 def _same(states: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,12 @@ class Predictions:
     def logits(self, start: int, stop: int) -> torch.Tensor:
         """Returns the logits of some positions, shape ``(batch, stop - start, vocabulary)``."""
         return self.head(self.states[:, start:stop])
+
+    @property
+    @torch.no_grad()
+    def vocabulary(self) -> int:
+        """The tokens that are predicted: asked of no position."""
+        return self.logits(0, 0).shape[-1]
 
 
 Logits = torch.Tensor | Predictions  # shape (batch, length, vocabulary)
@@ -168,9 +175,14 @@ def _summed(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """Returns the tokens whose logits are there at a time."""
+    return CHUNK_TOKENS if vocabulary <= LARGE_VOCABULARY else CHUNK_TOKENS // 2
+
+
 def spans(side: Predictions, length: int) -> list[tuple[int, int]]:
-    """Returns the first ``length`` positions in chunks of `CHUNK_TOKENS` tokens: first, past the last."""
-    size = max(1, CHUNK_TOKENS // side.states.shape[0])
+    """Returns the first ``length`` positions in chunks of `chunk_tokens` tokens: first, past the last."""
+    size = max(1, chunk_tokens(side.vocabulary) // side.states.shape[0])
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 

@@ -89,3 +89,21 @@ def test_the_product_has_the_gradients_of_a_plain_one(features, per_token, redra
     torch.set_rng_state(before)
     torch.randn(2, 5, 4, dtype=torch.float64)
     assert torch.equal(torch.get_rng_state(), after)  # drawing again moves nobody's generator on
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_what_is_a_product_is_computed_again_of_its_factors_to_the_bit(recomputes):
+    torch.manual_seed(0)
+    one, other = (torch.randn(2, 5, 4, requires_grad=True) for _ in range(2))
+    by = gates.Gates(*(torch.rand(4).requires_grad_() for _ in range(2)))
+
+    def gradients(recomputes):
+        torch.manual_seed(7)
+        product = one * other
+        found = gates.multiply(product, by, recomputes=recomputes)
+        kept = {tensor.data_ptr() for tensor in found.grad_fn.next_functions[0][0].saved_tensors if tensor is not None}
+        return product.data_ptr() in kept, torch.autograd.grad(found.sum(), (one, other, by.mu, by.deviation))
+
+    (keeps, found), (_, expected) = gradients(recomputes), gradients(False)
+    assert keeps is not recomputes
+    assert all(map(torch.equal, found, expected))

@@ -177,7 +177,7 @@ def test_32_layers_start_6000_kernels_at_most(dtype):
     [
         (torch.float32, frozenset({"cpu"}), 1.4),
         (torch.bfloat16, frozenset({"cpu"}), 1.4),
-        (torch.float32, frozenset(), 1.8),  # a CPU keeps the noise: drawing it again takes longer
+        (torch.float32, frozenset(), 1.6),  # a CPU keeps the noise: drawing it again takes longer
     ],
     ids=["float32", "bfloat16", "noise kept"],
 )
@@ -190,7 +190,7 @@ def test_a_step_keeps_at_most_four_tenths_more(dtype, redrawing, limit, monkeypa
 def test_gates_as_autograd_would_keep_them_are_found(monkeypatch):
     """The control: a product and a sample of plain operations."""
 
-    def product(x, gates, per_token):
+    def product(x, gates, per_token, recomputes):
         noise = torch.randn(*x.shape[:-1], len(gates.mu), dtype=x.dtype)
         z = torch.addcmul(gates.mu, noise, gates.deviation).to(x.dtype)
         return (x.unflatten(-1, (len(gates.mu), -1)) * z.unsqueeze(-1)).flatten(-2)

@@ -58,6 +58,8 @@ CASES = [
     ("Llama-3-8B", "gate_step", {"batch": 4}),
     ("Llama-3-8B", "refit", {}),
     ("Llama-3-8B", "finetuning_step", {"batch": 8, "checkpointing": True}),
+    ("Llama-3-8B", "finetuning_step", {"batch": 8, "checkpointing": True, "accumulates": True}),
+    ("Llama-2-7B", "finetuning_step", {"accumulates": True}),
 ]
 
 
@@ -99,6 +101,14 @@ def test_a_gpu_takes_as_much(name, phase, settings):
     config, work = work_of(name, 4, redraws=True, **settings)
     scene = Scene(RealCard(), work, config, plan_to(work.dense, work.pruned), torch.device("cuda"))
     assert cost.of_pass(phase, work)[0] == pytest.approx(getattr(scene, phase)().card, rel=0.15)
+
+
+def test_gradients_of_earlier_passes_are_counted():
+    for settings in ({}, {"lora_r": 0}, {"train_lm_head": False}):
+        _, work = work_of("Llama-2-7B", 2, **settings)
+        number = 4 if work.lora_r else 2
+        more = cost.finetuning_step(replace(work, accumulates=True)) - cost.finetuning_step(work)
+        assert more == number * cost.trained_parameters(work)
 
 
 def test_the_simulation_counts_what_is_alive_and_where():

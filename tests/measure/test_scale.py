@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import scale
-from benchmarks.scale import MULTIPLES, SHAPES, Setting, main, met
+from benchmarks.scale import MULTIPLES, SHAPES, Setting, main, met, shallow
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
 
@@ -22,7 +22,8 @@ def test_the_page_of_a_small_shape_has_every_measure(make_masks, tmp_path, monke
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
     ]
     memory = {row[0]: row for row in rows if len(row) == 6}
-    assert {"dense perplexity", "gate step", "refit", "finetuning step"} <= set(memory)
+    steps = {"gate step, 1 x 512", "finetuning step, 8 x 512"}
+    assert {"dense perplexity", "refit"} | steps <= set(memory)
     speeds = {row[0]: row for row in rows if len(row) == 7 and row[0].isdigit()}
     assert list(speeds) == [str(multiple) for multiple in MULTIPLES]
     assert all(float(cell) > 0 for row in speeds.values() for cell in row[1:])
@@ -36,3 +37,16 @@ def test_widths_are_multiples_and_the_ideal_is_the_ratio_of_parameters(multiple)
     assert all(width % max(1, multiple) == 0 for width in plan.intermediate_size)
     head = plan.shape.vocab_size
     assert met(setting.work(plan).pruned) == plan.num_parameters - head * plan.hidden_size
+
+
+def test_the_first_layers_are_a_model_of_their_own():
+    for config in SHAPES.values():
+        few, shape = shallow(config, shape_of(config), 1)
+        assert shape == shape_of(few) and shape.channels_per_token == (config.intermediate_size,)
+
+
+def test_a_step_is_simulated_as_the_budget_runs_it():
+    setting = Setting("Llama-3-8B", SHAPES["Llama-3-8B"], None, torch.device("cpu"))
+    work = setting.work(setting.plan(128), "finetune")
+    assert work.checkpointing and work.accumulates
+    assert not setting.work(setting.plan(128)).checkpointing  # control: gates fit

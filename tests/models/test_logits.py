@@ -6,9 +6,10 @@ from support.families import MORE_ROWS, ROWS
 from support.other_families import OTHER_ROWS
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
+from tvaprune.losses import cross_entropy, distillation_loss
 from tvaprune.models import families
 from tvaprune.models.families import ModelFamily
-from tvaprune.models.logits import predictions
+from tvaprune.models.logits import _summing, predictions
 from tvaprune.recover.lora import LoraSettings, add_lora
 
 SIZES = {"vocab_size": 47, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -70,6 +71,41 @@ def test_lora_and_its_trained_head_are_part_of_the_model(make_model, input_ids):
             for parameter in tuned.parameters():
                 parameter.add_(0.01)
         assert checked(tuned, input_ids)
+
+
+@pytest.mark.parametrize("train_lm_head", [True, None])
+def test_a_trained_head_adds_up_the_gradients_of_all_chunks_and_losses_in_one_place(
+    train_lm_head, make_model, input_ids, monkeypatch
+):
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 6)
+    model = make_model().requires_grad_(True)
+    if train_lm_head:
+        model = add_lora(model, LoraSettings(2, 1.0, 0.0, train_lm_head))
+    other = torch.randn(*input_ids.shape, model.config.vocab_size)
+
+    def gradients():
+        model.zero_grad()
+        for _ in range(2):  # those of an earlier pass are added to
+            found, _ = predictions(model, input_ids=input_ids, use_cache=False)
+            (cross_entropy(found, input_ids) + distillation_loss(found, other)).backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    found = gradients()
+    monkeypatch.setattr("tvaprune.models.logits._summing", lambda head: head)
+    expected = gradients()
+    assert found.keys() == expected.keys() and any("lm_head" in name for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_head_and_one_under_autocast_are_called_as_they_are(make_model):
+    head = make_model().get_output_embeddings()
+    assert _summing(head) is not head  # control
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _summing(head) is head
+    with torch.no_grad():
+        assert _summing(head) is head
+    assert _summing(head.requires_grad_(False)) is head
 
 
 def test_nothing_stays_on_the_model(make_model, input_ids):

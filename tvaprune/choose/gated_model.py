@@ -206,7 +206,7 @@ class GatedModel(nn.Module):
             x: Shape ``(batch, length, units * features)``, the features of a unit side by side.
         """
         if isinstance(by, Gates):
-            return multiply(x, by, self.noise == "token")
+            return multiply(x, by, self.noise == "token", recomputes=not self.model.is_activation_checkpointing)
         return (x.unflatten(-1, (len(by), -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
     def _replace_norm(self, path: str) -> None:

@@ -25,7 +25,7 @@ class Gates:
     deviation: torch.Tensor
 
 
-def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True) -> torch.Tensor:
+def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True, recomputes: bool = True) -> torch.Tensor:
     """Multiplies by gates drawn anew (eq. 2).
 
     Backward it keeps ``x``, and the noise or where its generator stood, but neither the gates nor the product.
@@ -33,14 +33,25 @@ def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True) -> torch.Ten
     Args:
         x: Shape ``(batch, length, units * features)``, the features of a unit side by side.
         per_token: One draw a token, else one a window.
+        recomputes: Whether an ``x`` that is a product, as of an MLP with a gate, is computed again backward: its
+            factors are kept anyway. They are asked of autograd, which under checkpointing would go forward for them.
 
     Returns:
         The same shape and precision, with gradients to ``x``, means and deviations.
     """
     leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
     parted = x.unflatten(-1, (len(gates.mu), -1))
-    product: torch.Tensor = _Product.apply(parted, gates.mu, gates.deviation, leading)
+    factors = _factors(x) if recomputes else ()
+    product: torch.Tensor = _Product.apply(parted, gates.mu, gates.deviation, leading, *factors)
     return product.flatten(-2)
+
+
+def _factors(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns the two tensors that ``x`` is the product of, as its backward pass keeps them; none where it is none."""
+    kept = [getattr(x.grad_fn, name, None) for name in ("_saved_self", "_saved_other")]
+    is_product = x.grad_fn is not None and x.grad_fn.name() == "MulBackward0"
+    found = tuple(value for value in kept if isinstance(value, torch.Tensor) and value.shape == x.shape)
+    return found if is_product and len(found) == len(kept) else ()
 
 
 class _Product(torch.autograd.Function):
@@ -48,18 +59,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, mu: torch.Tensor, deviation: torch.Tensor, leading: torch.Size
+        ctx: Any, x: torch.Tensor, mu: torch.Tensor, deviation: torch.Tensor, leading: torch.Size, *factors: Any
     ) -> torch.Tensor:
+        ctx.shape, ctx.unused = x.shape, [None] * len(factors)
         ctx.size, ctx.state = torch.Size((*leading, len(mu))), None
         if x.device.type in REDRAWING:
             ctx.state = _default_generator(x.device).get_state()
         noise = torch.randn(ctx.size, device=x.device, dtype=x.dtype)
-        ctx.save_for_backward(x, mu, deviation, None if ctx.state is not None else noise)
+        ctx.save_for_backward(mu, deviation, None if ctx.state is not None else noise, *(factors or (x,)))
         return _sampled_times(x, mu, noise, deviation, torch.empty_like(noise))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, mu, deviation, noise = ctx.saved_tensors
+        mu, deviation, noise, *kept = ctx.saved_tensors
+        x = kept[0] if len(kept) == 1 else (kept[0] * kept[1]).view(ctx.shape)
         if noise is None:
             generator = torch.Generator(x.device).set_state(ctx.state)
             noise = torch.randn(ctx.size, generator=generator, device=x.device, dtype=x.dtype)
@@ -68,7 +81,7 @@ class _Product(torch.autograd.Function):
         of_mu = of_z.sum((0, 1), dtype=mu.dtype)
         of_deviation = of_z.mul_(noise).sum((0, 1), dtype=mu.dtype)  # noise of a window serves all its tokens
         spare = of_z if of_z.shape == noise.shape else torch.empty_like(noise)
-        return _sampled_times(gradient, mu, noise, deviation, spare), of_mu, of_deviation, None
+        return _sampled_times(gradient, mu, noise, deviation, spare), of_mu, of_deviation, None, *ctx.unused
 
 
 def _sampled_times(

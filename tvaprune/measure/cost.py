@@ -9,7 +9,7 @@ fragmentation are not in the figures: `OVERHEAD` is what stays free for them. Th
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
+from tvaprune.losses import chunk_tokens
 from tvaprune.measure.perplexity import CHUNK_TOKENS
 from tvaprune.measure.update_cost import (
     NEW_SHARES,
@@ -109,7 +109,7 @@ def _backward_flops(shape: ModelShape, work: Work) -> float:
 
 def gate_flops(work: Work) -> float:
     """Returns the operations of a step of gate training; a loss in several chunks calls the heads again, backward."""
-    again, shape = work.tokens > LOSS_TOKENS, work.dense
+    again, shape = work.tokens > chunk_tokens(work.dense.vocab_size), work.dense
     forward = forward_flops(shape, work.tokens, work.block, head=False)
     heads = (2 + again + work.distill * (1 + again)) * head_flops(shape, work.tokens)
     return (1 + work.distill) * forward + _backward_flops(shape, work) + heads
@@ -117,7 +117,7 @@ def gate_flops(work: Work) -> float:
 
 def finetuning_flops(work: Work) -> float:
     """Returns the operations of a pass of fine-tuning: both losses call the student's head."""
-    again, shape, tokens = work.tokens > LOSS_TOKENS, work.pruned, work.tokens
+    again, shape, tokens = work.tokens > chunk_tokens(work.pruned.vocab_size), work.pruned, work.tokens
     layers = (lora_parameters(work) if work.lora_r else dense_layers(shape) - _idle(shape)) * tokens
     updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
     student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
@@ -131,15 +131,16 @@ def gate_step(work: Work) -> float:
     """Returns the bytes on the card while gates are trained.
 
     A layer keeps for the backward pass, besides what its attention reads and writes (2 q + 2 k): its two norms' inputs,
-    two outputs that are gated, and of the MLP the gate, its activation, up and the product; and the noise of all these,
-    where it is not drawn again. Of a chunk's logits there are the student's, the teacher's, the log-probabilities of
-    both and their gradients.
+    two outputs that are gated, and of the MLP the gate, its activation, up and, where that is not computed again, the
+    product; and the noise of all these, where it is not drawn again. Of a chunk's logits there are the student's, the
+    teacher's, the log-probabilities of both and their gradients.
     """
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
     noise = not work.redraws
     h_own = 4 * h + copies(shape)
-    per_layer = [b * (h_own + 2 * q + 2 * k + 4 * f + noise * (2 * h + f)) for q, k, f in layer_widths(shape)]
-    chunk = min(LOSS_TOKENS, work.tokens)
+    of_mlp = 4 - (shape.gated_mlp and not work.checkpointing)
+    per_layer = [b * (h_own + 2 * q + 2 * k + of_mlp * f + noise * (2 * h + f)) for q, k, f in layer_widths(shape)]
+    chunk = min(chunk_tokens(shape.vocab_size), work.tokens)
     loss = (21 + 2 * b if work.distill else 12 + b) * shape.vocab_size * chunk
     units = h + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)
     return weights(shape, work) + 32 * units + _training(work, shape, per_layer, loss, 8 * units)
@@ -202,8 +203,8 @@ def finetuning_step(work: Work) -> float:
     """Returns the bytes on the card in fine-tuning.
 
     LoRA and a head beside it are trained in float32, all weights in their own precision; what is trained and its two
-    moments are there throughout, its gradients at the end. A linear with LoRA keeps its input after dropout in float32
-    and the dropout's mask.
+    moments are there throughout, its gradients at the end, or from the first of several passes on. A linear with LoRA
+    keeps its input after dropout in float32 and the dropout's mask.
     """
     b, shape, h, r = work.weight_bytes, work.pruned, work.pruned.hidden_size, work.lora_r
     own = [8 * h + b * (2 * q + 2 * k + 3 * f + copies(shape)) for q, k, f in layer_widths(shape)]
@@ -214,10 +215,15 @@ def finetuning_step(work: Work) -> float:
             b * (2 * h + q + f) for q, _, f in layer_widths(shape)
         ]  # what a linear reads: norms', attention's, product
     per_layer = [mine + more for mine, more in zip(own, each, strict=True)]
-    held = 33 * work.tokens if work.tokens <= LOSS_TOKENS else 18 * LOSS_TOKENS  # both losses' graphs, or one's
     number = 4 if r else b  # of what is trained
-    head = 2 * number * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient, twice
-    step = _training(work, shape, per_layer, held * shape.vocab_size + head, number * trained_parameters(work))
+    head = number * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient of this pass
+    chunk, logits = chunk_tokens(shape.vocab_size), shape.vocab_size * work.tokens
+    if work.tokens <= chunk:  # both losses' graphs, or one's and the head's gradient of the other
+        loss = max((33 if work.distill else 12) * logits, 12 * logits + head)
+    else:
+        loss = (23 if work.distill else 12) * shape.vocab_size * chunk + head
+    gradients = number * trained_parameters(work)
+    step = _training(work, shape, per_layer, loss, gradients) + work.accumulates * gradients  # those of earlier passes
     return _tuned(work) + (work.distill or work.compare_dense) * weights(work.dense, work) + step
 
 
@@ -233,7 +239,7 @@ def training_timing(work: Work) -> float:
 
     The dense model's head stays beside the one that would be trained: it is put back.
     """
-    beside = replace(work, pruned=work.dense, distill=False, compare_dense=False)
+    beside = replace(work, pruned=work.dense, distill=False, compare_dense=False, accumulates=False)
     return _tuned(work) + finetuning_step(beside) + _replaced(beside)
 
 
@@ -307,12 +313,12 @@ def _rotation(work: Work) -> Phase:
 
 
 def _cut(work: Work) -> Iterator[Phase]:
-    """The fits, which hold the weights before and after on the host, or the cut alone, weight by weight."""
+    """The fits, which hold the weights before on the host, or the cut alone, weight by weight."""
     dense, pruned = weights(work.dense, work), weights(work.pruned, work)
     if not work.refits:
         yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
-    host = 2 * pruned + work.refit_offload * (dense + streams(work))
+    host = pruned + work.refit_offload * (dense + streams(work))
     helps, last = "--refit_offload True, --weight_update fold", (REFIT_CHOICE, choice_flops(work, SHARES))
     yield Phase(REFIT, refit(work), host, refit_flops(work), helps, last)
     if work.reconstructs:

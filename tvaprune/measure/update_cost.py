@@ -6,7 +6,7 @@ Closed formulas as in `tvaprune.measure.cost`, with the letters of `tvaprune.mea
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tvaprune.losses import CHUNK_TOKENS as LOSS_TOKENS
+from tvaprune.losses import chunk_tokens
 from tvaprune.measure.work import Work, copies, forward_flops, head_flops, layer_sizes, layer_widths, weights
 from tvaprune.models.shape import ModelShape
 
@@ -146,7 +146,7 @@ def _window_training(work: Work) -> list[float]:
     sizes = layer_sizes(work.pruned)
     h_own = 4 * h + copies(work.pruned)
     per_token = [b * (h_own + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in layer_widths(work.pruned)]
-    predictions = (21 + 2 * b) * work.dense.vocab_size * min(LOSS_TOKENS, tokens)
+    predictions = (21 + 2 * b) * work.dense.vocab_size * min(chunk_tokens(work.dense.vocab_size), tokens)
     losses = [12 * h * tokens] * (len(windows) - 1) + [predictions]
     return [
         (copy + b + 8) * sum(sizes[window])
@@ -158,7 +158,7 @@ def _window_training(work: Work) -> list[float]:
 def reconstruct_flops(work: Work) -> float:
     """Returns the operations of the reconstruction: both streams, the training, held-out errors, shares."""
     fit, held = work.refit_blocks * work.block, work.held_blocks * work.block
-    again = work.pass_tokens(work.block) > LOSS_TOKENS  # both heads, backward
+    again = work.pass_tokens(work.block) > chunk_tokens(work.dense.vocab_size)  # both heads, backward
 
     def passes(shape: ModelShape, tokens: int) -> float:
         return forward_flops(shape, tokens, work.block, head=False)

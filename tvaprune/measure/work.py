@@ -24,6 +24,7 @@ class Work:
         sliding_window: Tokens that attention looks back; None: all.
         block: Tokens of a training block.
         batch: Blocks of a forward pass in training; ``steps`` passes are made.
+        accumulates: Whether a step is of several passes, so that gradients of earlier ones are there.
         checkpointing: Whether the backward pass computes a layer's activations again.
         redraws: Whether the noise of the gates is drawn again backward, as on a GPU, or kept.
         distill: Whether the dense model teaches.
@@ -47,6 +48,7 @@ class Work:
     block: int = 512
     batch: int = 1
     steps: int = 4500
+    accumulates: bool = False
     checkpointing: bool = False
     redraws: bool = False
     distill: bool = True

@@ -81,20 +81,25 @@ class Layers:
         with self.holding(*paths):
             self._before |= _copied(self.weights(*paths))
             yield
-            self._after |= _copied(self.weights(*paths))
+        self._after |= {name: weight.data for name, weight in self.weights(*paths).items()}
 
     def at(self, shares: Sequence[float], *paths: str) -> Iterator[float]:
-        """Yields each share of that way, the modules' weights being those there: those of the last share stay."""
-        weights = self.weights(*paths)
-        for share in shares:
-            for name in weights.keys() & self._after.keys():
-                weights[name].copy_(self._at(name, share))
-            yield share
+        """Yields each share of that way, the modules' weights being those there meanwhile."""
+        changed = {name: weight for name, weight in self.weights(*paths).items() if name in self._after}
+        try:
+            for share in shares:
+                for name, weight in changed.items():
+                    weight.data = self._at(name, share)
+                yield share
+        finally:
+            for name, weight in changed.items():
+                weight.data = self._after[name]
 
     def settle(self, share: float) -> None:
-        """Leaves all weights at a share of the way."""
-        for name in self._after:
+        """Leaves all weights at a share of the way, which is gone after that."""
+        for name in list(self._after):
             self.model.get_parameter(name).copy_(self._at(name, share))
+            del self._before[name], self._after[name]
 
     def _at(self, name: str, share: float) -> torch.Tensor:
         before, after = (values[name].to(self.device) for values in (self._before, self._after))

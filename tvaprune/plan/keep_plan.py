@@ -82,6 +82,12 @@ class KeepPlan:
         )
 
     @property
+    def shape_stored(self) -> ModelShape:
+        """The narrower model's sizes as it is in memory and on disk: with what zeros take."""
+        heads, channels = (tuple(map(len, kept)) for kept in (self.padded.attn, self.padded.inter))
+        return replace(self.shape_after, num_key_value_heads=heads, intermediate_size=channels)
+
+    @property
     def num_parameters(self) -> int:
         """All parameters of the narrower model: embeddings, lm_head and padding included."""
         padded = self.padded
