@@ -16,9 +16,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from support.families import MORE_ROWS, ROWS, make_plan, sliced
+from support.folders import no_heads_in_layer_0, tokenizer, uneven
 from support.other_families import register
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cli import run_command
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
@@ -137,3 +140,23 @@ def command(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_pruned(make_model, make_masks):
+    """Returns a function: row, case -> the narrower model in memory and its plan."""
+
+    def make(row, case=uneven, **values):
+        model_type, own = (ROWS | MORE_ROWS)[row]
+        model = make_model(model_type, **(own | values))
+        plan = case(make_plan(model, make_masks))
+        return sliced(model, plan), plan
+
+    return make
+
+
+@pytest.fixture
+def uneven_folder(make_pruned, tmp_path):
+    """A checkpoint whose layers differ in width, the first without attention."""
+    narrow, plan = make_pruned("mistral GQA, window shorter than the input", no_heads_in_layer_0)
+    return save_pruned(narrow, plan, tokenizer(), tmp_path / "pruned")

@@ -79,8 +79,8 @@ def test_every_family_has_classes_of_its_own():
         assert type(config).__name__ == auto_map(model_type)["AutoConfig"].split(".")[1]
 
 
-def test_the_folder_is_a_hugging_face_folder(folder):
-    files = {path.name for path in folder.iterdir()}
+def test_the_folder_is_a_hugging_face_folder(uneven_folder):
+    files = {path.name for path in uneven_folder.iterdir()}
     assert files == {
         ".tvaprune.json",
         "README.md",
@@ -91,8 +91,8 @@ def test_the_folder_is_a_hugging_face_folder(folder):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert [path.name for path in folder.parent.iterdir()] == ["pruned"]  # nothing temporary stays
-    config = read_config(folder)
+    assert [path.name for path in uneven_folder.parent.iterdir()] == ["pruned"]  # nothing temporary stays
+    config = read_config(uneven_folder)
     assert config["auto_map"] == {
         "AutoConfig": "modeling_pruned.PrunedMistralConfig",
         "AutoModel": "modeling_pruned.PrunedMistralModel",
@@ -106,15 +106,15 @@ def test_the_folder_is_a_hugging_face_folder(folder):
     assert (config["head_dim"], config["sliding_window"], config["tie_word_embeddings"]) == (6, 4, False)
 
 
-def test_the_widths_are_read_without_transformers_5(folder):
+def test_the_widths_are_read_without_transformers_5(uneven_folder):
     """transformers 4 hands ``per_layer_config`` over as the plain dictionary of the file."""
-    loaded = load_pruned(folder)
+    loaded = load_pruned(uneven_folder)
 
     class Plain:
         def __init__(self, values):
             self.__dict__ |= values
 
-    plain = Plain(read_config(folder))
+    plain = Plain(read_config(uneven_folder))
     for index, layer in enumerate(loaded.model.layers):
         assert layer_config(plain, index).intermediate_size == layer.mlp.up_proj.out_features
         assert layer_config(plain, index).num_key_value_heads * 6 == layer.self_attn.k_proj.out_features
@@ -315,27 +315,27 @@ def test_what_is_made_of_a_fetched_model_is_under_its_licence(make_pruned, tmp_p
     assert "license" not in card("own").lower()
 
 
-def test_an_existing_folder_is_replaced_only_if_all_in_it_is_ours_and_the_flag_says_so(folder, make_pruned):
+def test_an_existing_folder_is_replaced_only_if_all_in_it_is_ours_and_the_flag_says_so(uneven_folder, make_pruned):
     narrow, plan = make_pruned("llama MHA")
     with pytest.raises(InputError, match="--save_pruned .*: is not empty; replace it with --overwrite_output_dir"):
-        save_pruned(narrow, plan, None, folder)
-    assert read_config(folder)["model_type"] == "pruned_mistral"
-    save_pruned(narrow, plan, None, folder, overwrite=True)
-    assert read_config(folder)["model_type"] == "pruned_llama"
-    assert not (folder / "tokenizer.json").exists()
-    (folder / "checkpoint-500").mkdir()
-    (folder / "checkpoint-500" / "notes.txt").write_text("mine")
+        save_pruned(narrow, plan, None, uneven_folder)
+    assert read_config(uneven_folder)["model_type"] == "pruned_mistral"
+    save_pruned(narrow, plan, None, uneven_folder, overwrite=True)
+    assert read_config(uneven_folder)["model_type"] == "pruned_llama"
+    assert not (uneven_folder / "tokenizer.json").exists()
+    (uneven_folder / "checkpoint-500").mkdir()
+    (uneven_folder / "checkpoint-500" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds checkpoint-500/notes.txt, which this tool did not write .*; move it"):
-        save_pruned(narrow, plan, None, folder, overwrite=True)
-    (folder / "checkpoint-500" / "notes.txt").unlink()
-    (folder / ".tvaprune.json").unlink()
+        save_pruned(narrow, plan, None, uneven_folder, overwrite=True)
+    (uneven_folder / "checkpoint-500" / "notes.txt").unlink()
+    (uneven_folder / ".tvaprune.json").unlink()
     with pytest.raises(InputError, match="holds README.md, which this tool did not write"):
-        save_pruned(narrow, plan, None, folder, overwrite=True)
+        save_pruned(narrow, plan, None, uneven_folder, overwrite=True)
     with pytest.raises(InputError, match="is a file; give a folder"):
-        save_pruned(narrow, plan, None, folder / "README.md")
+        save_pruned(narrow, plan, None, uneven_folder / "README.md")
 
 
-def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_in_place(folder, make_pruned, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_in_place(uneven_folder, make_pruned, monkeypatch):
     narrow, plan = make_pruned("llama MHA")
 
     def full(path, *args):
@@ -344,9 +344,9 @@ def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_in_place(fol
     monkeypatch.setattr(checkpoint, "_complete_config", full)  # the weights are written by then
     for name, overwrite in (("pruned", True), ("other", False)):
         with pytest.raises(InputError, match="cannot be written .*No space left on device.*; nothing was left there"):
-            save_pruned(narrow, plan, None, folder.with_name(name), overwrite)
-    assert [path.name for path in folder.parent.iterdir()] == ["pruned"]
-    assert read_config(folder)["model_type"] == "pruned_mistral"
+            save_pruned(narrow, plan, None, uneven_folder.with_name(name), overwrite)
+    assert [path.name for path in uneven_folder.parent.iterdir()] == ["pruned"]
+    assert read_config(uneven_folder)["model_type"] == "pruned_mistral"
 
 
 def cut(folder):
@@ -383,11 +383,11 @@ def change_layer(folder):
         (lambda folder: edit_config(folder, num_hidden_layers=-1), "config.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_in_one_line(breaks, message, folder):
-    load_pruned(folder)
-    breaks(folder)
+def test_a_damaged_checkpoint_is_refused_in_one_line(breaks, message, uneven_folder):
+    load_pruned(uneven_folder)
+    breaks(uneven_folder)
     with tiny.refused(message):
-        load_pruned(folder)
+        load_pruned(uneven_folder)
 
 
 def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, tmp_path, monkeypatch, capsys):

@@ -31,8 +31,8 @@ def test_generation_with_any_cache_equals_generation_without(row, implementation
     torch.testing.assert_close(alone_scores, scores[:1], **CLOSE)
 
 
-def test_set_attn_implementation_reaches_every_layer(folder, input_ids):
-    loaded = load_pruned(folder)
+def test_set_attn_implementation_reaches_every_layer(uneven_folder, input_ids):
+    loaded = load_pruned(uneven_folder)
     expected = logits(loaded, input_ids)
     loaded.set_attn_implementation("eager")
     assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {"eager"}
@@ -42,27 +42,29 @@ def test_set_attn_implementation_reaches_every_layer(folder, input_ids):
     assert len(output.attentions) == 3 and len(output.hidden_states) == 4
 
 
-def test_the_decoder_alone_loads_as_auto_model(folder, input_ids):
-    decoder = AutoModel.from_pretrained(folder).eval()
+def test_the_decoder_alone_loads_as_auto_model(uneven_folder, input_ids):
+    decoder = AutoModel.from_pretrained(uneven_folder).eval()
     assert type(decoder).__name__ == "PrunedMistralModel"
     with torch.no_grad():
         hidden = decoder(input_ids=input_ids).last_hidden_state
-        assert torch.equal(load_pruned(folder).lm_head(hidden), logits(load_pruned(folder), input_ids))
+        assert torch.equal(load_pruned(uneven_folder).lm_head(hidden), logits(load_pruned(uneven_folder), input_ids))
 
 
-def test_pipeline_generates(folder):
-    generator = pipeline("text-generation", model=load_pruned(folder), tokenizer=AutoTokenizer.from_pretrained(folder))
+def test_pipeline_generates(uneven_folder):
+    generator = pipeline(
+        "text-generation", model=load_pruned(uneven_folder), tokenizer=AutoTokenizer.from_pretrained(uneven_folder)
+    )
     (answer,) = generator("w5 w6 w7", max_new_tokens=4, do_sample=False)
     assert answer["generated_text"].startswith("w5 w6 w7")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
-def test_lora_trains_saves_reloads_and_merges(targets, folder, input_ids, tmp_path):
+def test_lora_trains_saves_reloads_and_merges(targets, uneven_folder, input_ids, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(0)
-    base = load_pruned(folder)
+    base = load_pruned(uneven_folder)
     stock = logits(base, input_ids)
     tuned = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
@@ -72,25 +74,25 @@ def test_lora_trains_saves_reloads_and_merges(targets, folder, input_ids, tmp_pa
     trained = logits(tuned.eval(), input_ids)
     assert not torch.allclose(trained, stock, atol=1e-3)
     tuned.save_pretrained(tmp_path / "lora")
-    again = PeftModel.from_pretrained(load_pruned(folder), tmp_path / "lora").eval()
+    again = PeftModel.from_pretrained(load_pruned(uneven_folder), tmp_path / "lora").eval()
     assert torch.equal(logits(again, input_ids), trained)
     again.merge_and_unload().save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(load_pruned(tmp_path / "merged"), input_ids), trained, **CLOSE)
 
 
-def test_lm_eval_scores_it_by_its_path(folder):
+def test_lm_eval_scores_it_by_its_path(uneven_folder):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=1, dtype="float32")
+    harness = HFLM(pretrained=str(uneven_folder), trust_remote_code=True, device="cpu", batch_size=1, dtype="float32")
     request = Instance("loglikelihood", {}, ("w5 w6", " w7 w8"), 0)
     ((found, greedy),) = harness.loglikelihood([request], disable_tqdm=True)
-    scores = logits(load_pruned(folder), torch.tensor([[5, 6, 7, 8]]))[0].log_softmax(-1)
+    scores = logits(load_pruned(uneven_folder), torch.tensor([[5, 6, 7, 8]]))[0].log_softmax(-1)
     assert found == pytest.approx(float(scores[1, 7] + scores[2, 8]), abs=1e-4)
     assert isinstance(greedy, bool)
 
 
-def test_push_to_hub_uploads_what_loads(folder, input_ids, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_what_loads(uneven_folder, input_ids, tmp_path, monkeypatch):
     from huggingface_hub import ModelCard
     from transformers.utils import hub
 
@@ -105,12 +107,14 @@ def test_push_to_hub_uploads_what_loads(folder, input_ids, tmp_path, monkeypatch
     monkeypatch.setattr(hub, "hf_api", NoHub)
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# pruned"))
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
-    loaded = load_pruned(folder)
+    loaded = load_pruned(uneven_folder)
     loaded.push_to_hub("someone/pruned")
-    again, saved = read_config(tmp_path / "uploaded"), read_config(folder)
+    again, saved = read_config(tmp_path / "uploaded"), read_config(uneven_folder)
     for key in ("auto_map", "per_layer_config", "rope_theta", "rope_scaling", "rope_parameters", "model_type"):
         assert again[key] == saved[key]
-    assert (tmp_path / "uploaded" / "modeling_pruned.py").read_text() == (folder / "modeling_pruned.py").read_text()
+    assert (tmp_path / "uploaded" / "modeling_pruned.py").read_text() == (
+        uneven_folder / "modeling_pruned.py"
+    ).read_text()
     assert torch.equal(logits(load_pruned(tmp_path / "uploaded"), input_ids), logits(loaded, input_ids))
 
 
@@ -133,16 +137,16 @@ assert pipeline("text-generation", model=model, tokenizer=tokenizer)("w5 w6", ma
 """
 
 
-def test_a_process_without_tvaprune_loads_it_by_its_remote_code(folder, input_ids, tmp_path):
+def test_a_process_without_tvaprune_loads_it_by_its_remote_code(uneven_folder, input_ids, tmp_path):
     torch.save(input_ids, tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_TVAPRUNE)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-P", script, folder, tmp_path / "inputs.pt", tmp_path / "logits.pt"]
+    command = [sys.executable, "-P", script, uneven_folder, tmp_path / "inputs.pt", tmp_path / "logits.pt"]
     result = subprocess.run([*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     if "find_spec" in result.stderr:
         pytest.skip("tvaprune is installed in this environment, not run from a checkout")
     assert result.returncode == 0, result.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(load_pruned(folder), input_ids))
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(load_pruned(uneven_folder), input_ids))
     again = read_config(tmp_path / "pruned-again")
     assert again["rope_theta"] == 10000.0 and len(again["auto_map"]) == 3
