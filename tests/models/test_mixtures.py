@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from support import tiny
 from support.families import CLOSE, MORE_ROWS, logits, make_plan, sliced
@@ -202,7 +201,8 @@ def test_what_a_mixture_cannot_do_is_said_in_one_line(model, tmp_path, monkeypat
 def test_transformers_4_is_told_that_it_does_not_read_them(monkeypatch):
     """There, experts are modules, and fused ones would be drawn at random with a warning."""
     monkeypatch.delitem(vars(modeling_pruned), "PrunedMixtralConfig", raising=False)  # as if none were made yet
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    # As the module sees it: what `transformers` names while it is being imported is another object than afterwards.
+    monkeypatch.setattr(modeling_pruned.transformers, "__version__", "4.57.6")
     with pytest.raises(ImportError, match="transformers 4.57.6 does not read fused experts: take 5 or later"):
         modeling_pruned.classes_of("mixtral")
 
