@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.families import ROWS
+from support.families import MORE_ROWS, ROWS
 from support.other_families import OTHER_ROWS
 
 from benchmarks.step import kernels, saved_bytes, steps
@@ -46,8 +46,11 @@ def plain_gates(model, family, shape, mu, log_variance, per_token):
         size = (*(like.shape[:2] if per_token else (like.shape[0], 1)), len(mean))
         return mean + torch.randn(size, dtype=like.dtype) * (log_var / 2).exp()
 
+    def times(x, gate):
+        return x * gate.repeat_interleave(x.shape[-1] // gate.shape[-1], -1)
+
     def scale(mean, log_var, x):
-        return x * drawn(mean, log_var, x).repeat_interleave(x.shape[-1] // len(mean), -1)
+        return times(x, drawn(mean, log_var, x))
 
     def output(module, args, result):
         return scale(mu.hidden, log_variance.hidden, result)
@@ -63,9 +66,23 @@ def plain_gates(model, family, shape, mu, log_variance, per_token):
         if block is None:
             continue
         writer = model.get_submodule(block.writer)
-        writer.register_forward_pre_hook(lambda module, args, m=mean, v=log_var: (scale(m, v, args[0]),))
+        last = {}
+
+        def gated(module, args, mean=mean, log_var=log_var, last=last):
+            last["gate"] = drawn(mean, log_var, args[0])
+            return (times(args[0], last["gate"]),)
+
+        def as_strong(module, args, result, mean=mean, log_var=log_var, last=last):
+            """Which the norm makes of any strength: times the root mean square of the kept heads' gates."""
+            heads = (log_var - (mean.square() + 1e-8).log()).detach() < 0
+            heads = heads if heads.any() else ~heads
+            return result * last["gate"][..., heads].square().mean(-1, keepdim=True).sqrt()
+
+        writer.register_forward_pre_hook(gated)
         for norm in block.norms:
             model.get_submodule(norm).register_forward_hook(normed)
+        if block.post_norm is not None and block in layout.attention:
+            model.get_submodule(block.post_norm).register_forward_hook(as_strong)
         (writer if block.post_norm is None else model.get_submodule(block.post_norm)).register_forward_hook(output)
 
 
@@ -198,3 +215,22 @@ def test_gates_as_autograd_would_keep_them_are_found(monkeypatch):
     monkeypatch.setattr("tvaprune.choose.gated_model.multiply", product)
     plain, gated = steps({"num_hidden_layers": 3} | NARROW, (2, 64), "cpu", torch.float32)
     assert saved_bytes(gated) / saved_bytes(plain) > 1.8
+
+
+@pytest.mark.parametrize("row", ["gemma3_text, one KV head", "gemma2 tied", "glm4", "exaone4"])
+def test_a_norm_past_the_attention_hides_no_gate(row, make_model, input_ids, monkeypatch):
+    """Gates of 0.1 leave little of an attention; the norm past it would make all of it of them."""
+    model_type, values = MORE_ROWS[row]
+    gated = GatedModel(make_model(model_type, **values).double(), -2.0)
+    ones = PerUnit.full(gated.shape, 1.0)
+
+    def with_first_layers(value):
+        attn = (torch.full_like(ones.attn[0], value), *ones.attn[1:])
+        with torch.no_grad(), gated.using(PerUnit(ones.hidden, attn, ones.inter)):
+            return gated(input_ids=input_ids).logits
+
+    stock, cut = with_first_layers(1.0), with_first_layers(0.0)
+    away = (stock - cut).abs().max()
+    assert (with_first_layers(0.1) - stock).abs().max() > 0.3 * away
+    monkeypatch.setattr("tvaprune.choose.gated_model.amplitude", lambda by, kept: by.new_ones(by.shape[:-1]))  # control
+    assert (with_first_layers(0.1) - stock).abs().max() < 0.05 * away

@@ -76,7 +76,7 @@ def test_with_nothing_pruned_it_returns_the_dense_weights(model, full_plan):
     same = copy.deepcopy(model)
     refit(model, same, full_plan(model), CALIBRATION, HELD_OUT)
     centres = family_of(model.config).norm_centres  # what has no mean says nothing of one direction of its reader
-    assert weights_differ(model, same) < (1e-3 if centres else 1e-4)
+    assert weights_differ(model, same) < (1e-3 if centres else 3e-4)  # a gain's target is a difference of two streams
 
 
 def test_what_the_fold_gets_right_the_refit_leaves(make_model, full_plan):
@@ -113,8 +113,18 @@ def test_it_comes_nearer_to_the_dense_model_than_the_fold(model, make_masks, emp
     divergences = [divergence(narrow, model) for narrow in (folded, refitted)]
     assert divergences[0] == pytest.approx(report.divergences[0], rel=1e-4)
     assert divergences[1] == pytest.approx(min(report.divergences), rel=1e-4)
-    nearer = 0.9 if family_of(model.config).attention_post_norm is None else 0.95  # nothing repairs the stream there
-    assert divergences[1] < nearer * divergences[0]
+    assert divergences[1] < 0.9 * divergences[0]
+
+
+def test_the_gain_past_an_attention_is_refitted_too(make_model, make_masks, monkeypatch):
+    """The writer aims at what the norm past it reads: without the gain nothing repairs the stream."""
+    model = make_model("gemma3_text", num_key_value_heads=1)
+    plan = make_plan(model, make_masks)
+    narrow, without = sliced(model, plan), sliced(model, plan)
+    with_gains = refit(model, narrow, plan, CALIBRATION, HELD_OUT)
+    assert math.isfinite(with_gains.strengths["layer 1 post_attention_layernorm"])
+    monkeypatch.setattr("tvaprune.cut.refit._Refit._fit_gain", lambda *args: math.inf)  # control
+    assert min(with_gains.divergences) < 0.97 * min(refit(model, without, plan, CALIBRATION, HELD_OUT).divergences)
 
 
 def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_model, make_masks, monkeypatch):

@@ -74,6 +74,8 @@ def zeroed(dense, plan):
     average(model.model.norm, kept.hidden, inverse)
     post = {norm: writer for norm, writer in post.items() if norm in names}
     for layer, attn, inter, heads in zip(model.model.layers, full.attn, full.inter, kept.attn, strict=True):
+        # The norm past the attention divides its means' root mean square out.
+        size = attn[heads].double().square().mean().sqrt() if heads.any() else 1.0
         if hasattr(layer.mlp, "experts"):  # which write what the router weighs
             model.set_experts_implementation("eager")  # the kernels know no float64
             layer.mlp.experts.down_proj.data *= hidden[:, None]
@@ -89,7 +91,8 @@ def zeroed(dense, plan):
                 writer.bias.data *= rows
         for name, module in layer.named_children():
             if "norm" in name:
-                average(module, kept.hidden, hidden if name in post else 1.0)
+                given_back = size if post.get(name) == "o_proj" else 1.0
+                average(module, kept.hidden, hidden * given_back if name in post else 1.0)
         own = layer.self_attn
         if getattr(getattr(own, "q_norm", None), "weight", torch.empty(0)).numel() > shape.head_dim:
             for norm, linear, each in ((own.q_norm, own.q_proj, width), (own.k_norm, own.k_proj, shape.head_dim)):

@@ -4,7 +4,8 @@ One object owns all hooks, and the forward methods of the norms meanwhile. Where
 gate the embedding's output, once, and the output of every attention block and MLP before the residual add; the
 attention gate the input of the output projection, a KV head with the query heads that share it; the MLP gate the input
 of the down projection; experts have none. Under a hidden gate an RMSNorm averages over the kept dims only, as the
-sliced model will.
+sliced model will. A norm between an attention and the residual add divides out what all heads' gates have in common:
+of a single head, all but the sign. There the output is multiplied by the gates' amplitude, which gives it back.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tvaprune.choose.gates import Gates, multiply
+from tvaprune.choose.gates import Gates, drawn, multiply
 from tvaprune.choose.norms import KeptDims, centred_on_kept, kept_rms_norm
 from tvaprune.models.families import family_of
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
+from tvaprune.plan.edits import amplitude
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
 from tvaprune.plan.masks import Masks
@@ -40,13 +42,15 @@ class _Pass:
         inputs: What the input of each place's writer is multiplied by; that of the embedding is not used.
         outputs: What the output of each place is multiplied by: the hidden gates.
         kept: The hidden dims that norms average over.
-        heads: The features that norms over all heads average over, by the norm.
+        attn: Per layer, the KV heads that count: the kept ones, of a layer that keeps none, all; bool.
+        features: The features that norms over all heads average over, by the norm.
     """
 
     inputs: tuple[Gates | torch.Tensor, ...]
     outputs: tuple[Gates | torch.Tensor, ...]
     kept: KeptDims
-    heads: dict[str, KeptDims]
+    attn: tuple[torch.Tensor, ...]
+    features: dict[str, KeptDims]
 
 
 class GatedModel(nn.Module):
@@ -79,6 +83,7 @@ class GatedModel(nn.Module):
         self._fixed_kept: PerUnit | None = None
         self._off = False
         self._pass: _Pass | None = None
+        self._amplitudes: dict[int, torch.Tensor] = {}
         self._stock_forwards: dict[nn.Module, Callable[..., torch.Tensor] | None] = {}
         self._handles = list(self._hook())
 
@@ -159,43 +164,51 @@ class GatedModel(nn.Module):
 
     def _hook_block(self, place: int, block: Block) -> Iterator[Any]:
         writer = self.model.get_submodule(block.writer)
+        is_normed = block.post_norm is not None and "query" in block.readers
         if block.mixture is None:
-            yield writer.register_forward_pre_hook(self._scale_input(place))
+            yield writer.register_forward_pre_hook(self._scale_input(place, is_normed))
         for norm in (*block.norms, *block.head_norms.values()):
             self._replace_norm(norm)
         last = writer if block.post_norm is None else self.model.get_submodule(block.post_norm)
-        yield last.register_forward_hook(self._scale_output(place))
+        yield last.register_forward_hook(self._scale_output(place, is_normed))
 
     def _begin(self, *unused: Any) -> None:
         """Computes what the whole pass needs; gradient checkpointing finds it again in the backward pass."""
         if self._off:
             return
         uses = 1 + 2 * self.shape.num_hidden_layers
-        kept, heads = KeptDims.of(self._kept_hidden()), dict(self._kept_heads())
+        kept, attn = KeptDims.of(self._kept_hidden()), tuple(self._counting_heads())
+        features = dict(self._features_of(attn))
         if self._fixed is not None:
             factors = tuple(self._fixed)
-            self._pass = _Pass(factors, _repeated(factors[0], uses), kept, heads)
+            self._pass = _Pass(factors, _repeated(factors[0], uses), kept, attn, features)
             return
         deviation = torch.exp(self.log_variance / 2)
         each = tuple(map(Gates, PerUnit.of(self.mu, self.shape), PerUnit.of(deviation, self.shape)))
         hidden = map(Gates, _repeated(each[0].mu, uses), _repeated(each[0].deviation, uses))
-        self._pass = _Pass(each, tuple(hidden), kept, heads)
+        self._pass = _Pass(each, tuple(hidden), kept, attn, features)
 
-    def _scale_output(self, place: int) -> Callable[..., torch.Tensor]:
+    def _scale_output(self, place: int, is_normed: bool = False) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             if self._off:
                 return output
             assert self._pass is not None
+            if is_normed:
+                output = output * self._amplitudes.pop(place).to(output.dtype)
             return self._multiply(output, self._pass.outputs[place])
 
         return hook
 
-    def _scale_input(self, place: int) -> Callable[..., tuple[torch.Tensor] | None]:
+    def _scale_input(self, place: int, is_normed: bool) -> Callable[..., tuple[torch.Tensor] | None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
             if self._off:
                 return None
             assert self._pass is not None
-            return (self._multiply(args[0], self._pass.inputs[place]),)
+            by = self._pass.inputs[place]
+            if is_normed:
+                by = drawn(args[0], by, self.noise == "token") if isinstance(by, Gates) else by
+                self._amplitudes[place] = amplitude(by, self._pass.attn[place - 1]).unsqueeze(-1)
+            return (self._multiply(args[0], by),)
 
         return hook
 
@@ -207,7 +220,7 @@ class GatedModel(nn.Module):
         """
         if isinstance(by, Gates):
             return multiply(x, by, self.noise == "token", recomputes=not self.model.is_activation_checkpointing)
-        return (x.unflatten(-1, (len(by), -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
+        return (x.unflatten(-1, (by.shape[-1], -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
     def _replace_norm(self, path: str) -> None:
         """Lets a norm average over the kept dims only."""
@@ -221,7 +234,7 @@ class GatedModel(nn.Module):
             if self._off:
                 return stock(x)
             assert self._pass is not None
-            kept = self._pass.heads.get(path, self._pass.kept)
+            kept = self._pass.features.get(path, self._pass.kept)
             read = centred_on_kept(x, kept) if family.norm_centres else x
             normed = kept_rms_norm(read, norm.weight, kept, epsilon, family.norm_offset, family.norm_rounds_once)
             return normed.to(x.dtype)
@@ -237,16 +250,21 @@ class GatedModel(nn.Module):
         least = 1 + self.family.norm_centres  # a plan keeps the surest dim, but one has no variance
         return (log_alpha < 0) | (log_alpha <= log_alpha.topk(least, largest=False).values[-1])
 
-    def _kept_heads(self) -> Iterator[tuple[str, KeptDims]]:
-        """Yields, of each norm over all heads of a layer, the kept heads' features; of a layer that keeps none, all."""
+    def _counting_heads(self) -> Iterator[torch.Tensor]:
+        """Yields, per layer, the kept KV heads, and of a layer that keeps none, all, where norms ask for them."""
+        if self.family.norms_all_heads or self.family.attention_post_norm is not None:
+            attn = self.log_alpha().map(lambda score: score.detach() < 0).attn
+            for kept in attn if self._fixed_kept is None else self._fixed_kept.attn:
+                yield kept | ~kept.any()
+
+    def _features_of(self, attn: tuple[torch.Tensor, ...]) -> Iterator[tuple[str, KeptDims]]:
+        """Yields, of each norm over all heads of a layer, the features of those that count."""
         if not self.family.norms_all_heads:
             return
-        attn = self.log_alpha().map(lambda score: score.detach() < 0).attn
-        attn = attn if self._fixed_kept is None else self._fixed_kept.attn
-        for block, kept in zip(layout_of(self.family, self.shape).attention, attn, strict=True):
+        for block, heads in zip(layout_of(self.family, self.shape).attention, attn, strict=True):
             for role, norm in () if block is None else block.head_norms.items():
                 features = self.shape.head_dim * (self.shape.group_size if role == "query" else 1)
-                yield norm, KeptDims.of((kept | ~kept.any()).repeat_interleave(features))
+                yield norm, KeptDims.of(heads.repeat_interleave(features))
 
 
 def _repeated(values: torch.Tensor, times: int) -> tuple[torch.Tensor, ...]:

@@ -46,6 +46,21 @@ def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True, recomputes: 
     return product.flatten(-2)
 
 
+def drawn(x: torch.Tensor, gates: Gates, per_token: bool) -> torch.Tensor:
+    """Returns gates drawn for ``x`` (eq. 2), for where more than a product needs them.
+
+    Args:
+        x: Shape ``(batch, length, units * features)``.
+        per_token: One draw a token, else one a window.
+
+    Returns:
+        Shape ``(batch, length or 1, units)``, of the gates' precision.
+    """
+    leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
+    noise = torch.randn(*leading, len(gates.mu), device=x.device, dtype=x.dtype)
+    return torch.addcmul(gates.mu, noise, gates.deviation)
+
+
 def _factors(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns the two tensors that ``x`` is the product of, as its backward pass keeps them; none where it is none."""
     kept = [getattr(x.grad_fn, name, None) for name in ("_saved_self", "_saved_other")]

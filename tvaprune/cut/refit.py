@@ -8,8 +8,8 @@ section 6):
 The sums are over tokens; for what writes to the residual stream each counts the less, the larger the stream past it is.
 ``lam`` infinite is folding, so folding is the fallback. The layers are walked in order with two residual streams: the
 dense model's gives the targets, the pruned model's, whose earlier layers are refitted already, the inputs. What writes
-to the residual stream aims at the dense one minus the pruned one, which repairs what earlier layers got wrong; before a
-norm after the block it aims at what the dense block writes.
+to the residual stream aims at the dense one minus the pruned one, which repairs what earlier layers got wrong. Before a
+norm after the block it aims at what the dense block writes, and the norm's gain, dim by dim, at what the stream lacks.
 Sources: least squares on the kept channels after GRAIL and OSSCAR, statistics of the pruned prefix after
 Tyr-the-Pruner (arXiv 2503.09657); the centre and the residual target are this project's.
 """
@@ -26,7 +26,7 @@ from datasets import Dataset
 from torch import nn
 
 from tvaprune import ranks
-from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, with_one
+from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
 from tvaprune.measure.cost import REFIT, REFIT_CHOICE
 from tvaprune.models.families import residual_factor
@@ -134,7 +134,9 @@ class _Refit(Walk):
         if not lost and block.post_norm is not None:
             self._fit_writer(name, pruned, lambda batch: self._written(dense, batch))
         self.move(self.dense, dense)
-        if not lost and block.post_norm is None:
+        if not lost and block.post_norm is not None:
+            self.chosen[prefix + _last(block.post_norm)] = self._fit_gain(pruned)
+        elif not lost:
             self._fit_writer(name, pruned, self._lacking)
         self.move(self.pruned, pruned)
 
@@ -165,6 +167,28 @@ class _Refit(Walk):
 
         fit, held = self._moments(tokens)
         self.chosen[name] = fit_linear(pruned.writer, self._ridges(fit), fit, held)
+
+    def _fit_gain(self, pruned: Half) -> float:
+        """Refits the gain of the norm past a half, dim by dim, to what the stream lacks; returns the strength."""
+        norm, offset = pruned.post_norm, self.dense.family.norm_offset
+        sums = torch.zeros(2, 2, len(norm.weight), dtype=torch.float64, device=self.device)  # held out, square or cross
+        for batch in self.batches:
+            written: list[torch.Tensor] = []
+            handle = norm.register_forward_hook(lambda module, args, output, to=written: to.append(output))
+            pruned(batch.pruned.to(self.device))
+            handle.remove()
+            aim, beside = self._lacking(batch)
+            output, weights = written[0].float(), importance(beside).unsqueeze(-1)
+            for into, other in zip(sums[int(batch.held_out)], (output, aim), strict=True):
+                into += (output * other * weights).sum((0, 1))
+        ranks.add_up(sums)
+        (square, cross), held = sums
+        alone = torch.where(square > 0, cross / square, 1.0)
+        found = [1 + (alone - 1) / (1 + strength) for strength in self.strengths]
+        errors = [float((held[0] * factor.square() - 2 * held[1] * factor).sum()) for factor in found]
+        best = nearest(errors)
+        norm.weight.copy_((norm.weight + offset) * found[best] - offset)
+        return self.strengths[best]
 
     def _fit_readers(self, prefix: str, dense: Half, pruned: Half) -> None:
         """Refits the linears that read a norm to the outputs of the dense ones."""

@@ -2,7 +2,8 @@
 
 Which rows and columns of a parameter stay, and by what they are multiplied. Sources: method, sections 5.1 and 5.3. Each
 factor enters once: the hidden means where a block writes to the residual stream, the means of heads and channels where
-the attention's output projection and the MLP's down projection read them.
+the attention's output projection and the MLP's down projection read them. A norm between the attention and the stream
+would divide out what the heads' means have in common; its gain takes that.
 """
 
 from collections.abc import Mapping
@@ -170,7 +171,8 @@ def _block(
         edits[f"{block.writer}.bias"] = Edit(stream.kept, row_factors=written)
     for role, norm in block.head_norms.items():
         edits[f"{norm}.weight"] = Edit(rows[role])
-    return edits | _norms(block, stream)
+    is_attention = "query" in block.readers
+    return edits | _norms(block, stream, amplitude(means) if is_attention and len(means) else None)
 
 
 def _mixture(mixture: Mixture, stream: _Stream) -> dict[str, Edit]:
@@ -179,11 +181,30 @@ def _mixture(mixture: Mixture, stream: _Stream) -> dict[str, Edit]:
     return {mixture.router: reads, mixture.up: reads, mixture.down: Edit(stream.kept, row_factors=stream.means)}
 
 
-def _norms(block: Block, stream: _Stream) -> dict[str, Edit]:
-    """Returns the edits of the norms around a block."""
+def _norms(block: Block, stream: _Stream, size: torch.Tensor | None = None) -> dict[str, Edit]:
+    """Returns the edits of the norms around a block.
+
+    Args:
+        size: What the norm past the block divides out of its means; None: nothing that is given back.
+    """
     edits: dict[str, Edit] = {}
     if block.norm is not None:
         edits[f"{block.norm}.weight"] = Edit(stream.kept)
     if block.post_norm is not None:
-        edits[f"{block.post_norm}.weight"] = Edit(stream.kept, row_factors=stream.means, offset=stream.offset)
+        factors = stream.means if size is None else stream.means * size
+        edits[f"{block.post_norm}.weight"] = Edit(stream.kept, row_factors=factors, offset=stream.offset)
     return edits
+
+
+def amplitude(gates: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the root mean square of gates, which a norm past their block divides out of its output.
+
+    Args:
+        gates: Shape ``(..., units)``.
+        kept: Which of them count, bool, shape ``(units,)``; None: all.
+
+    Returns:
+        Shape ``(...)``.
+    """
+    counting = torch.ones(gates.shape[-1], device=gates.device) if kept is None else kept.float()
+    return torch.linalg.vector_norm(gates * counting, dim=-1) / counting.sum().sqrt()
