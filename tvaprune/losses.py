@@ -1,11 +1,13 @@
 """The losses over logits, in chunks of positions: the head runs on a chunk, and all logits are never there at once.
 
 The logits of 8 blocks of 512 tokens over 128,256 tokens are 2 GiB in float32, and a loss with its gradient holds some
-six times that of student and teacher.
+six times that of student and teacher. Under a head that is not trained the gradient to its input is computed with the
+chunk's loss, and nothing else is kept for the backward pass; else the chunk is computed again there.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -37,6 +39,11 @@ class Predictions:
         return self.head(self.states[:, start:stop])
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the head has parameters that want gradients: asked of no position."""
+        return self.head(self.states[:, :0].detach()).requires_grad
+
+    @property
     @torch.no_grad()
     def vocabulary(self) -> int:
         """The tokens that are predicted: asked of no position."""
@@ -54,7 +61,7 @@ def cross_entropy(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
         labels: Shape ``(batch, length)``; those equal to `IGNORE_INDEX` do not count.
     """
     wanted = labels[:, 1:]
-    total = torch.stack(_in_chunks(_summed, (logits,), wanted)).sum()
+    total = _per_position(_negative_log_likelihood, (logits,), wanted).sum()
     return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -79,8 +86,7 @@ def distillation_loss(
         own, other = (functional.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
         return torch.linalg.vecdot(other.exp(), other - own)
 
-    per_token = torch.cat(_in_chunks(divergence, (student_logits, teacher_logits)), dim=1)
-    return temperature**2 * _mean(per_token, labels)
+    return temperature**2 * _mean(_per_position(divergence, (student_logits, teacher_logits)), labels)
 
 
 @torch.no_grad()
@@ -143,8 +149,8 @@ def top_k_distillation_loss(
             per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
         return per_token
 
-    parts = _in_chunks(divergence, (student_logits,), tokens[:, :-1], log_probs[:, :-1])
-    return temperature**2 * _mean(torch.cat(parts, dim=1), labels)
+    per_token = _per_position(divergence, (student_logits,), tokens[:, :-1], log_probs[:, :-1])
+    return temperature**2 * _mean(per_token, labels)
 
 
 def hidden_loss(
@@ -170,9 +176,10 @@ def hidden_loss(
     return torch.stack(terms).mean()
 
 
-def _summed(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _negative_log_likelihood(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     flat = logits.flatten(0, 1).float()
-    return functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    found = functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return found.view_as(wanted)
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -190,29 +197,62 @@ def _lazy(logits: Logits) -> Predictions:
     return logits if isinstance(logits, Predictions) else Predictions(logits)
 
 
-def _in_chunks(
+def _per_position(
     function: Callable[..., torch.Tensor], logits: Sequence[Logits], *values: torch.Tensor
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """Calls ``function(*logits, *values)`` on a chunk of the positions that predict at a time: all but the last.
 
-    What it computes of a chunk, its logits among it, is not kept for the backward pass but computed again. One chunk is
-    a plain call.
-
     Args:
+        function: Returns a number a position, which depends on no other.
+        logits: The student's, and others, which are never trained.
         values: Of these positions, shape ``(batch, length - 1, ...)``.
+
+    Returns:
+        Shape ``(batch, length - 1)``.
     """
     sides = [_lazy(one) for one in logits]
     count = sides[0].states.shape[1] - 1
     chunks = spans(sides[0], count)
 
-    def part(start: int, stop: int) -> torch.Tensor:
-        last = stop + (stop == count)  # the head runs on whole windows where they are one chunk
-        own = [side.logits(start, last)[:, : stop - start] for side in sides]
-        return function(*own, *(value[:, start:stop] for value in values))
+    def part(states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        own = [sides[0].head(states), *(side.logits(start, start + states.shape[1]) for side in sides[1:])]
+        return function(*(one[:, : stop - start] for one in own), *(value[:, start:stop] for value in values))
 
+    states = sides[0].states
     if len(chunks) == 1:
-        return [part(*chunks[0])]
-    return [checkpoint(part, *span, use_reentrant=False, preserve_rng_state=False) for span in chunks]
+        return part(states, 0, count)  # the head runs on whole windows
+    parts = [(states[:, start:stop], start, stop) for start, stop in chunks]
+    if sides[0].is_trained:
+        again = [checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts]
+        return torch.cat(again, dim=1)
+    if states.requires_grad and torch.is_grad_enabled():
+        found: torch.Tensor = _AtOnce.apply(states, part, [one[1:] for one in parts])
+        return found
+    return torch.cat([part(*one) for one in parts], dim=1)
+
+
+class _AtOnce(torch.autograd.Function):
+    """Numbers of all positions, each chunk's together with their gradients to the states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, part: Callable[..., torch.Tensor], chunks: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        found, gradient = [], torch.zeros_like(states)
+        for start, stop in chunks:
+            with torch.enable_grad():
+                own = states[:, start:stop].detach().requires_grad_()
+                values = part(own, start, stop)
+                (gradient[:, start:stop],) = torch.autograd.grad(values.sum(), own)
+            found.append(values.detach())
+        ctx.save_for_backward(gradient)
+        return torch.cat(found, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, of_values: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        by = functional.pad(of_values, (0, 1)).unsqueeze(-1)
+        return torch.mul(gradient, by, out=torch.empty_like(gradient)), None, None  # no float32 copy in between
 
 
 def _rest(log_probs: torch.Tensor) -> torch.Tensor:

@@ -108,21 +108,25 @@ def _backward_flops(shape: ModelShape, work: Work) -> float:
 
 
 def gate_flops(work: Work) -> float:
-    """Returns the operations of a step of gate training; a loss in several chunks calls the heads again, backward."""
-    again, shape = work.tokens > chunk_tokens(work.dense.vocab_size), work.dense
+    """Returns the operations of a step of gate training."""
+    shape = work.dense
     forward = forward_flops(shape, work.tokens, work.block, head=False)
-    heads = (2 + again + work.distill * (1 + again)) * head_flops(shape, work.tokens)
+    heads = (2 + work.distill) * head_flops(shape, work.tokens)
     return (1 + work.distill) * forward + _backward_flops(shape, work) + heads
 
 
 def finetuning_flops(work: Work) -> float:
-    """Returns the operations of a pass of fine-tuning: both losses call the student's head."""
-    again, shape, tokens = work.tokens > chunk_tokens(work.pruned.vocab_size), work.pruned, work.tokens
+    """Returns the operations of a pass of fine-tuning: both losses call the student's head.
+
+    A loss in several chunks calls the heads again, backward, where the student's is trained.
+    """
+    shape, tokens, trains_head = work.pruned, work.tokens, work.train_lm_head or not work.lora_r
+    again = trains_head and tokens > chunk_tokens(shape.vocab_size)
     layers = (lora_parameters(work) if work.lora_r else dense_layers(shape) - _idle(shape)) * tokens
     updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
     student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
     losses = 1 + work.distill
-    heads = losses * (2 + again + (work.train_lm_head or not work.lora_r)) * head_flops(shape, work.tokens)
+    heads = losses * (2 + again + trains_head) * head_flops(shape, work.tokens)
     teacher = forward_flops(work.dense, tokens, work.block) + again * head_flops(work.dense, tokens)
     return student + heads + work.distill * teacher
 

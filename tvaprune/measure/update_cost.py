@@ -158,7 +158,6 @@ def _window_training(work: Work) -> list[float]:
 def reconstruct_flops(work: Work) -> float:
     """Returns the operations of the reconstruction: both streams, the training, held-out errors, shares."""
     fit, held = work.refit_blocks * work.block, work.held_blocks * work.block
-    again = work.pass_tokens(work.block) > chunk_tokens(work.dense.vocab_size)  # both heads, backward
 
     def passes(shape: ModelShape, tokens: int) -> float:
         return forward_flops(shape, tokens, work.block, head=False)
@@ -166,5 +165,5 @@ def reconstruct_flops(work: Work) -> float:
     both = passes(work.dense, fit + held) + passes(work.pruned, fit + held)
     training = 3 * EPOCHS * passes(work.pruned, fit) + (EPOCHS + 1) * passes(work.pruned, held)
     heads = head_flops(work.pruned, held) + head_flops(work.dense, held)
-    last = EPOCHS * ((2 + again) * head_flops(work.pruned, fit) + (1 + again) * head_flops(work.dense, fit))
+    last = EPOCHS * (2 * head_flops(work.pruned, fit) + head_flops(work.dense, fit))
     return both + training + last + (EPOCHS + 1) * heads + choice_flops(work, NEW_SHARES)
