@@ -173,12 +173,10 @@ class _Refit(Walk):
         norm, offset = pruned.post_norm, self.dense.family.norm_offset
         sums = torch.zeros(2, 2, len(norm.weight), dtype=torch.float64, device=self.device)  # held out, square or cross
         for batch in self.batches:
-            written: list[torch.Tensor] = []
-            handle = norm.register_forward_hook(lambda module, args, output, to=written: to.append(output))
-            pruned(batch.pruned.to(self.device))
-            handle.remove()
+            with _captured(norm) as inputs:
+                pruned(batch.pruned.to(self.device))
             aim, beside = self._lacking(batch)
-            output, weights = written[0].float(), importance(beside).unsqueeze(-1)
+            output, weights = norm(inputs[0]).float(), importance(beside).unsqueeze(-1)
             for into, other in zip(sums[int(batch.held_out)], (output, aim), strict=True):
                 into += (output * other * weights).sum((0, 1))
         ranks.add_up(sums)
@@ -221,10 +219,10 @@ class _Refit(Walk):
 
 
 @contextmanager
-def _captured(linear: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Yields a list that the linear's inputs are added to."""
+def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that a module's inputs are added to."""
     inputs: list[torch.Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
         yield inputs
     finally:
