@@ -38,6 +38,34 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "a norm past the attention that hides its gates after the cut",
+        "tvaprune/plan/edits.py",
+        "stream.means if size is None else stream.means * size",
+        "stream.means",
+        "tests/models/test_each_family.py",
+    ),
+    Mutation(
+        "cut heads in the amplitude of gates",
+        "tvaprune/plan/edits.py",
+        "vector_norm(gates * counting, dim=-1) / counting.sum().sqrt()",
+        "vector_norm(gates, dim=-1) / counting.numel() ** 0.5",
+        "tests/choose/test_step.py",
+    ),
+    Mutation(
+        "a gain's refit that forgets what the norm adds to it",
+        REFIT,
+        "(norm.weight + offset) * found[best] - offset",
+        "norm.weight * found[best]",
+        "tests/cut/test_refit.py",
+    ),
+    Mutation(
+        "losses in chunks without the weight of each position",
+        "tvaprune/losses.py",
+        "torch.mul(gradient, by, out=torch.empty_like(gradient))",
+        "gradient * by.abs().max()",
+        "tests/test_losses.py",
+    ),
+    Mutation(
         "prompts of a batch that read what fills up the shorter ones",
         "tvaprune/measure/generations.py",
         "[0] * gap + [1] * (longest - gap)",
