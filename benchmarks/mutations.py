@@ -61,7 +61,7 @@ MUTATIONS = [
     Mutation(
         "losses in chunks without the weight of each position",
         "tvaprune/losses.py",
-        "torch.mul(gradient, by, out=torch.empty_like(gradient))",
+        "torch.mul(gradient, by.unsqueeze(-1), out=torch.empty_like(gradient))",
         "gradient * by.abs().max()",
         "tests/test_losses.py",
     ),

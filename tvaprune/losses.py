@@ -53,31 +53,57 @@ class Predictions:
 Logits = torch.Tensor | Predictions  # shape (batch, length, vocabulary)
 
 
-def cross_entropy(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Loss:
+    """A mean over the positions that predict, which is yet to be computed.
+
+    Attributes:
+        function: ``function(logits, *others, *values)``, a number a position; it depends on no other position.
+        others: Logits of others than the student, which are not trained.
+        values: Of the positions, shape ``(batch, length - 1, ...)``.
+        labels: Those equal to `IGNORE_INDEX` do not count, shape ``(batch, length)``; None: all positions count.
+        factor: What the mean is multiplied by.
+    """
+
+    function: Callable[..., torch.Tensor]
+    others: tuple[Logits, ...] = ()
+    values: tuple[torch.Tensor, ...] = ()
+    labels: torch.Tensor | None = None
+    factor: float = 1.0
+
+
+def evaluated(logits: Logits, *losses: Loss) -> list[torch.Tensor]:
+    """Returns losses of the same predictions; what their head computes serves all of them.
+
+    Args:
+        logits: The student's, shape ``(batch, length, vocabulary)``.
+    """
+    found = _per_position(_lazy(logits), losses).unbind(-1)
+    return [loss.factor * _mean(each, loss.labels) for loss, each in zip(losses, found, strict=True)]
+
+
+def likelihood(labels: torch.Tensor) -> Loss:
     """Returns the mean negative log-likelihood of the counted labels; the logits at ``i`` predict label ``i + 1``.
 
     Args:
-        logits: Shape ``(batch, length, vocabulary)``.
         labels: Shape ``(batch, length)``; those equal to `IGNORE_INDEX` do not count.
     """
-    wanted = labels[:, 1:]
-    total = _per_position(_negative_log_likelihood, (logits,), wanted).sum()
-    return total / (wanted != IGNORE_INDEX).sum().clamp(min=1)
+
+    def missed(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        flat = logits.flatten(0, 1).float()
+        found = functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        return found.view_as(wanted)
+
+    return Loss(missed, values=(labels[:, 1:],), labels=labels)
 
 
-def distillation_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    temperature: float = 1.0,
-    labels: torch.Tensor | None = None,
-) -> torch.Tensor:
+def distillation(teacher_logits: Logits, temperature: float = 1.0, labels: torch.Tensor | None = None) -> Loss:
     """Returns ``T^2 * KL(teacher || student)`` at temperature ``T``, the mean over the predicted tokens.
 
     The factor ``T^2`` keeps the gradient's size independent of ``T`` (Hinton et al., 2015, section 2).
 
     Args:
-        student_logits: Shape ``(batch, length, vocabulary)``.
-        teacher_logits: The same shape.
+        teacher_logits: Shape ``(batch, length, vocabulary)``.
         labels: Shape ``(batch, length)``; the logits at position ``i`` predict ``labels[:, i + 1]``; labels equal to
             `IGNORE_INDEX` do not count. ``None``: every position but the last counts.
     """
@@ -86,12 +112,49 @@ def distillation_loss(
         own, other = (functional.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
         return torch.linalg.vecdot(other.exp(), other - own)
 
-    return temperature**2 * _mean(_per_position(divergence, (student_logits, teacher_logits)), labels)
+    return Loss(divergence, (teacher_logits,), (), labels, temperature**2)
+
+
+def top_k_distillation(
+    tokens: torch.Tensor, log_probs: torch.Tensor, temperature: float = 1.0, labels: torch.Tensor | None = None
+) -> Loss:
+    """Returns `distillation` over the teacher's likeliest tokens, all others counted as one outcome.
+
+    Nothing is renormalised: it is a lower bound of the full KL (merging outcomes never adds information), and the full
+    KL where the tokens are the whole vocabulary.
+
+    Args:
+        tokens: What `top_k` returned for the same positions and temperature, shape ``(batch, length, k)``.
+        log_probs: The same shape.
+        labels: As in `distillation`.
+    """
+
+    def divergence(logits: torch.Tensor, likeliest: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        student = functional.log_softmax(logits.float() / temperature, dim=-1).gather(-1, likeliest.long())
+        per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        if likeliest.shape[-1] < logits.shape[-1]:
+            rest_teacher, rest_student = _rest(teacher), _rest(student)
+            per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
+        return per_token
+
+    return Loss(divergence, (), (tokens[:, :-1], log_probs[:, :-1]), labels, temperature**2)
+
+
+def cross_entropy(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the `likelihood` loss of one model's logits."""
+    return evaluated(logits, likelihood(labels))[0]
+
+
+def distillation_loss(
+    student_logits: Logits, teacher_logits: Logits, temperature: float = 1.0, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the `distillation` loss of a student's logits."""
+    return evaluated(student_logits, distillation(teacher_logits, temperature, labels))[0]
 
 
 @torch.no_grad()
 def top_k(logits: Logits, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what `top_k_distillation_loss` needs of a teacher: its likeliest tokens and their log-probabilities.
+    """Returns what `top_k_distillation` needs of a teacher: its likeliest tokens and their log-probabilities.
 
     Args:
         logits: Shape ``(batch, length, vocabulary)``.
@@ -122,37 +185,6 @@ def largest_difference(first: Logits, second: Logits) -> torch.Tensor:
     return torch.stack(parts).max()
 
 
-def top_k_distillation_loss(
-    student_logits: Logits,
-    tokens: torch.Tensor,
-    log_probs: torch.Tensor,
-    temperature: float = 1.0,
-    labels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns `distillation_loss` over the teacher's likeliest tokens, all others counted as one outcome.
-
-    Nothing is renormalised: it is a lower bound of the full KL (merging outcomes never adds information), and the full
-    KL where the tokens are the whole vocabulary.
-
-    Args:
-        student_logits: Shape ``(batch, length, vocabulary)``.
-        tokens: What `top_k` returned for the same positions and temperature, shape ``(batch, length, k)``.
-        log_probs: The same shape.
-        labels: As in `distillation_loss`.
-    """
-
-    def divergence(logits: torch.Tensor, likeliest: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        student = functional.log_softmax(logits.float() / temperature, dim=-1).gather(-1, likeliest.long())
-        per_token = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-        if likeliest.shape[-1] < logits.shape[-1]:
-            rest_teacher, rest_student = _rest(teacher), _rest(student)
-            per_token = per_token + torch.xlogy(rest_teacher, rest_teacher / rest_student)
-        return per_token
-
-    per_token = _per_position(divergence, (student_logits,), tokens[:, :-1], log_probs[:, :-1])
-    return temperature**2 * _mean(per_token, labels)
-
-
 def hidden_loss(
     student: tuple[torch.Tensor, ...],
     teacher: tuple[torch.Tensor, ...],
@@ -176,12 +208,6 @@ def hidden_loss(
     return torch.stack(terms).mean()
 
 
-def _negative_log_likelihood(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    flat = logits.flatten(0, 1).float()
-    found = functional.cross_entropy(flat, wanted.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return found.view_as(wanted)
-
-
 def chunk_tokens(vocabulary: int) -> int:
     """Returns the tokens whose logits are there at a time."""
     return CHUNK_TOKENS if vocabulary <= LARGE_VOCABULARY else CHUNK_TOKENS // 2
@@ -197,62 +223,66 @@ def _lazy(logits: Logits) -> Predictions:
     return logits if isinstance(logits, Predictions) else Predictions(logits)
 
 
-def _per_position(
-    function: Callable[..., torch.Tensor], logits: Sequence[Logits], *values: torch.Tensor
-) -> torch.Tensor:
-    """Calls ``function(*logits, *values)`` on a chunk of the positions that predict at a time: all but the last.
-
-    Args:
-        function: Returns a number a position, which depends on no other.
-        logits: The student's, and others, which are never trained.
-        values: Of these positions, shape ``(batch, length - 1, ...)``.
+def _per_position(student: Predictions, losses: Sequence[Loss]) -> torch.Tensor:
+    """Returns what losses are the means of, a chunk of the positions that predict at a time: all but the last.
 
     Returns:
-        Shape ``(batch, length - 1)``.
+        Shape ``(batch, length - 1, losses)``.
     """
-    sides = [_lazy(one) for one in logits]
-    count = sides[0].states.shape[1] - 1
-    chunks = spans(sides[0], count)
+    count = student.states.shape[1] - 1
+    chunks = spans(student, count)
 
     def part(states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        own = [sides[0].head(states), *(side.logits(start, start + states.shape[1]) for side in sides[1:])]
-        return function(*(one[:, : stop - start] for one in own), *(value[:, start:stop] for value in values))
+        own = student.head(states)[:, : stop - start]
+        found = []
+        for loss in losses:
+            others = [_lazy(one).logits(start, start + states.shape[1])[:, : stop - start] for one in loss.others]
+            found.append(loss.function(own, *others, *(value[:, start:stop] for value in loss.values)))
+        return torch.stack(found, dim=-1)
 
-    states = sides[0].states
     if len(chunks) == 1:
-        return part(states, 0, count)  # the head runs on whole windows
-    parts = [(states[:, start:stop], start, stop) for start, stop in chunks]
-    if sides[0].is_trained:
+        return part(student.states, 0, count)  # the head runs on whole windows
+    parts = [(student.states[:, start:stop], start, stop) for start, stop in chunks]
+    if student.is_trained:
         again = [checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts]
         return torch.cat(again, dim=1)
-    if states.requires_grad and torch.is_grad_enabled():
-        found: torch.Tensor = _AtOnce.apply(states, part, [one[1:] for one in parts])
+    if student.states.requires_grad and torch.is_grad_enabled():
+        found: torch.Tensor = _AtOnce.apply(student.states, part, chunks)
         return found
     return torch.cat([part(*one) for one in parts], dim=1)
 
 
 class _AtOnce(torch.autograd.Function):
-    """Numbers of all positions, each chunk's together with their gradients to the states."""
+    """What `_per_position` returns, each chunk's together with its gradients to the states."""
 
     @staticmethod
     def forward(
         ctx: Any, states: torch.Tensor, part: Callable[..., torch.Tensor], chunks: list[tuple[int, int]]
     ) -> torch.Tensor:
-        found, gradient = [], torch.zeros_like(states)
+        found: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []  # of each loss
         for start, stop in chunks:
             with torch.enable_grad():
                 own = states[:, start:stop].detach().requires_grad_()
                 values = part(own, start, stop)
-                (gradient[:, start:stop],) = torch.autograd.grad(values.sum(), own)
+                sums = values.sum((0, 1)).unbind()
+                gradients = gradients or [torch.zeros_like(states) for _ in sums]
+                for gradient, each in zip(gradients, sums, strict=True):
+                    (gradient[:, start:stop],) = torch.autograd.grad(each, own, retain_graph=each is not sums[-1])
             found.append(values.detach())
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(*gradients)
         return torch.cat(found, dim=1)
 
     @staticmethod
     def backward(ctx: Any, of_values: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        by = functional.pad(of_values, (0, 1)).unsqueeze(-1)
-        return torch.mul(gradient, by, out=torch.empty_like(gradient)), None, None  # no float32 copy in between
+        weights = functional.pad(of_values, (0, 0, 0, 1)).unbind(-1)
+        result, *others = (  # no float32 copy in between
+            torch.mul(gradient, by.unsqueeze(-1), out=torch.empty_like(gradient))
+            for gradient, by in zip(ctx.saved_tensors, weights, strict=True)
+        )
+        for other in others:
+            result += other
+        return result, None, None
 
 
 def _rest(log_probs: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_s
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
-from tvaprune.losses import cross_entropy, distillation_loss
+from tvaprune.losses import cross_entropy, distillation, evaluated, likelihood
 from tvaprune.models.logits import predictions
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import calibrate
@@ -98,8 +98,11 @@ class PruningObjective(nn.Module):
         with torch.no_grad(), self.gated.off():
             teacher, _ = predictions(self.gated, input_ids=input_ids, use_cache=False)
         student, _ = predictions(self.gated, input_ids=input_ids, use_cache=False)
-        distance, weight = distillation_loss(student, teacher, self.settings.distill_temp), self.settings.gate_ce_weight
-        return distance + weight * cross_entropy(student, input_ids) if weight else distance
+        distance, weight = distillation(teacher, self.settings.distill_temp), self.settings.gate_ce_weight
+        if not weight:
+            return evaluated(student, distance)[0]
+        kl, ce = evaluated(student, distance, likelihood(input_ids))
+        return kl + weight * ce
 
     def _information_weights(self) -> torch.Tensor:
         """Returns what each unit's KL term counts; the hidden gate acts twice a layer and at the embedding."""

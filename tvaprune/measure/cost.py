@@ -116,17 +116,18 @@ def gate_flops(work: Work) -> float:
 
 
 def finetuning_flops(work: Work) -> float:
-    """Returns the operations of a pass of fine-tuning: both losses call the student's head.
+    """Returns the operations of a pass of fine-tuning: both losses share what the student's head computes.
 
-    A loss in several chunks calls the heads again, backward, where the student's is trained.
+    Of several chunks it is called again, backward, where it is trained; else each loss goes backward through it.
     """
     shape, tokens, trains_head = work.pruned, work.tokens, work.train_lm_head or not work.lora_r
-    again = trains_head and tokens > chunk_tokens(shape.vocab_size)
+    is_parted = tokens > chunk_tokens(shape.vocab_size)
+    again = trains_head and is_parted
     layers = (lora_parameters(work) if work.lora_r else dense_layers(shape) - _idle(shape)) * tokens
     updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
     student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
-    losses = 1 + work.distill
-    heads = losses * (2 + again + trains_head) * head_flops(shape, work.tokens)
+    ways = 1 + (work.distill and is_parted and not trains_head)  # backward
+    heads = (1 + again + ways + trains_head) * head_flops(shape, work.tokens)
     teacher = forward_flops(work.dense, tokens, work.block) + again * head_flops(work.dense, tokens)
     return student + heads + work.distill * teacher
 

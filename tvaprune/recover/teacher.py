@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tvaprune.errors import InputError
 from tvaprune.files import clear_leftovers, first_folder
 from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
-from tvaprune.losses import Predictions, distillation_loss, hidden_loss, top_k, top_k_distillation_loss
+from tvaprune.losses import Predictions, distillation, evaluated, hidden_loss, likelihood, top_k, top_k_distillation
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.logits import predictions
 from tvaprune.plan.keep_plan import KeepPlan
@@ -29,12 +29,12 @@ States = tuple[torch.Tensor, ...] | None  # of the embedding and every layer, sh
 
 
 class Teacher(Protocol):
-    """Compares a student's predictions with what they should have been."""
+    """Compares a student's predictions with what they should have been: the text, and the teacher's."""
 
     needs_hidden_states: bool
 
     def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the terms of the loss, unweighted: ``kl`` and, where hidden states are compared, ``hidden``.
+        """Returns the terms of the loss, unweighted: ``ce``, ``kl`` and, where hidden states are compared, ``hidden``.
 
         Args:
             student: The student's predictions.
@@ -81,7 +81,7 @@ class LiveTeacher:
         self.needs_hidden_states = hidden is not None
 
     def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns ``kl`` and, as asked, ``hidden`` (every layer; the last after the final norm)."""
+        """Returns ``ce``, ``kl`` and, as asked, ``hidden`` (every layer; the last after the final norm)."""
         with torch.inference_mode():
             own, output = predictions(
                 self.model,
@@ -89,7 +89,9 @@ class LiveTeacher:
                 use_cache=False,
                 output_hidden_states=self.needs_hidden_states,
             )
-        found = {"kl": distillation_loss(student, own, self.temperature, batch["labels"])}
+        labels = batch["labels"]
+        ce, kl = evaluated(student, likelihood(labels), distillation(own, self.temperature, labels))
+        found = {"ce": ce, "kl": kl}
         if self.hidden is not None and states is not None:
             kept, *factors = (values.to(student.states.device) for values in (self.hidden.kept, *self.hidden.factors))
             found["hidden"] = hidden_loss(states[1:], output.hidden_states[1:], kept, tuple(factors))
@@ -117,11 +119,12 @@ class CachedTeacher:
             raise InputError(f"--teacher_cache {folder}: is damaged ({error}); remove it") from error
 
     def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns ``kl`` over the tokens kept."""
-        rows, device = batch["index"].cpu().numpy(), student.states.device
+        """Returns ``ce``, and ``kl`` over the tokens kept."""
+        rows, device, labels = batch["index"].cpu().numpy(), student.states.device, batch["labels"]
         tokens, log_probs = (torch.from_numpy(array[rows]).to(device) for array in (self.tokens, self.log_probs))
-        loss = top_k_distillation_loss(student, tokens, log_probs, self.temperature, batch["labels"])
-        return {"kl": loss}
+        compared = top_k_distillation(tokens, log_probs, self.temperature, labels)
+        ce, kl = evaluated(student, likelihood(labels), compared)
+        return {"ce": ce, "kl": kl}
 
 
 def cache_teacher(

@@ -84,9 +84,10 @@ class FinetuneTrainer(CheckpointedTrainer):
         with self.accelerator.autocast():
             found, output = predictions(model, **inputs)
         student = Predictions(found.states, self._in_autocast(found.head))
-        terms = {"ce": cross_entropy(student, batch["labels"])}
-        if self.teacher is not None:
-            terms |= self.teacher.terms(student, output.hidden_states, batch)
+        if self.teacher is None:
+            terms = {"ce": cross_entropy(student, batch["labels"])}
+        else:
+            terms = self.teacher.terms(student, output.hidden_states, batch)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if not torch.isfinite(loss):
             raise InputError(
