@@ -226,7 +226,7 @@ def finetuning_step(work: Work) -> float:
     if work.tokens <= chunk:  # both losses' graphs, or one's and the head's gradient of the other
         loss = max((33 if work.distill else 12) * logits, 12 * logits + head)
     else:
-        loss = (23 if work.distill else 12) * shape.vocab_size * chunk + head
+        loss = (27 if work.distill else 12) * shape.vocab_size * chunk + head
     gradients = number * trained_parameters(work)
     step = _training(work, shape, per_layer, loss, gradients) + work.accumulates * gradients  # those of earlier passes
     return _tuned(work) + (work.distill or work.compare_dense) * weights(work.dense, work) + step
