@@ -225,13 +225,30 @@ def is_ours(folder: Path) -> bool:
     return (folder / MARK_NAME).is_file()
 
 
+def add_files(folder: Path, contents: Mapping[str, str]) -> None:
+    """Writes texts into a folder of this tool, each whole; where it is marked, the mark names them first.
+
+    Args:
+        contents: By their names within the folder.
+    """
+    if contents and is_ours(folder):
+        mark(folder, sorted({*_marked(folder), *contents} - {MARK_NAME}))
+    for name, content in contents.items():
+        write_text(content, folder / name)
+
+
 def foreign_files(folder: Path) -> list[str]:
     """Returns the files in a folder that its mark does not name: somebody else's."""
-    try:
-        own = {*json.loads((folder / MARK_NAME).read_text(encoding="utf-8"))["files"], MARK_NAME}
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
+    own = _marked(folder)
     return [name for name in _files_in(folder) if name not in own]
+
+
+def _marked(folder: Path) -> set[str]:
+    """Returns the files that a folder's mark names, and the mark; none where it cannot be read."""
+    try:
+        return {*json.loads((folder / MARK_NAME).read_text(encoding="utf-8"))["files"], MARK_NAME}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _files_in(folder: Path) -> list[str]:

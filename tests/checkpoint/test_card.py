@@ -17,6 +17,11 @@ from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.card_metadata import source_metadata
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 
+RECORD = {
+    "protocol": {"dataset_name": "wikitext2", "split": "test", "window": 2048},
+    "perplexity": {"dense": 9.25, "pruned": 12.5},
+}
+RESULTS = ".eval_results/Salesforce--wikitext.yaml"
 EMPTY = "This model card has been automatically generated"
 
 
@@ -59,25 +64,28 @@ def pushed(monkeypatch):
     return commits
 
 
-def test_what_a_loaded_pruned_model_pushes_has_our_card(narrow, pushed, tmp_path):
-    folder = save_pruned(*narrow(no_heads_in_layer_0), tokenizer(), tmp_path / "pruned")
-    ours = (folder / "README.md").read_bytes()
+def test_what_a_loaded_pruned_model_pushes_has_our_card_and_results(narrow, pushed, tmp_path):
+    folder = save_pruned(*narrow(no_heads_in_layer_0), tokenizer(), tmp_path / "pruned", record=RECORD)
+    ours, kept = ((folder / name).read_bytes() for name in ("README.md", RESULTS))
     for model in (load_pruned(folder), AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)):
         model.push_to_hub("pruned")
         assert pushed[-1]["README.md"] == ours and b"tvaprune" in ours
         assert {"config.json", "model.safetensors", "modeling_pruned.py"} <= set(pushed[-1])
+        assert pushed[-1][RESULTS] == kept and b"12.5" in kept
         model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="again")
-        assert pushed[-1]["README.md"] == ours
+        assert pushed[-1]["README.md"] == ours and pushed[-1][RESULTS] == kept
         shutil.rmtree(tmp_path / "again")
     load_pruned(folder).save_pretrained(folder, push_to_hub=True, repo_id="pruned")  # into its own folder
     assert pushed[-1]["README.md"] == ours == (folder / "README.md").read_bytes()
+    assert pushed[-1][RESULTS] == kept == (folder / RESULTS).read_bytes()
 
 
 def test_a_card_that_is_on_the_hub_already_stays(narrow, pushed, tmp_path, monkeypatch):
-    folder = save_pruned(*narrow(no_heads_in_layer_0), None, tmp_path / "pruned")
+    folder = save_pruned(*narrow(no_heads_in_layer_0), None, tmp_path / "pruned", record=RECORD)
+    assert (folder / RESULTS).is_file()
     monkeypatch.setattr(ModelCard, "load", lambda repo_id, **_: ModelCard("---\nlicense: mit\n---\nmine"))
     load_pruned(folder).push_to_hub("pruned")
-    assert b"mine" in pushed[-1]["README.md"]
+    assert b"mine" in pushed[-1]["README.md"] and RESULTS not in pushed[-1]
 
 
 def test_what_has_no_card_of_ours_pushes_what_transformers_makes(narrow, pushed, tmp_path, monkeypatch):
@@ -95,9 +103,11 @@ def test_what_has_no_card_of_ours_pushes_what_transformers_makes(narrow, pushed,
 def test_a_folder_goes_up_with_its_card(narrow, tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(huggingface_hub.HfApi, "_validate_yaml", lambda self, content, **_: checked.append(content))
-    folder = save_pruned(*narrow(uniform), tokenizer(), tmp_path / "pruned")
+    folder = save_pruned(*narrow(uniform), tokenizer(), tmp_path / "pruned", record=RECORD)
     found = huggingface_hub.HfApi()._prepare_upload_folder_additions(folder, "", repo_type="model")
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {each.path_in_repo for each in found}
+    assert {"README.md", RESULTS, "config.json", "model.safetensors", "tokenizer.json"} <= {
+        each.path_in_repo for each in found
+    }
     assert [text.strip() for text in checked] == [(folder / "README.md").read_text().strip()]  # the hub's own check
 
 

@@ -74,6 +74,8 @@ def test_the_released_tasks_run_on_local_copies_of_the_hubs_repositories(tmp_pat
     scores, missing = run({"pruned": pruned}, tokenizer, RELEASED_TASKS, tmp_path)
     assert missing == {} and tuple(scores) == RELEASED_TASKS == tuple(REPOSITORIES)
     first = {task: by_model["pruned"].samples[0] for task, by_model in scores.items()}
+    data_sets = {task: by_model["pruned"].settings["data_set"] for task, by_model in scores.items()}
+    assert data_sets == {task: repository for task, (repository, _, _) in REPOSITORIES.items()}  # not the copies
     texts = {task: ["".join(pair) for pair in sample["arguments"]] for task, sample in first.items()}
     assert texts["hellaswag"][1] == "Washing dishes: A man stands at sink 0. He sings. to it."
     assert texts["winogrande"] == [ROWS["winogrande"](0)["sentence"].replace("_", word) for word in ("cup", "bag")]

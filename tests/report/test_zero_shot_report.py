@@ -22,7 +22,7 @@ def record_of(folder, results=None, write_out=False):
     return ZeroShotRecord(results or made(), folder, write_out)
 
 
-def score(per_example, metric="acc", stderr=0.1):
+def score(per_example, metric="acc", stderr=0.1, **change):
     value = sum(per_example) / len(per_example)
     sample = {
         "doc_id": 0,
@@ -33,7 +33,7 @@ def score(per_example, metric="acc", stderr=0.1):
         "metrics": [metric],
         metric: 1.0,
     }
-    settings = {"num_examples": len(per_example), "num_fewshot": 0, "limit": None, "version": 1}
+    settings = {"num_examples": len(per_example), "num_fewshot": 0, "limit": None, "version": 1} | change
     return Score(metric, value, stderr, {metric: value}, 0.25, settings, per_example, [sample])
 
 

@@ -444,7 +444,7 @@ def test_the_hidden_term_is_trained_on(source, tmp_path, command):
 @pytest.mark.parametrize("compare", [False, True])
 def test_zero_shot_scores_stand_before_and_after(compare, source, tmp_path, command, monkeypatch):
     """The harness itself is tested elsewhere: here, which models it is handed, and that no other is in memory."""
-    loaded, handed, alive = [], {}, []
+    loaded, handed, alive, folders = [], {}, [], {}
 
     def noted(load, model_of=lambda found: found):
         def call(*args, **options):
@@ -454,8 +454,9 @@ def test_zero_shot_scores_stand_before_and_after(compare, source, tmp_path, comm
 
         return call
 
-    def score(run, tasks, models, results):
+    def score(run, tasks, models, results, saved):
         handed.update(models)
+        folders.update(saved)
         gc.collect()
         alive.extend(ref() for ref in loaded if ref() is not None)
 
@@ -471,6 +472,7 @@ def test_zero_shot_scores_stand_before_and_after(compare, source, tmp_path, comm
     assert {id(model) for model in alive} == {id(model) for model in handed.values()}
     assert len(loaded) == 6  # the dense one, the student, adapter and merged model to compare, those to score
     ids = torch.arange(12).reshape(2, 6)
+    assert folders == {"pruned": tmp_path / "out" / "pruned", "finetuned": tmp_path / "out" / "merged"}
     pruned, merged = (load_pruned(tmp_path / "out" / name) for name in ("pruned", "merged"))
     assert torch.equal(logits(handed["pruned"], ids), logits(pruned, ids))
     assert torch.equal(logits(handed["finetuned"], ids), logits(merged, ids))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset
 from support import tiny
+from support.folders import hub_results
 from support.tiny import refusal
 
 from tvaprune.text import protocols
@@ -30,7 +31,8 @@ def source(make_model, tmp_path, monkeypatch):
 
 
 def test_a_run_reports_on_the_protocols_text_and_says_so(source, tmp_path, command):
-    code, out, error = command(*source, "--protocol", "wikitext2-2048")
+    saved = tmp_path / "pruned"
+    code, out, error = command(*source, "--protocol", "wikitext2-2048", "--save_pruned", saved)
     assert code == 0, error
     results = tiny.read_json(tmp_path / "out" / "results.json")
     # 8 rows of 17 words: 136 tokens, 4 windows of 32; the tokenizer adds no BOS
@@ -40,11 +42,15 @@ def test_a_run_reports_on_the_protocols_text_and_says_so(source, tmp_path, comma
     assert results["dataset_name"].endswith("text.txt")  # the text that units were chosen on
     assert "perplexity (wikitext2 test, windows of 32)" in out
     assert r"wikitext2-2048: rows joined by '\n\n', no BOS, 4 windows" in out
+    ((dataset, value),) = [(entry.dataset_id, entry.value) for entry in hub_results(saved)]
+    assert (dataset, value) == ("Salesforce/wikitext", round(results["perplexity"]["pruned"], 4))
+    assert value != round(results["perplexity"]["dense"], 4)
 
 
 def test_our_own_is_told_too(source, tmp_path, command):
-    code, out, error = command(*source, "--ctx_length", 16, "--max_eval_samples", 4)
+    code, out, error = command(*source, "--ctx_length", 16, "--max_eval_samples", 4, "--save_pruned", tmp_path / "own")
     assert code == 0, error
+    assert hub_results(tmp_path / "own") == []  # control: the text is not on the hub
     protocol = tiny.read_json(tmp_path / "out" / "results.json")["protocol"]
     assert (protocol["name"], protocol["end"], protocol["num_windows"]) == ("own", "</s>", 4)
     assert "own: documents ended by </s>, no BOS, 4 windows" in out

@@ -5,8 +5,10 @@ import torch
 from report.test_zero_shot_report import score
 from safetensors.torch import load_file
 from support import tiny
+from support.folders import hub_results
 
 from tvaprune.cli import run_command, run_verb
+from tvaprune.files import foreign_files
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import load_masks, save_masks
 from tvaprune.report.results import Results
@@ -104,7 +106,7 @@ def scoring(monkeypatch):
         def run(self, models, tokenizer, on_score, max_length):
             for name in names:
                 for model in models:
-                    on_score(name, model, score([1.0, 0.0]))
+                    on_score(name, model, score([1.0, 0.0], data_set="acme/asked"))
             return {}
 
     monkeypatch.setattr(apply, "zero_shot_tasks", lambda args: Tasks() if args.evaluation.do_zero_eval else None)
@@ -121,7 +123,9 @@ def test_zero_shot_scores_of_the_same_model_and_mask_join(source, scoring, tmp_p
     assert list(found.zero_shot.tasks) == ["a"] and found.zero_shot.run is not None
     scoring[:] = ["b"]
     both = ("--do_eval", "True", "--do_zero_eval", "True", "--speed_batches", 0)
-    do("apply", *flags, source[1], *both)
+    do("apply", *flags, source[1], *both, "--save_pruned", tmp_path / "saved")
+    assert [(told.task_id, told.value) for told in hub_results(tmp_path / "saved")] == [("a", 0.5), ("b", 0.5)]
+    assert foreign_files(tmp_path / "saved") == []
     found = Results.read(tmp_path)
     assert sorted(found.zero_shot.tasks) == ["a", "b"] and found.speed_up is None
     before = (tmp_path / "results.json").read_bytes()

@@ -1,9 +1,11 @@
-"""Pruned folders: plans for them, a tokenizer, and edits of their config."""
+"""Pruned folders: plans for them, a tokenizer, edits of their config, and what the hub reads there."""
 
 import json
 from dataclasses import replace
 
 import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -69,3 +71,9 @@ def read_config(folder):
 
 def edit_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(read_config(folder) | values))
+
+
+def hub_results(folder):
+    """What the hub would read in a folder's ``.eval_results``: entries, by the files' names."""
+    paths = sorted(folder.glob(".eval_results/*"))
+    return [entry for path in paths for entry in parse_eval_result_entries(yaml.safe_load(path.read_text()))]

@@ -1,10 +1,9 @@
 """The metadata above a model card: what the hub files a model under, and what is inherited from the card of its source.
 
-Perplexities stand in ``model-index``. The hub's newer form, ``.eval_results/*.yaml``, takes results of the data sets
-that are registered there as benchmarks, each with a task's name: of the texts here none is one.
+Perplexities stand in ``model-index``, which takes any text's. The hub's present form, which asks for a data set's hub
+id, is `tvaprune.checkpoint.eval_results`.
 """
 
-import re
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
+from tvaprune.checkpoint.eval_results import HUB_ID, Perplexity
 from tvaprune.models.published import PUBLISHED, Published
-from tvaprune.text.sources import HUB_SETS, SPLITS
 
 TAGS = ["pruned", "tvaprune"]
 _CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _INHERITED = ("license", "license_name", "license_link", "language")
 _LONGEST = 200  # characters of what is inherited: a licence's name or address, a language
 
@@ -69,7 +67,7 @@ def source_metadata(base: str | None) -> dict[str, Any]:
         is_ours = set(TAGS) <= set(_texts(above.get("tags")))
         names = (*_INHERITED, "base_model") if is_ours else _INHERITED
         return _plain({name: above[name] for name in names if name in above}, None)
-    if not _HUB_ID.fullmatch(base):
+    if not HUB_ID.fullmatch(base):
         return {}
     above = _of_hub(base)
     return {"base_model": base} | _plain({name: above[name] for name in _INHERITED if name in above}, base)
@@ -118,25 +116,22 @@ def _results(record: Mapping[str, Any]) -> list[EvalResult]:
     Its standard error is a figure beside it: the hub's form has no place for one. Nothing where the perplexity is none,
     as of a model whose weights overflow.
     """
-    values, text = record.get("perplexity"), record.get("protocol")
-    last = "finetuned" if values and "finetuned" in values else "pruned"
-    if not values or values[last] is None or not text:
+    last = "finetuned" if "finetuned" in (record.get("perplexity") or {}) else "pruned"
+    measured = Perplexity.of(record, last)
+    if measured is None:
         return []
-    error = (values.get("stderr") or {}).get(last)
-    name = text["dataset_name"]
-    hub_set = HUB_SETS.get(name)
-    file = None if hub_set is None else hub_set.files[text["split"]]  # of C4 our test split is its validation file
+    name = record["protocol"]["dataset_name"]
     found = partial(
         EvalResult,
         task_type="text-generation",
-        dataset_type=Path(name).stem if hub_set is None else hub_set.repo,
-        dataset_name=Path(name).stem if hub_set is None else name,
-        dataset_config=None if file is None else file.split("/")[0],
-        dataset_split=text["split"] if file is None else next(split for split in SPLITS if split in file),
+        dataset_type=measured.dataset or Path(name).stem,
+        dataset_name=name if measured.dataset else Path(name).stem,
+        dataset_config=measured.config,
+        dataset_split=measured.split,
     )
-    told = f"perplexity, windows of {text['window']}"
-    results = [found(metric_type="perplexity", metric_name=told, metric_value=round(values[last], 4))]
-    if error is not None:
+    told = f"perplexity, windows of {measured.window}"
+    results = [found(metric_type="perplexity", metric_name=told, metric_value=round(measured.value, 4))]
+    if measured.stderr is not None:
         told = f"standard error of the {told}"
-        results.append(found(metric_type="perplexity_stderr", metric_name=told, metric_value=round(error, 4)))
+        results.append(found(metric_type="perplexity_stderr", metric_name=told, metric_value=round(measured.stderr, 4)))
     return results

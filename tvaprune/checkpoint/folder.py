@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.card import model_card
+from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.weights import write_weights
 from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
@@ -59,6 +60,7 @@ def save_pruned(
             config = model.config
             write_checkpoint(model, config, tokenizer, temporary)
         (temporary / "README.md").write_text(model_card(config, plan, record or {}, Path(folder).name), "utf-8")
+        write_eval_results(temporary, record or {}, "pruned")
         for name, content in (beside or {}).items():
             write_json(content, temporary / name)
     return Path(folder)

@@ -37,7 +37,7 @@ class Score:
         metric: The headline metric: ``acc_norm`` where the task has it, else ``acc``, else the task's first.
         metrics: Every metric of the task and its standard error, under the harness's names.
         chance: Accuracy of choosing blindly; ``None`` where the task has no choices.
-        settings: What repeats the score: number of examples, few-shot examples, limit, the task's version.
+        settings: What repeats the score: number of examples, few-shot examples, limit, the task's version, its data.
         per_example: The headline metric of each example, in order.
         samples: The harness's record of each example.
     """
@@ -100,7 +100,7 @@ class ZeroShot:
                 print(self._missing_line(name, error), file=sys.stderr)
                 continue
             for label, model in harness.items():
-                for task, score in self._scores(model, tasks).items():
+                for task, score in self._scores(model, tasks, self._data_set(name)).items():
                     on_score(task, label, score)
         if len(missing) == len(self.names):
             raise InputError(
@@ -132,7 +132,7 @@ class ZeroShot:
         )
         return f"zero-shot task {name}: data set {data_set} cannot be loaded ({type(error).__name__}: {reason}){remedy}"
 
-    def _scores(self, model: Any, tasks: dict[str, Any]) -> dict[str, Score]:
+    def _scores(self, model: Any, tasks: dict[str, Any], data_set: str) -> dict[str, Score]:
         """Runs the loaded tasks on one model."""
         from lm_eval.evaluator import evaluate
 
@@ -140,7 +140,7 @@ class ZeroShot:
             _set_fewshot(task, self.num_fewshot)
         with _no_chatter():
             results = evaluate(model, tasks, limit=self.limit, bootstrap_iters=1000)
-        return {name: _score(results, name, self.limit) for name in tasks["tasks"]}
+        return {name: _score(results, name, self.limit, data_set) for name in tasks["tasks"]}
 
 
 def task_folder() -> Path:
@@ -230,7 +230,7 @@ def _no_chatter() -> Iterator[None]:
         yield
 
 
-def _score(results: Any, name: str, limit: int | None) -> Score:
+def _score(results: Any, name: str, limit: int | None, data_set: str) -> Score:
     """Reads one task's score from the harness's results."""
     found = {key: value for key, value in results["results"][name].items() if isinstance(value, int | float)}
     metrics = {key.removesuffix(",none"): float(value) for key, value in found.items() if "," in key}
@@ -248,6 +248,7 @@ def _score(results: Any, name: str, limit: int | None) -> Score:
             "num_fewshot": results["n-shot"].get(name, 0),
             "limit": limit,
             "version": results["versions"][name],
+            "data_set": data_set,
         },
         per_example=[float(sample[metric]) for sample in samples if isinstance(sample.get(metric), int | float)],
         samples=samples,

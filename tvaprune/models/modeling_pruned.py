@@ -43,7 +43,7 @@ NAMES = {  # by ``model_type`` of the stock config: what follows "Pruned" in the
     "qwen3_moe": "Qwen3Moe",
 }
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-CARD = "README.md"
+CARD, RESULTS = "README.md", ".eval_results/*.yaml"
 _EMPTY_CARD = b"This model card has been automatically generated"  # transformers' words where there is none
 ASKS_FOR_WIDTHS = ("phi3",)  # their attention asks its config for the number of heads in every forward pass
 MIXTURES = ("mixtral", "qwen3_moe")  # whose experts are one tensor: transformers 4 has modules of each
@@ -181,7 +181,7 @@ class _PrunedForCausalLM(nn.Module):
     model_class: Any
     post_init: Any
     config: Any
-    own_card: bytes | None = None
+    own_files: dict[str, bytes] | None = None
 
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
@@ -191,21 +191,27 @@ class _PrunedForCausalLM(nn.Module):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the model as any; read before, since with ``push_to_hub`` the folder's own card may be written over."""
-        self.own_card = _card_of(self.config)
+        self.own_files = _told_of(self.config)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """Uploads with the card of the folder that the model came from, where transformers made an empty one."""
+        """Uploads with card and results of the folder that it came from, where transformers made an empty card."""
         card = Path(working_dir) / CARD
-        if self.own_card is not None and card.is_file() and _EMPTY_CARD in card.read_bytes():
-            card.write_bytes(self.own_card)
+        if self.own_files and card.is_file() and _EMPTY_CARD in card.read_bytes():
+            for name, content in self.own_files.items():
+                path = Path(working_dir) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+                path.parent.touch()  # what did not change since the call began is not uploaded
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
-def _card_of(config: Any) -> bytes | None:
-    """Returns the card of the folder that a config was read from; None: it came from nowhere, or there is none."""
-    path = Path(config._name_or_path or "/") / CARD
-    return path.read_bytes() if path.is_file() else None
+def _told_of(config: Any) -> dict[str, bytes]:
+    """Returns card and evaluation results of the folder that a config was read from; none without a card."""
+    folder = Path(config._name_or_path or "/")
+    if not (folder / CARD).is_file():
+        return {}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in (folder / CARD, *folder.glob(RESULTS))}
 
 
 def classes_of(model_type: str) -> tuple[Any, Any, Any]:

@@ -81,6 +81,11 @@ class Job:
         return Path(self.run.args.prune.save_pruned or self.output / "pruned")
 
     @property
+    def merged_folder(self) -> Path:
+        """Where the fine-tuned model stands."""
+        return self.output / "merged"
+
+    @property
     def train_lm_head(self) -> bool:
         """Whether the lm_head is trained: as asked, else where it is not tied."""
         asked = self.run.args.finetune.train_lm_head
@@ -122,7 +127,7 @@ class Job:
 
     def load_merged(self) -> PreTrainedModel:
         """Loads the fine-tuned model as it stands on disk."""
-        return _on_device(self.run, load_pruned(self.output / "merged", dtype=self.dtype))
+        return _on_device(self.run, load_pruned(self.merged_folder, dtype=self.dtype))
 
 
 # transformers' own flags that act in fine-tuning alone and change what it ends with.

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from tvaprune.checkpoint.card import adapter_card, model_card
+from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.cut.narrow import as_stored
 from tvaprune.files import discard, new_folder
@@ -43,9 +44,10 @@ def write_merged(job: Job, merged: Any, record: dict[str, Any]) -> None:
         merged = as_stored(merge(load_adapter(job.load_pruned(), job.output / "adapter", job.identity)), job.stored)
     config = copy.deepcopy(merged.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
-    with new_folder("output_dir", job.output / "merged", overwrite=True) as folder:
+    with new_folder("output_dir", job.merged_folder, overwrite=True) as folder:
         write_checkpoint(merged, config, job.run.tokenizer, folder)
         (folder / "README.md").write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")
+        write_eval_results(folder, record, "finetuned")
     if job.lora is None:  # an earlier run's, which fits this one's pruned model no more
         discard(job.output / "adapter")
 

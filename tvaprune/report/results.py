@@ -126,7 +126,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One model's score on one task: the headline metric, all others, and what repeats it."""
+    """One model's score on one task: the headline metric, all others, and what repeats it.
+
+    ``data_set`` is a hub id, or the name of a text of this machine; None in results of old.
+    """
 
     metric: str
     value: float
@@ -137,6 +140,7 @@ class TaskScore:
     num_fewshot: int
     limit: int | None
     version: str | float | None
+    data_set: str | None = None
 
 
 @dataclass

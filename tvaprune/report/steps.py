@@ -1,6 +1,6 @@
 """What the stages share: measure, score, write, tell."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tvaprune import ranks
 from tvaprune.budget import times
+from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.errors import EVALUATING, InputError, reason, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
@@ -149,14 +150,27 @@ def _tell(args: Arguments, results: Results) -> None:
     print("\n" + tables.table(rows))
 
 
-def zero_shot(run: Run, tasks: ZeroShot | None, models: dict[str, PreTrainedModel], results: Results) -> None:
-    """Scores the models at hand on the tasks, each result written as it comes, and prints the table."""
+def zero_shot(
+    run: Run,
+    tasks: ZeroShot | None,
+    models: dict[str, PreTrainedModel],
+    results: Results,
+    saved: Mapping[str, str | Path | None] | None = None,
+) -> None:
+    """Scores the models at hand on the tasks, each result written as it comes, and prints the table.
+
+    Args:
+        saved: The folders that models stand in, by the models' names: the scores join what these say.
+    """
     if tasks is None:
         return
     wanted = {name: model for name, model in models.items() if name != DENSE or run.args.evaluation.compare_dense}
     if DENSE in wanted:
         wanted[DENSE] = run.dense_model()
     ranks.on_main(_zero_shot, run, tasks, wanted, results)
+    for name, folder in (saved or {}).items():
+        if folder is not None:
+            ranks.on_main(write_eval_results, folder, results.content(), name)
 
 
 def _zero_shot(run: Run, tasks: ZeroShot, wanted: dict[str, PreTrainedModel], results: Results) -> None:

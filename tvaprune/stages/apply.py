@@ -102,7 +102,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         results = earlier
     if not isinstance(pruned, Streamed):
         phases.begin(SCORING)
-        zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results)
+        zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results, {PRUNED: args.prune.save_pruned})
     return results
 
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tvaprune import ranks
+from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
@@ -74,7 +75,8 @@ def run_finetune(args: Arguments) -> Results:
     if tasks is not None:
         phases.begin(SCORING)
         dense = {DENSE: job.run.model} if compares else {}
-        zero_shot(job.run, tasks, {**dense, PRUNED: job.load_pruned(), FINETUNED: job.load_merged()}, results)
+        models = {**dense, PRUNED: job.load_pruned(), FINETUNED: job.load_merged()}
+        zero_shot(job.run, tasks, models, results, {PRUNED: job.pruned_folder, FINETUNED: job.merged_folder})
     return results
 
 
@@ -107,6 +109,7 @@ def _pruned(job: Job, results: Results) -> tuple[PreTrainedModel, TextLoss]:
     if not job.needs_dense:
         job.run.model = pruned  # the dense one leaves the memory
     measure(job.run, job.plan, pruned, job.windows, dense, results)
+    ranks.on_main(write_eval_results, job.pruned_folder, results.content(), PRUNED)
     return pruned, dense
 
 

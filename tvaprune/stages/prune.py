@@ -123,7 +123,7 @@ def _measured(
             ranks.on_main(save_pruned, pruned, plan, run.tokenizer, place, overwrite, results.content())
             print(f"checkpoint: {one.prune.save_pruned}")
         run.phases.begin(_scored(target))
-        zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results)
+        zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results, {PRUNED: one.prune.save_pruned})
         if abs(plan.sparsity - target) > TOLERANCE:
             print(
                 f"note: with --dim_multiple {plan.dim_multiple} the nearest to --target_sparsity {target} is "
