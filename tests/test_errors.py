@@ -1,9 +1,11 @@
 import json
 import math
+import shlex
 import sys
 
 import pytest
 import torch
+from support.tiny import ROOT
 
 from tvaprune.cli import run_command
 from tvaprune.errors import (
@@ -12,11 +14,13 @@ from tvaprune.errors import (
     TRAINING,
     InputError,
     out_of_memory,
+    program,
     quoted,
     reason,
     running_out_in,
 )
 from tvaprune.files import as_json, write_json
+from tvaprune.measure.hardware import command_line
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 3.00 GiB is "
@@ -109,3 +113,23 @@ def test_no_json_of_ours_holds_nan(tmp_path):
     with pytest.raises(AssertionError, match="NaN is not JSON"):  # control
         json.loads(json.dumps({"a": math.nan}), parse_constant=refuse)
     assert as_json({"a": math}, indent=None, default=lambda value: value.__name__) == '{"a": "math"}'
+
+
+@pytest.mark.parametrize(
+    ("called", "command", "name"),
+    [
+        (str(ROOT / "tvaprune" / "__main__.py"), "python -m tvaprune --x 'a b'", "tvaprune"),
+        (str(ROOT / "tvaprune" / "export" / "__main__.py"), "python -m tvaprune.export --x 'a b'", "tvaprune.export"),
+        ("/somewhere/bin/tvaprune", "tvaprune --x 'a b'", "tvaprune"),
+        ("path/tva_prune.py", "python path/tva_prune.py --x 'a b'", "tva_prune.py"),
+        ("/another/__main__.py", "python /another/__main__.py --x 'a b'", "__main__.py"),  # control: not ours
+    ],
+)
+def test_a_command_is_told_as_it_was_typed(called, command, name, monkeypatch, capsys):
+    def mistake():
+        raise InputError("wrong")
+
+    monkeypatch.setattr(sys, "argv", [called, "--x", "a b"])
+    assert command_line() == command and shlex.join(program()) == command.removesuffix(" --x 'a b'")
+    assert run_command(mistake) == 2
+    assert capsys.readouterr().err == f"{name}: wrong\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune import endings, ranks
-from tvaprune.errors import InputError, one_line, out_of_memory, reason
+from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
 from tvaprune.flags.recipes import expand
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
 
@@ -29,7 +29,7 @@ def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goe
     Args:
         goes_on: What an interrupted user is told.
     """
-    name = Path(sys.argv[0]).name
+    name = Path(program()[-1]).name
     try:
         with endings.unclosed(), endings.watched(), ranks.quiet():
             command()

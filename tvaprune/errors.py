@@ -2,8 +2,10 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 LONGEST = 200  # characters of a library's message within ours
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]i?B|bytes)")
@@ -13,6 +15,14 @@ _BYTES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what came, what was needed and what to do."""
+
+
+def program() -> list[str]:
+    """Returns the words that started this process, before its flags: a script, a module, an installed command."""
+    path, home = Path(sys.argv[0]), Path(__file__).resolve().parents[1]
+    if path.name == "__main__.py" and path.resolve().is_relative_to(home):  # all that Python keeps of ``-m``
+        return ["python", "-m", ".".join(path.resolve().relative_to(home).parent.parts)]
+    return [path.name] if path.name == "tvaprune" else ["python", sys.argv[0]]
 
 
 def one_line(text: str) -> str:

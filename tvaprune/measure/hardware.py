@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tvaprune import __version__
+from tvaprune.errors import program
 
 RECORDED_PACKAGES = ("tvaprune", "torch", "transformers", "datasets", "accelerate", "peft", "lm_eval")
 
@@ -45,4 +46,4 @@ def _version(name: str) -> str:
 
 def command_line() -> str:
     """Returns the command as it was typed."""
-    return shlex.join(["python", *sys.argv])
+    return shlex.join([*program(), *sys.argv[1:]])

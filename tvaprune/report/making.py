@@ -163,7 +163,8 @@ def speed(runs: Sequence[RunFolder]) -> list[Block]:
 def _times(name: str, speed: SpeedUp | None, ideal: str) -> list[str]:
     if speed is None:
         return []
-    what = f"{name}, {speed.num_batches} batches of {speed.batch_size} × {speed.window} tokens"
+    batches = "1 batch" if speed.num_batches == 1 else f"{speed.num_batches} batches"
+    what = f"{name}, {batches} of {speed.batch_size} × {speed.window} tokens"
     seconds = f"{speed.reference_seconds:.2f} s", f"{speed.seconds:.2f} s"
     return [what, *seconds, f"{speed.whole_set:.2f}×", f"{speed.per_batch:.2f}×", ideal]
 
