@@ -152,8 +152,8 @@ MUTATIONS = [
     Mutation(
         "gate distillation with the KL reversed",
         "tvaprune/choose/objective.py",
-        "distillation_loss(student, teacher, self.settings",
-        "distillation_loss(teacher, student, self.settings",
+        "return evaluated(student, distance)[0]",
+        "return evaluated(teacher, distillation(student, self.settings.distill_temp))[0]",
         "tests/choose",
     ),
     Mutation(
