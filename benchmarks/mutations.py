@@ -47,9 +47,16 @@ MUTATIONS = [
     Mutation(
         "cut heads in the amplitude of gates",
         "tvaprune/plan/edits.py",
-        "vector_norm(gates * counting, dim=-1) / counting.sum().sqrt()",
+        "vector_norm(gates * counting, dim=-1) / count.clamp(min=1).sqrt()",
         "vector_norm(gates, dim=-1) / counting.numel() ** 0.5",
         "tests/choose/test_step.py",
+    ),
+    Mutation(
+        "a lost attention whose bias the norm past it no longer passes on",
+        "tvaprune/plan/edits.py",
+        "torch.where(count > 0, size, 1.0)",
+        "size",
+        "tests/plan/test_edits.py",
     ),
     Mutation(
         "a gain's refit that forgets what the norm adds to it",

@@ -161,9 +161,12 @@ def test_loss_and_gradients_are_those_of_plain_operations(row, redrawing, make_m
 
 @pytest.mark.parametrize("noise", ["token", "sequence"])
 @pytest.mark.parametrize("options", [None, {}], ids=["", "checkpointing"])
-def test_so_they_are_in_single_precision(options, noise, make_model, input_ids):
-    for found, expected in zip(*both(make_model, "llama GQA", input_ids, torch.float32, noise, options), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize(
+    ("row", "near"), [("llama GQA", 1e-6), ("fused GQA", 1e-5)]
+)  # one more norm, and its amplitude
+def test_so_they_are_in_single_precision(row, near, options, noise, make_model, input_ids):
+    for found, expected in zip(*both(make_model, row, input_ids, torch.float32, noise, options), strict=True):
+        torch.testing.assert_close(found, expected, rtol=near, atol=near)
 
 
 def test_other_noise_gives_other_gradients(make_model, input_ids):

@@ -150,3 +150,16 @@ def test_another_grouping_of_query_heads_cuts_another_model(row, make_model, ful
     for module in (slice, fold):
         monkeypatch.setattr(module, "edits_of", lambda plan, family, device: grouped_otherwise(plan, family))
     assert (logits(sliced(model, plan), input_ids) - masked).abs().mean() > 0.02
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_a_norm_that_reads_the_bias_of_a_lost_attention_stays_what_it_is(model_type, make_model, make_masks, input_ids):
+    model = make_model(model_type, attention_bias=True, attn_implementation="eager")
+    plan = make_plan(model, make_masks, empty_layer=1)
+    assert plan.shape.output_bias and not plan.num_key_value_heads[1]
+    cut = logits(sliced(model, plan), input_ids)
+    gated = GatedModel(model)
+    with torch.no_grad(), gated.applying(plan):
+        torch.testing.assert_close(gated(input_ids=input_ids).logits, cut, **CLOSE)
+        model.model.layers[1].self_attn.o_proj.bias.data.neg_()  # control: the norm reads it
+        assert (gated(input_ids=input_ids).logits - cut).abs().max() > 0.01

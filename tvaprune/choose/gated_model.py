@@ -42,7 +42,7 @@ class _Pass:
         inputs: What the input of each place's writer is multiplied by; that of the embedding is not used.
         outputs: What the output of each place is multiplied by: the hidden gates.
         kept: The hidden dims that norms average over.
-        attn: Per layer, the KV heads that count: the kept ones, of a layer that keeps none, all; bool.
+        attn: Per layer, the KV heads that count, bool: the kept ones; where gates are drawn, of a layer without, all.
         features: The features that norms over all heads average over, by the norm.
     """
 
@@ -143,6 +143,7 @@ class GatedModel(nn.Module):
                 norm.forward = forward
         self._stock_forwards.clear()
         self._pass = None
+        self._amplitudes.clear()  # of a recomputation that ended before the norm
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         return self.model
@@ -251,20 +252,24 @@ class GatedModel(nn.Module):
         return (log_alpha < 0) | (log_alpha <= log_alpha.topk(least, largest=False).values[-1])
 
     def _counting_heads(self) -> Iterator[torch.Tensor]:
-        """Yields, per layer, the kept KV heads, and of a layer that keeps none, all, where norms ask for them."""
-        if self.family.norms_all_heads or self.family.attention_post_norm is not None:
-            attn = self.log_alpha().map(lambda score: score.detach() < 0).attn
-            for kept in attn if self._fixed_kept is None else self._fixed_kept.attn:
-                yield kept | ~kept.any()
+        """Yields, per layer, the KV heads that count, where norms ask for them."""
+        if not (self.family.norms_all_heads or self.family.attention_post_norm is not None):
+            return
+        if self._fixed_kept is not None:
+            yield from self._fixed_kept.attn
+            return
+        for score in self.log_alpha().attn:
+            kept = score.detach() < 0
+            yield kept | ~kept.any()
 
     def _features_of(self, attn: tuple[torch.Tensor, ...]) -> Iterator[tuple[str, KeptDims]]:
-        """Yields, of each norm over all heads of a layer, the features of those that count."""
+        """Yields, of each norm over all heads of a layer, the features of those that count, or of all."""
         if not self.family.norms_all_heads:
             return
         for block, heads in zip(layout_of(self.family, self.shape).attention, attn, strict=True):
             for role, norm in () if block is None else block.head_norms.items():
                 features = self.shape.head_dim * (self.shape.group_size if role == "query" else 1)
-                yield norm, KeptDims.of(heads.repeat_interleave(features))
+                yield norm, KeptDims.of((heads | ~heads.any()).repeat_interleave(features))
 
 
 def _repeated(values: torch.Tensor, times: int) -> tuple[torch.Tensor, ...]:

@@ -171,8 +171,7 @@ def _block(
         edits[f"{block.writer}.bias"] = Edit(stream.kept, row_factors=written)
     for role, norm in block.head_norms.items():
         edits[f"{norm}.weight"] = Edit(rows[role])
-    is_attention = "query" in block.readers
-    return edits | _norms(block, stream, amplitude(means) if is_attention and len(means) else None)
+    return edits | _norms(block, stream, amplitude(means) if "query" in block.readers else None)
 
 
 def _mixture(mixture: Mixture, stream: _Stream) -> dict[str, Edit]:
@@ -199,6 +198,8 @@ def _norms(block: Block, stream: _Stream, size: torch.Tensor | None = None) -> d
 def amplitude(gates: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the root mean square of gates, which a norm past their block divides out of its output.
 
+    Where none is left there is nothing to give back: 1, and a norm that reads a bias alone stays what it is.
+
     Args:
         gates: Shape ``(..., units)``.
         kept: Which of them count, bool, shape ``(units,)``; None: all.
@@ -207,4 +208,6 @@ def amplitude(gates: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Te
         Shape ``(...)``.
     """
     counting = torch.ones(gates.shape[-1], device=gates.device) if kept is None else kept.float()
-    return torch.linalg.vector_norm(gates * counting, dim=-1) / counting.sum().sqrt()
+    count = counting.sum()
+    size = torch.linalg.vector_norm(gates * counting, dim=-1) / count.clamp(min=1).sqrt()
+    return torch.where(count > 0, size, 1.0)
