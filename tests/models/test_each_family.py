@@ -1,6 +1,7 @@
 """What every family can do beside the equalities of the contract, each family once."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,8 +44,9 @@ def zeroed(dense, plan):
     """The narrower model by the equations alone, in float64: the dense one with zeros where units go.
 
     What a hidden dim of zeros changes is the norms' average: over n' of n dims, ``rms' = sqrt(n / n') rms``, so a gain
-    times ``sqrt(n' / n)`` and an epsilon times ``n' / n`` average over the kept ones. A norm that subtracts the mean
-    becomes its equation over the kept ones. No name is read from the rows.
+    times ``sqrt(n' / n)`` and an epsilon times ``n' / n`` average over the kept ones. Where norms go on dividing by the
+    dense width, the gain of those of the stream stays. A norm that subtracts the mean becomes its equation over the
+    kept ones. No name is read from the rows.
     """
     model, shape = copy.deepcopy(dense).double(), plan.shape
     full, kept, width = plan.full_scale(), plan.full_kept(), shape.head_dim * shape.group_size
@@ -60,7 +62,8 @@ def zeroed(dense, plan):
 
     def average(norm, selected, factors=1.0):
         share = selected.double().mean()
-        gain = (norm.weight.data + offset) * share.sqrt() * factors
+        of_kept = share.sqrt() if plan.norm_width is None or selected is not kept.hidden else 1.0
+        gain = (norm.weight.data + offset) * of_kept * factors
         norm.weight.data = gain - offset
         if type(norm).__name__.endswith("LayerNorm"):
             norm.forward = lambda x: layer_norm(x, selected, norm.weight / share.sqrt(), norm.variance_epsilon / share)
@@ -105,11 +108,13 @@ def zeroed(dense, plan):
     return model
 
 
+@pytest.mark.parametrize("norms", ["over the kept dims", "over the dense width"])
 @pytest.mark.parametrize("row", EVERY)
-def test_the_cut_is_the_dense_model_with_zeros_in_float64(row, make_model, make_masks, input_ids):
+def test_the_cut_is_the_dense_model_with_zeros_in_float64(row, norms, make_model, make_masks, input_ids):
     model_type, values = EVERY[row]
     model = make_model(model_type, **values)
     plan = with_units(make_plan(model, make_masks, empty_layer=1), "inter", 2, 0)
+    plan = replace(plan, norm_width=plan.shape.hidden_size if "dense" in norms else None)
     assert plan.num_key_value_heads[1] == plan.intermediate_size[2] == 0 < plan.num_key_value_heads[0]
     expected = logits(zeroed(model, plan), input_ids).float()
     torch.testing.assert_close(logits(sliced(model, plan), input_ids), expected, **CLOSE)

@@ -14,6 +14,7 @@ from tvaprune.cut.slice import apply_plan
 from tvaprune.models.families import FAMILIES, family_of
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import plan_from_masks
 
 pytestmark = pytest.mark.usefixtures("other_families")
 
@@ -64,6 +65,31 @@ def test_masked_and_sliced_models_agree(model, plan, input_ids):
     torch.testing.assert_close(logits(sliced(model, plan), input_ids), masked, **CLOSE)
     assert (masked - logits(model, input_ids)).abs().mean() > 0.1  # the cut is felt
     assert (masked - logits(apply_plan(copy.deepcopy(model), plan), input_ids)).abs().max() > 0.01  # so is the fold
+
+
+def test_norms_may_go_on_dividing_by_the_dense_width(model, make_masks, input_ids):
+    """The cut writes the quotient of the widths into their gains: whatever the epsilon, and where they centre."""
+    kept_width = make_plan(model, make_masks)
+    plan = replace(kept_width, norm_width=kept_width.shape.hidden_size)
+    gated = GatedModel(copy.deepcopy(model))
+    with gated.applying(plan):
+        masked = logits(gated, input_ids)
+    torch.testing.assert_close(logits(sliced(model, plan), input_ids), masked, **CLOSE)
+    with gated.applying(kept_width):  # control
+        assert (logits(gated, input_ids) - masked).abs().max() > 0.01
+
+
+def test_gates_that_keep_the_norm_width_pass_it_on(model, input_ids):
+    """Drawn with next to no noise they compute what the cut does that their masks ask for."""
+    gated = GatedModel(copy.deepcopy(model), -30.0, keeps_norm_width=True)
+    with torch.no_grad():
+        gated.mu[:8], gated.log_variance[:8] = 0.0, -10.0  # hidden dims of which the noise alone is left
+    plan = plan_from_masks(gated.masks(), gated.shape)
+    assert (plan.hidden_size, plan.norm_width) == (gated.shape.hidden_size - 8, gated.shape.hidden_size)
+    narrow = logits(sliced(model, plan), input_ids)
+    apart = (logits(gated, input_ids) - narrow).abs().mean()
+    gated.norm_width = None  # control
+    assert apart < 0.5 * (logits(gated, input_ids) - narrow).abs().mean()
 
 
 def test_a_kept_unit_may_have_a_mean_of_exactly_zero(model, make_masks, input_ids):

@@ -2,6 +2,7 @@ import pickle
 import time
 import tracemalloc
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def test_the_file_is_the_released_format(make_masks, tmp_path):
     assert all(type(v) is torch.Tensor and v.dtype == torch.float32 for v in content.values())
     assert torch.equal(content["attn_layer10_z_mu"], masks.mu.attn[10])
     assert torch.equal(content["inter_layer11_z_logD"], masks.log_variance.inter[11])
+
+
+def test_the_width_that_norms_divide_by_goes_with_the_mask(make_masks, tmp_path):
+    path = tmp_path / "mask_info_1.0.pkl"
+    save_masks(replace(make_masks(SHAPE), norm_width=9), path)
+    assert set(pickle.loads(path.read_bytes())) == {*mask_dict(SHAPE.num_hidden_layers), "norm_width"}
+    loaded = load_masks(path, SHAPE)
+    assert calibrate(loaded, SHAPE, 0.5).norm_width == plan_from_masks(loaded, SHAPE).norm_width == 9
+    loaded.check_fits(SHAPE, "--mask_loc m.pkl")
+    with pytest.raises(InputError, match="--mask_loc m.pkl holds norm_width 8; the model has 9 hidden dims: give the"):
+        replace(loaded, norm_width=8).check_fits(SHAPE, "--mask_loc m.pkl")
+    save_masks(make_masks(SHAPE), path)  # control: a released one has none
+    assert load_masks(path).norm_width is plan_from_masks(load_masks(path), SHAPE).norm_width is None
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(2), torch.ones(()), torch.zeros(1), torch.tensor([4.5]), torch.tensor([float("inf")]), "9"]
+)
+def test_a_norm_width_that_is_none_is_refused(value, write):
+    with pytest.raises(InputError, match="its norm_width is no width; give a whole mask_info"):
+        load_masks(write(mask_dict() | {"norm_width": value}))
 
 
 def test_trained_parameters_are_saved_as_plain_tensors(make_masks, tmp_path):

@@ -126,7 +126,8 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     identity = _gate_identity(run, settings, train_blocks, choice_blocks)
     if checkpoint is not None:
         check_identity("checkpoint", Path(checkpoint), identity)
-    gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise)
+    keeps_norm_width = settings.norm_width == "dense"
+    gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise, keeps_norm_width)
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
     trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record, run.phases)
     with running_out_in(TRAINING):

@@ -3,8 +3,8 @@
 One object owns all hooks, and the forward methods of the norms meanwhile. Where each gate multiplies: the hidden
 gate the embedding's output, once, and the output of every attention block and MLP before the residual add; the
 attention gate the input of the output projection, a KV head with the query heads that share it; the MLP gate the input
-of the down projection; experts have none. Under a hidden gate an RMSNorm averages over the kept dims only, as the
-sliced model will. A norm between an attention and the residual add divides out what all heads' gates have in common:
+of the down projection; experts have none. Under a hidden gate an RMSNorm reads the kept dims only, as the sliced model
+will. A norm between an attention and the residual add divides out what all heads' gates have in common:
 of a single head, all but the sign. There the output is multiplied by the gates' amplitude, which gives it back.
 """
 
@@ -41,7 +41,7 @@ class _Pass:
     Attributes:
         inputs: What the input of each place's writer is multiplied by; that of the embedding is not used.
         outputs: What the output of each place is multiplied by: the hidden gates.
-        kept: The hidden dims that norms average over.
+        kept: The hidden dims that norms read.
         attn: Per layer, the KV heads that count, bool: the kept ones; where gates are drawn, of a layer without, all.
         features: The features that norms over all heads average over, by the norm.
     """
@@ -63,15 +63,23 @@ class GatedModel(nn.Module):
         model: A ``...ForCausalLM`` of a supported family; its parameters stop requiring gradients.
         initial_log_variance: Mean of the log-variances' start.
         noise: ``token``: a gate is drawn for every token (eq. 2); ``sequence``: one draw serves all tokens of a window.
+        keeps_norm_width: Whether norms go on dividing the sum of the kept dims' squares by the dense width.
     """
 
-    def __init__(self, model: PreTrainedModel, initial_log_variance: float = -9.0, noise: str = "token") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        initial_log_variance: float = -9.0,
+        noise: str = "token",
+        keeps_norm_width: bool = False,
+    ) -> None:
         super().__init__()
         self.noise = noise
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False)
         self.family = family_of(model.config)
         self.shape = shape_of(model.config)
+        self.norm_width = self.shape.hidden_size if keeps_norm_width else None
 
         def start(centre: float) -> nn.Parameter:
             units = PerUnit.full(self.shape, centre).map(lambda v: v + INITIAL_STD * torch.randn_like(v))
@@ -81,6 +89,7 @@ class GatedModel(nn.Module):
         self.register_state_dict_post_hook(_drop_frozen)
         self._fixed: PerUnit | None = None
         self._fixed_kept: PerUnit | None = None
+        self._fixed_norm_width: int | None = None
         self._off = False
         self._pass: _Pass | None = None
         self._amplitudes: dict[int, torch.Tensor] = {}
@@ -93,7 +102,8 @@ class GatedModel(nn.Module):
 
     def masks(self) -> Masks:
         """Returns the gates as they stand: the parameters themselves, with gradients."""
-        return Masks(mu=PerUnit.of(self.mu, self.shape), log_variance=PerUnit.of(self.log_variance, self.shape))
+        mu, log_variance = PerUnit.of(self.mu, self.shape), PerUnit.of(self.log_variance, self.shape)
+        return Masks(mu, log_variance, self.norm_width)
 
     def log_alpha(self) -> PerUnit:
         """Returns the scores of the gates as they stand, with gradients, in fewer steps than `masks` would."""
@@ -108,29 +118,31 @@ class GatedModel(nn.Module):
         finally:
             self._off = before
 
-    def hold(self, values: PerUnit, kept: PerUnit | None = None) -> None:
+    def hold(self, values: PerUnit, kept: PerUnit | None = None, norm_width: int | None = None) -> None:
         """Multiplies by fixed values from now on, full-sized, 0 where a unit is cut: the masked model.
 
         Args:
             kept: Whether a unit is kept, full-sized, bool; None: where its value is not 0.
+            norm_width: As of `KeepPlan`.
         """
         device = self.mu.device
         self._fixed = values.map(lambda value: value.to(device))
         self._fixed_kept = (values.map(lambda value: value != 0) if kept is None else kept).map(lambda v: v.to(device))
+        self._fixed_norm_width = norm_width
 
     @contextmanager
-    def using(self, values: PerUnit, kept: PerUnit | None = None) -> Iterator[None]:
+    def using(self, values: PerUnit, kept: PerUnit | None = None, norm_width: int | None = None) -> Iterator[None]:
         """Multiplies by fixed values for a while, as `hold` does."""
-        before = self._fixed, self._fixed_kept
-        self.hold(values, kept)
+        before = self._fixed, self._fixed_kept, self._fixed_norm_width
+        self.hold(values, kept, norm_width)
         try:
             yield
         finally:
-            self._fixed, self._fixed_kept = before
+            self._fixed, self._fixed_kept, self._fixed_norm_width = before
 
     def applying(self, plan: KeepPlan) -> AbstractContextManager[None]:
         """Computes for a while what the model that is sliced and folded by a plan will."""
-        return self.using(plan.full_scale(), plan.full_kept())
+        return self.using(plan.full_scale(), plan.full_kept(), plan.norm_width)
 
     def detach_gates(self) -> PreTrainedModel:
         """Takes off every hook and returns the stock model, as trainable as it came."""
@@ -178,7 +190,8 @@ class GatedModel(nn.Module):
         if self._off:
             return
         uses = 1 + 2 * self.shape.num_hidden_layers
-        kept, attn = KeptDims.of(self._kept_hidden()), tuple(self._counting_heads())
+        norm_width = self.norm_width if self._fixed is None else self._fixed_norm_width
+        kept, attn = KeptDims.of(self._kept_hidden(), norm_width), tuple(self._counting_heads())
         features = dict(self._features_of(attn))
         if self._fixed is not None:
             factors = tuple(self._fixed)
@@ -224,7 +237,7 @@ class GatedModel(nn.Module):
         return (x.unflatten(-1, (by.shape[-1], -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
     def _replace_norm(self, path: str) -> None:
-        """Lets a norm average over the kept dims only."""
+        """Lets a norm read the kept dims only."""
         norm: Any = self.model.get_submodule(path)
         if norm in self._stock_forwards:  # which both blocks of a layer read
             return

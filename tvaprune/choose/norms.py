@@ -1,7 +1,8 @@
-"""An RMSNorm that averages over the kept dims only, and keeps no more than its input for the backward pass.
+"""An RMSNorm that reads the kept dims only, and keeps no more than its input for the backward pass.
 
-Source: Zhang and Sennrich, Root Mean Square Layer Normalization (NeurIPS 2019), eq. 4, with the mean over the dims that
-stay, as the sliced model will have it.
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization (NeurIPS 2019), eq. 4, over the dims that stay, as the
+sliced model will have it. What it divides their squares' sum by is their number, or still the dense width, which the
+cut then writes into the gain (`tvaprune.plan.edits`).
 """
 
 from dataclasses import dataclass
@@ -12,24 +13,33 @@ import torch
 
 @dataclass(frozen=True)
 class KeptDims:
-    """Which dims a norm averages over: of the hidden ones, or of the features of a layer's heads.
+    """Which dims a norm reads: of the hidden ones, or of the features of a layer's heads.
 
     Attributes:
         mask: 1 where a dim is kept, else 0; shape ``(dims,)``.
-        count: Their number, a scalar.
-        share: ``mask / count``.
+        share: ``mask`` over the number of kept dims.
+        width: What the sum of squares is divided by, a scalar.
+        square_share: ``mask / width``.
+        epsilon_share: What the norm's epsilon counts, a scalar: the sliced norm adds it before its larger gain.
     """
 
     mask: torch.Tensor
-    count: torch.Tensor
     share: torch.Tensor
+    width: torch.Tensor
+    square_share: torch.Tensor
+    epsilon_share: torch.Tensor
 
     @classmethod
-    def of(cls, kept: torch.Tensor) -> "KeptDims":
-        """Returns the dims where ``kept``, shape ``(hidden,)``, is true; float32, as norms compute."""
+    def of(cls, kept: torch.Tensor, width: int | None = None) -> "KeptDims":
+        """Returns the dims where ``kept``, shape ``(dims,)``, is true; float32, as norms compute.
+
+        Args:
+            width: What the sum of squares is divided by; None: the number of kept dims.
+        """
         mask = kept.float()
         count = mask.sum()
-        return cls(mask, count, mask / count)
+        over = count if width is None else torch.full_like(count, width)
+        return cls(mask, mask / count, over, mask / over, count / over)
 
 
 def centred_on_kept(x: torch.Tensor, kept: KeptDims) -> torch.Tensor:
@@ -44,7 +54,7 @@ def centred_on_kept(x: torch.Tensor, kept: KeptDims) -> torch.Tensor:
 def kept_rms_norm(
     x: torch.Tensor, weight: torch.Tensor, kept: KeptDims, epsilon: float, offset: float = 0.0, once: bool = False
 ) -> torch.Tensor:
-    """Normalises all dims by the root of the kept ones' mean square; ``weight`` is frozen.
+    """Normalises all dims by the root of the kept ones' squares, summed and divided; ``weight`` is frozen.
 
     Args:
         x: Shape ``(..., hidden)``.
@@ -65,9 +75,10 @@ class _KeptNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         spare = wide.square()
-        root = torch.rsqrt(spare.mul_(kept.mask).sum(-1, keepdim=True) / kept.count + epsilon)
+        mean_square = spare.mul_(kept.mask).sum(-1, keepdim=True) / kept.width
+        root = torch.rsqrt(mean_square.add_(kept.epsilon_share, alpha=epsilon))
         ctx.save_for_backward(x, root, weight)
-        ctx.share, ctx.offset, ctx.once = kept.share, offset, once
+        ctx.share, ctx.offset, ctx.once = kept.square_share, offset, once
         result = spare if spare.dtype == x.dtype else torch.empty_like(x)
         if once:
             return torch.mul(wide * root, weight.to(root.dtype) + offset, out=result)

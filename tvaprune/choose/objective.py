@@ -1,5 +1,6 @@
 """What gate training minimises: the objective of docs/method.md, section 2, over a frozen model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class PruningObjective(nn.Module):
         # A cut unit's mean gets no gradient, but momentum moves it on; a smaller target may keep the unit after all.
         kept, shape = self._kept_units(), self.gated.shape
         mu = kept.map(torch.where, masks.mu, PerUnit.of(self.settled_mu, shape))
-        return Masks(mu, mu.map(log_variance_at, PerUnit.of(self.settled_log_alpha, shape)))
+        settled = PerUnit.of(self.settled_log_alpha, shape)
+        return replace(masks, mu=mu, log_variance=mu.map(log_variance_at, settled))
 
     def _kept_units(self) -> PerUnit:
         """Returns, for every unit, whether the settled choice keeps it."""
@@ -87,7 +89,7 @@ class PruningObjective(nn.Module):
     def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         # Held beyond this call: gradient checkpointing runs the forward again in the backward pass.
         kept = self._kept_units()
-        self.gated.hold(PerUnit.of(self.gated.mu * kept.flat(), self.gated.shape), kept)
+        self.gated.hold(PerUnit.of(self.gated.mu * kept.flat(), self.gated.shape), kept, self.gated.norm_width)
         task = self._task_loss(input_ids)
         return {"loss": task, "task_loss": task, "expected_sparsity": self._sparsity}
 

@@ -13,7 +13,7 @@ SCORING_SHARE = 0.25  # of the training's work, that scoring masks may take
 _WARMUP_EPOCHS = 0.3
 _AS_GIVEN = (
     "vib_learning_rate", "reg_learning_rate", "kl_factor", "inter_mul", "emb_mult", "initial_log_variance",
-    "gate_noise", "gate_ce_weight",
+    "gate_noise", "gate_ce_weight", "norm_width",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class GateSettings:
     rules: WidthRules
     gate_noise: str
     gate_ce_weight: float
+    norm_width: str
     distill: bool
     distill_temp: float
 

@@ -12,7 +12,7 @@ from tvaprune.flags.verbs import TARGETS, VERBS
 _GATES = (
     "vib_learning_rate", "reg_learning_rate", "kl_factor", "att_mul", "inter_mul", "emb_mult",
     "lagrangian_warmup_epochs", "beta", "beta_start", "settle_share", "gate_noise", "gate_ce_weight",
-    "initial_log_variance", *(entry.name for entry in fields(DistillSettings)),
+    "initial_log_variance", "norm_width", *(entry.name for entry in fields(DistillSettings)),
 )  # fmt: skip
 # What fits the machine or the screen may stand in a command line or a recipe for all methods alike.
 _ANYWHERE = ("per_device_train_batch_size", "disable_tqdm", "log_level", "report_to", "run_name")

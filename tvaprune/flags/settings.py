@@ -141,6 +141,11 @@ class PruneSettings:
     )
     gate_noise: Literal["token", "sequence"] = _flag("token", "What a gate is drawn anew for.")
     gate_ce_weight: float = _flag(0.0, "Weight of the cross-entropy beside the distillation of the gates.")
+    norm_width: Literal["dense", "kept"] = _flag(
+        "dense",
+        "What norms divide the sum of the kept hidden dims' squares by while gates train: dense, the width they were "
+        "trained at, which the cut writes into their gains; kept, the number of kept dims, as in the paper.",
+    )
     initial_log_variance: float = _flag(-5.0, "Start of the gates' log-variances; 0 is where a gate is cut.")
     dim_multiple: int | str | None = _flag(
         None,

@@ -83,7 +83,8 @@ def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "
     """Returns the edit of every parameter that a plan changes, by its full name in the dense model.
 
     A tied head is the embedding and has no edit of its own. The embedding's factor must not reach it: the final norm is
-    divided by the factor, which keeps the tie exactly, ``(n w / mu) @ (E mu).T = (n w) @ E.T``. A family that scales
+    divided by the factor, which keeps the tie exactly, ``(n w / mu) @ (E mu).T = (n w) @ E.T``. Where norms go on
+    dividing by the dense width, their gains take the root of its quotient by the kept one. A family that scales
     its embedding by the root of the hidden width goes on with the dense one's: the embedding takes the quotient. A
     layer that loses all its KV heads or channels keeps `KeepPlan.padded` ones as zeros: the same function, and no
     reader meets an empty layer. The bias of an output projection stays.
@@ -95,7 +96,8 @@ def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "
     kept, padded, scale = (
         units.map(lambda values: values.to(device)) for units in (plan.kept, plan.padded, plan.scale)
     )
-    stream = _Stream(kept.hidden, scale.hidden, family.norm_offset)
+    gain = 1.0 if plan.norm_width is None else (plan.norm_width / plan.hidden_size) ** 0.5
+    stream = _Stream(kept.hidden, scale.hidden, family.norm_offset, gain)
     layout, shape = layout_of(family, plan.shape), plan.shape
     edits = _ends(plan, family, stream)
     for index in range(shape.num_hidden_layers):
@@ -115,11 +117,21 @@ def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "
 
 @dataclass(frozen=True)
 class _Stream:
-    """The residual stream: kept dims, their means (shapes ``(kept dims,)``), and what norms add to their weights."""
+    """The residual stream: kept dims and their means, shapes ``(kept dims,)``.
+
+    Attributes:
+        offset: What its norms add to their weights.
+        gain: What the cut multiplies its norms by.
+    """
 
     kept: torch.Tensor
     means: torch.Tensor
     offset: float
+    gain: float
+
+    def norm(self, factors: torch.Tensor | None = None, constant: float = 1.0) -> Edit:
+        """Returns the edit of a norm that reads it."""
+        return Edit(self.kept, row_factors=factors, constant=self.gain * constant, offset=self.offset)
 
 
 def _ends(plan: KeepPlan, family: ModelFamily, stream: _Stream) -> dict[str, Edit]:
@@ -132,12 +144,7 @@ def _ends(plan: KeepPlan, family: ModelFamily, stream: _Stream) -> dict[str, Edi
     inverse = torch.where(means == 0, 0.0, 1 / means)  # of a mean of 0 the norm's input is 0
     edits = {
         f"{family.embedding}.weight": Edit(columns=stream.kept, column_factors=means, constant=root),
-        f"{family.final_norm}.weight": Edit(
-            rows=stream.kept,
-            row_factors=inverse if tied else None,
-            constant=1 / root if tied else 1.0,
-            offset=stream.offset,
-        ),
+        f"{family.final_norm}.weight": stream.norm(inverse, 1 / root) if tied else stream.norm(),
     }
     return edits if tied else edits | {f"{family.head}.weight": Edit(columns=stream.kept)}
 
@@ -188,10 +195,10 @@ def _norms(block: Block, stream: _Stream, size: torch.Tensor | None = None) -> d
     """
     edits: dict[str, Edit] = {}
     if block.norm is not None:
-        edits[f"{block.norm}.weight"] = Edit(stream.kept)
+        edits[f"{block.norm}.weight"] = stream.norm()
     if block.post_norm is not None:
         factors = stream.means if size is None else stream.means * size
-        edits[f"{block.post_norm}.weight"] = Edit(stream.kept, row_factors=factors, offset=stream.offset)
+        edits[f"{block.post_norm}.weight"] = stream.norm(factors)
     return edits
 
 

@@ -1,5 +1,7 @@
 """The threshold for an exact sparsity: which cut of the scores meets the target once widths are adjusted."""
 
+from dataclasses import replace
+
 import torch
 
 from tvaprune.models.parameters import decoder_sparsity
@@ -44,7 +46,7 @@ class _Scores:
     """The sorted log_alpha of a model, to count quickly what a threshold keeps."""
 
     def __init__(self, masks: Masks, widths: Widths) -> None:
-        self.masks = Masks(*(v.map(lambda t: t.detach().float().cpu()) for v in (masks.mu, masks.log_variance)))
+        self.masks = masks.plain()
         # Float64, so that a threshold between two float32 scores stands strictly between them.
         self.sorted = self.masks.log_alpha.map(lambda score: score.double().sort().values)
         self.widths = widths
@@ -84,14 +86,12 @@ class _Scores:
     def shifted(self, hidden: float, rest: float) -> Masks:
         """Returns the masks with 0 as the cut."""
         log_variance = self.masks.log_variance
-        return Masks(
-            mu=self.masks.mu,
-            log_variance=PerUnit(
-                hidden=(log_variance.hidden.double() - hidden).float(),
-                attn=tuple((v.double() - rest).float() for v in log_variance.attn),
-                inter=tuple((v.double() - rest).float() for v in log_variance.inter),
-            ),
+        shifted = PerUnit(
+            hidden=(log_variance.hidden.double() - hidden).float(),
+            attn=tuple((v.double() - rest).float() for v in log_variance.attn),
+            inter=tuple((v.double() - rest).float() for v in log_variance.inter),
         )
+        return replace(self.masks, log_variance=shifted)
 
     def hidden_width(self, cut: float) -> int:
         """Returns the hidden width that a cut leaves."""

@@ -8,7 +8,7 @@ import json
 import math
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,32 @@ from tvaprune.plan.rotation import drop_rotations
 MASK_NAME = "mask_info_{perplexity}.pkl"
 LARGEST_FILE = 256 * 2**20  # bytes: twice the float64 mask of a model of 400 billion parameters
 _TENSOR_OVERHEAD = 2048  # bytes that a pickle spends on a tensor beside its numbers: some 600
+_NORM_WIDTH = "norm_width"
 _KEY = re.compile(r"(?:(hidden)_mask|(attn|inter)_layer(\d{1,4}))_z_(mu|logD)")
 
 
 @dataclass(frozen=True)
 class Masks:
-    """The trained gates of a model: what mask files hold."""
+    """The trained gates of a model: what mask files hold.
+
+    Attributes:
+        norm_width: What norms went on dividing the sum of the kept dims' squares by while the gates were trained, the
+            dense hidden width; None: the number of kept dims, as of the released masks.
+    """
 
     mu: PerUnit
     log_variance: PerUnit
+    norm_width: int | None = None
 
     @property
     def log_alpha(self) -> PerUnit:
         """The score of each unit: kept below 0, the smaller the surer."""
         return self.mu.map(log_alpha_of, self.log_variance)
+
+    def plain(self) -> "Masks":
+        """Returns the masks in float32 on the CPU, without gradients."""
+        mu, log_variance = (v.map(lambda t: t.detach().float().cpu()) for v in (self.mu, self.log_variance))
+        return replace(self, mu=mu, log_variance=log_variance)
 
     def check_fits(self, shape: ModelShape, origin: str) -> None:
         """Raises `InputError` if the masks are not those of a model of this shape."""
@@ -47,18 +59,24 @@ class Masks:
             with torch.device("meta"):  # a broken config's sizes take no memory
                 need = PerUnit.full(shape, 0.0).describe()
             raise InputError(f"{origin} holds {self.mu.describe()}; the model has {need}: give the mask of this model")
+        if self.norm_width not in (None, shape.hidden_size):
+            raise InputError(
+                f"{origin} holds {_NORM_WIDTH} {self.norm_width}; the model has {shape.hidden_size} hidden dims: give "
+                "the mask of this model"
+            )
 
 
 def save_masks(masks: Masks, path: Path) -> None:
     """Writes a mask file in the released format, whole or not at all."""
-    tensors: dict[str, torch.Tensor] = {}
+    masks, tensors = masks.plain(), {}
     for name, values in (("mu", masks.mu), ("logD", masks.log_variance)):
         tensors[f"hidden_mask_z_{name}"] = values.hidden
         for kind, layers in (("attn", values.attn), ("inter", values.inter)):
             tensors |= {f"{kind}_layer{i}_z_{name}": layer for i, layer in enumerate(layers)}
-    plain = {key: tensor.detach().float().cpu().clone() for key, tensor in tensors.items()}
+    if masks.norm_width is not None:
+        tensors[_NORM_WIDTH] = torch.tensor([float(masks.norm_width)])
     with replacing(path) as temporary, temporary.open("wb") as file:
-        pickle.dump(plain, file)
+        pickle.dump({key: tensor.clone() for key, tensor in tensors.items()}, file)  # each with a storage of its own
 
 
 def load_masks(path: str | Path, shape: ModelShape | None = None) -> Masks:
@@ -181,6 +199,7 @@ def perplexity_of(path: Path) -> float:
 
 def _from_dict(loaded: dict[str, torch.Tensor], path: Path) -> Masks:
     """Sorts the tensors of a mask file by kind and layer."""
+    norm_width = _norm_width(loaded.pop(_NORM_WIDTH, None), path)
     found: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     for key, tensor in loaded.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
@@ -204,4 +223,14 @@ def _from_dict(loaded: dict[str, torch.Tensor], path: Path) -> Masks:
         )
     if any(mu.shape != log_d.shape for mu, log_d in zip(values["mu"], values["logD"], strict=True)):
         raise InputError(f"--mask_loc {path}: means and log-variances differ in size; give a whole mask_info_*.pkl")
-    return Masks(mu=values["mu"], log_variance=values["logD"])
+    return Masks(mu=values["mu"], log_variance=values["logD"], norm_width=norm_width)
+
+
+def _norm_width(value: object, path: Path) -> int | None:
+    """Reads what norms divide by; None where the file does not say."""
+    if value is None:
+        return None
+    width = float(value) if isinstance(value, torch.Tensor) and value.shape == (1,) else math.nan
+    if not (width >= 1 and width.is_integer()):
+        raise InputError(f"--mask_loc {path}: its {_NORM_WIDTH} is no width; give a whole mask_info_*.pkl")
+    return int(width)
