@@ -38,6 +38,13 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "chapters of one novel in several splits",
+        "tvaprune/text/english_prose.py",
+        '_PART.sub("", path.stem)',
+        "path.stem",
+        "tests/text/test_english_prose.py",
+    ),
+    Mutation(
         "a norm past the attention that hides its gates after the cut",
         "tvaprune/plan/edits.py",
         "stream.means if size is None else stream.means * size",

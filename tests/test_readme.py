@@ -18,8 +18,8 @@ from tvaprune import _VERBS, shipped
 from tvaprune.cli import released, run_verb
 from tvaprune.flags.arguments import Arguments, parse_comparison
 from tvaprune.flags.verbs import MODES, check_flags
-from tvaprune.models.published import PUBLISHED
 from tvaprune.stages.estimate import parser as estimate_parser
+from tvaprune.stages.fetch import NAMES
 from tvaprune.stages.report import parser as report_parser
 
 SHIPPED_TEXT = {"TVAPRUNE_CACHE": os.path.expanduser("~/.cache/tvaprune")}  # extracting it takes over a minute
@@ -36,6 +36,7 @@ RUN_BY = {  # every command of the pages that is not marked, and the test that r
     "python -m tvaprune.describe": "tests/test_readme.py::test_the_describe_command_runs",
     "python -m benchmarks.scale": "tests/measure/test_scale.py::test_the_page_of_a_small_shape_has_every_measure",
     "tvaprune estimate": "tests/test_readme.py::test_the_estimate_command_runs",
+    "tvaprune fetch english_prose": "tests/text/test_english_prose.py::test_fetching_makes_the_text_once",
     "tvaprune fetch": "tests/stages/test_fetch.py::test_the_real_model_is_fetched",
     "out/mine": "tests/test_readme.py::test_three_commands_and_the_page_of_both_runs",
 }
@@ -141,7 +142,7 @@ def test_a_command_of_the_pages_names_flags_and_files_that_are_there(line, monke
     else:
         verb = "prune" if script == "tva_prune.py" else flags.pop(0)
     if verb == "fetch":
-        assert set(flags) <= set(PUBLISHED) and len(flags) == 1
+        assert set(flags) <= set(NAMES) and len(flags) == 1
         return
     if verb == "export":  # its own test
         return

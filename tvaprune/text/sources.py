@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 
 from tvaprune.errors import InputError, reason
 from tvaprune.files import cache_folder, clear_leftovers, first_folder
-from tvaprune.text import package_readmes, python_docs
+from tvaprune.text import english_prose, package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
 ROWS = 100
@@ -77,6 +77,7 @@ STREAMED = {name for name, hub_set in HUB_SETS.items() if hub_set.join is None}
 LOCAL_SETS: dict[str, Any] = {  # modules with `read_splits()` and the `PACKAGES` whose versions settle the text
     "python_docs": python_docs,
     "package_readmes": package_readmes,
+    english_prose.NAME: english_prose,
 }
 
 
