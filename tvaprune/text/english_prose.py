@@ -33,7 +33,7 @@ WHEELS = (
         {f"{_CORPORA}/{files}": TEXTS
          for files in ("federalist/*.txt", "brontes/*.txt", "homer/*.txt", "russian_lit/*.txt", "problemC/*.txt",
                        "problemG/Gsample*.txt", "problemG/Gtrain01*.txt",
-                       "problemG/Gtrain02-0[12].txt")},  # not the third, which begins with its distributor's terms
+                       "problemG/Gtrain02-01.txt")},  # not the two novels that hold their distributor's notes
     ),
 )  # fmt: skip
 TERMS = f"""# {NAME}
@@ -60,7 +60,7 @@ _APPARATUS = re.compile(
     r"\s*—?\[(?:\d{1,3}|p\.\d+|endnote: \d+\.?|footnote[^]]*|applause|laughter|inaudible|see APP Note\.?)\]",
     re.IGNORECASE,
 )
-_NO_PROSE = re.compile(r"[\[*]|Chapter [IVXLC\d]+\b|Audience member|Produced by ", re.IGNORECASE)
+_NO_PROSE = re.compile(r"[\[*]|Chapter [IVXLC\d]+\b|End$|Audience member|Produced by ", re.IGNORECASE)
 
 
 def folder() -> Path:
