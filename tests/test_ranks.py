@@ -71,6 +71,11 @@ def test_each_process_draws_noise_of_its_own(shared):
     assert (first - second).abs().min() > 0
 
 
+def test_gradients_are_not_kept_twice(shared):
+    """As DDP does by default: an estimate counts them once, whatever the number of processes."""
+    assert shared[0]["gradients kept twice"] is False
+
+
 def test_two_processes_go_on_bit_for_bit(shared):
     whole, resumed = shared[0]["resumed"]
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)

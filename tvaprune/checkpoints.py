@@ -99,6 +99,8 @@ class CheckpointedTrainer(Trainer):
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        if self.accelerator.ddp_handler is not None:  # else every gradient is there twice
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Trains; an earlier run's checkpoints, or halves that this one left, go when all else is built."""

@@ -114,13 +114,13 @@ def resumed(folder):
     return found
 
 
-def first_noise(folder):
-    """What the gates of a training's first step were multiplied by."""
+def first_step(folder):
+    """What the gates of a training's first step were multiplied by; whether DDP keeps its gradients a second time."""
     trainer, drawn = gate_trainer(folder, False, steps=1), []
     with noise(drawn):
         trainer.train()
     trainer.gated.detach_gates()
-    return drawn[0]
+    return drawn[0], not trainer.model_wrapped.gradient_as_bucket_view
 
 
 def tuned(folder, sharded=False):
@@ -186,7 +186,8 @@ def main():
     """One process fails in the end, while the other waits for it."""
     folder = Path(sys.argv[1])
     found = work(folder)
-    found["noise"] = ranks._gathered(first_noise(folder))
+    drawn, found["gradients kept twice"] = first_step(folder)
+    found["noise"] = ranks._gathered(drawn)
     found["resumed"] = resumed(folder)
     found["refusals"] = refusals()
     if ranks.is_main():
