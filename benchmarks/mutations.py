@@ -45,6 +45,27 @@ MUTATIONS = [
         "tests/text/test_english_prose.py",
     ),
     Mutation(
+        "gains that do not know what norms divided by while the gates were trained",
+        "tvaprune/plan/edits.py",
+        "(plan.norm_width / plan.hidden_size) ** 0.5",
+        "1.0",
+        "tests/models/test_each_family.py",
+    ),
+    Mutation(
+        "an epsilon that the cut makes larger",
+        "tvaprune/choose/norms.py",
+        "mask / over, count / over)",
+        "mask / over, torch.ones_like(count))",
+        "tests/choose/test_step.py",
+    ),
+    Mutation(
+        "settled gates whose norms average over the kept dims again",
+        "tvaprune/choose/objective.py",
+        "kept, self.gated.norm_width)",
+        "kept)",
+        "tests/choose/test_trainer.py",
+    ),
+    Mutation(
         "a norm past the attention that hides its gates after the cut",
         "tvaprune/plan/edits.py",
         "stream.means if size is None else stream.means * size",

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,6 +223,21 @@ def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(
     torch.testing.assert_close(objective.masks().mu.flat(), torch.where(scale != 0, 0.01 * settled_mu, settled_mu))
     assert not all(torch.equal(a, b < 0) for a, b in zip(chosen, before, strict=True))  # the exact cut is not 0
     objective.gated.detach_gates()
+
+
+def test_settled_gates_compute_what_their_mask_will(make_model, input_ids):
+    """Their norms divide by what they did before, which the cut knows."""
+    gated = GatedModel(make_model("llama"), -3.0, keeps_norm_width=True)
+    objective = PruningObjective(gated, settings())
+    with torch.no_grad():
+        gated.log_variance.add_(3 * torch.randn_like(gated.log_variance))
+        objective.settle()
+        loss = objective(input_ids, 5.0, 0.3)["loss"]
+        plan = plan_from_masks(objective.masks(), gated.shape, objective.settings.rules)
+        assert plan.norm_width == gated.shape.hidden_size > plan.hidden_size
+        for of_mask, is_same in ((plan, True), (replace(plan, norm_width=None), False)):  # and the control
+            gated.hold(of_mask.full_scale(), of_mask.full_kept(), of_mask.norm_width)
+            assert torch.isclose(objective._task_loss(input_ids), loss, rtol=1e-5) == is_same
 
 
 def test_gates_settle_for_the_last_share_of_the_steps(make_model, tmp_path):
