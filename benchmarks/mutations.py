@@ -47,8 +47,8 @@ MUTATIONS = [
     Mutation(
         "gains that do not know what norms divided by while the gates were trained",
         "tvaprune/plan/edits.py",
-        "(plan.norm_width / plan.hidden_size) ** 0.5",
-        "1.0",
+        "gain = (plan.shape.hidden_size / plan.hidden_size) ** 0.5 if",
+        "gain = 1.0 if",
         "tests/models/test_each_family.py",
     ),
     Mutation(
@@ -61,7 +61,7 @@ MUTATIONS = [
     Mutation(
         "settled gates whose norms average over the kept dims again",
         "tvaprune/choose/objective.py",
-        "kept, self.gated.norm_width)",
+        "kept, self.gated.keeps_norm_width)",
         "kept)",
         "tests/choose/test_trainer.py",
     ),

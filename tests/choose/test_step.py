@@ -43,7 +43,7 @@ def plain_gates(model, gated, mu, log_variance):
     family, shape, per_token = gated.family, gated.shape, gated.noise == "token"
     score = (log_variance.hidden - (mu.hidden.square() + 1e-8).log()).detach()
     kept = ((score < 0) | (score == score.min())).to(score.dtype)
-    width = kept.sum() if gated.norm_width is None else torch.tensor(len(kept))
+    width = torch.tensor(len(kept)) if gated.keeps_norm_width else kept.sum()
 
     def drawn(mean, log_var, like):
         size = (*(like.shape[:2] if per_token else (like.shape[0], 1)), len(mean))

@@ -234,9 +234,9 @@ def test_settled_gates_compute_what_their_mask_will(make_model, input_ids):
         objective.settle()
         loss = objective(input_ids, 5.0, 0.3)["loss"]
         plan = plan_from_masks(objective.masks(), gated.shape, objective.settings.rules)
-        assert plan.norm_width == gated.shape.hidden_size > plan.hidden_size
-        for of_mask, is_same in ((plan, True), (replace(plan, norm_width=None), False)):  # and the control
-            gated.hold(of_mask.full_scale(), of_mask.full_kept(), of_mask.norm_width)
+        assert plan.keeps_norm_width and plan.hidden_size < gated.shape.hidden_size
+        for of_mask, is_same in ((plan, True), (replace(plan, keeps_norm_width=False), False)):  # and the control
+            gated.hold(of_mask.full_scale(), of_mask.full_kept(), of_mask.keeps_norm_width)
             assert torch.isclose(objective._task_loss(input_ids), loss, rtol=1e-5) == is_same
 
 

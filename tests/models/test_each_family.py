@@ -62,7 +62,7 @@ def zeroed(dense, plan):
 
     def average(norm, selected, factors=1.0):
         share = selected.double().mean()
-        of_kept = share.sqrt() if plan.norm_width is None or selected is not kept.hidden else 1.0
+        of_kept = share.sqrt() if not plan.keeps_norm_width or selected is not kept.hidden else 1.0
         gain = (norm.weight.data + offset) * of_kept * factors
         norm.weight.data = gain - offset
         if type(norm).__name__.endswith("LayerNorm"):
@@ -114,7 +114,7 @@ def test_the_cut_is_the_dense_model_with_zeros_in_float64(row, norms, make_model
     model_type, values = EVERY[row]
     model = make_model(model_type, **values)
     plan = with_units(make_plan(model, make_masks, empty_layer=1), "inter", 2, 0)
-    plan = replace(plan, norm_width=plan.shape.hidden_size if "dense" in norms else None)
+    plan = replace(plan, keeps_norm_width="dense" in norms)
     assert plan.num_key_value_heads[1] == plan.intermediate_size[2] == 0 < plan.num_key_value_heads[0]
     expected = logits(zeroed(model, plan), input_ids).float()
     torch.testing.assert_close(logits(sliced(model, plan), input_ids), expected, **CLOSE)

@@ -70,7 +70,7 @@ def test_masked_and_sliced_models_agree(model, plan, input_ids):
 def test_norms_may_go_on_dividing_by_the_dense_width(model, make_masks, input_ids):
     """The cut writes the quotient of the widths into their gains: whatever the epsilon, and where they centre."""
     kept_width = make_plan(model, make_masks)
-    plan = replace(kept_width, norm_width=kept_width.shape.hidden_size)
+    plan = replace(kept_width, keeps_norm_width=True)
     gated = GatedModel(copy.deepcopy(model))
     with gated.applying(plan):
         masked = logits(gated, input_ids)
@@ -85,10 +85,10 @@ def test_gates_that_keep_the_norm_width_pass_it_on(model, input_ids):
     with torch.no_grad():
         gated.mu[:8], gated.log_variance[:8] = 0.0, -10.0  # hidden dims of which the noise alone is left
     plan = plan_from_masks(gated.masks(), gated.shape)
-    assert (plan.hidden_size, plan.norm_width) == (gated.shape.hidden_size - 8, gated.shape.hidden_size)
+    assert plan.hidden_size == gated.shape.hidden_size - 8 and plan.keeps_norm_width
     narrow = logits(sliced(model, plan), input_ids)
     apart = (logits(gated, input_ids) - narrow).abs().mean()
-    gated.norm_width = None  # control
+    gated.keeps_norm_width = False  # control
     assert apart < 0.5 * (logits(gated, input_ids) - narrow).abs().mean()
 
 

@@ -183,13 +183,13 @@ def test_calibration_of_scores_with_many_ties(make_masks):
 @pytest.mark.parametrize("dim_multiple", [1, 8])
 def test_plan_as_json_round_trips(dim_multiple, make_masks, tmp_path):
     shape = replace(ODD, tie_word_embeddings=True, qkv_bias=True)
-    masks = replace(make_masks(shape), norm_width=None if dim_multiple == 1 else shape.hidden_size)
+    masks = replace(make_masks(shape), keeps_norm_width=dim_multiple > 1)
     plan = plan_from_masks(masks, shape, WidthRules(dim_multiple))
     plan.save(tmp_path / "plan.json")
     loaded = KeepPlan.load(tmp_path / "plan.json")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert (loaded.shape, loaded.dim_multiple) == (plan.shape, plan.dim_multiple)
-    assert loaded.norm_width == plan.norm_width == masks.norm_width
+    assert loaded.keeps_norm_width == plan.keeps_norm_width == masks.keeps_norm_width
     for mine, theirs in ((plan.kept, loaded.kept), (plan.scale, loaded.scale)):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True))
     assert json.loads((tmp_path / "plan.json").read_text())["sparsity"] == plan.sparsity
@@ -224,7 +224,7 @@ def edit(path, change):
         lambda path: edit(path, lambda content: content["hidden"]["scale"].pop()),  # an index without its factor
         lambda path: edit(path, lambda content: content["hidden"]["kept"].__setitem__(-1, 48)),  # out of 0 ... 47
         lambda path: edit(path, lambda content: content["hidden"]["kept"].reverse()),
-        lambda path: edit(path, lambda content: content.update(norm_width=47)),
+        lambda path: edit(path, lambda content: content.update(keeps_norm_width=47)),
     ],
     ids=[
         "missing",
@@ -239,7 +239,7 @@ def edit(path, change):
         "factor missing",
         "out of range",
         "descending",
-        "norms of another width",
+        "norms of some width",
     ],
 )
 def test_a_broken_plan_is_refused(breaks, make_masks, tmp_path):

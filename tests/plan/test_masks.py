@@ -68,24 +68,20 @@ def test_the_file_is_the_released_format(make_masks, tmp_path):
     assert torch.equal(content["inter_layer11_z_logD"], masks.log_variance.inter[11])
 
 
-def test_the_width_that_norms_divide_by_goes_with_the_mask(make_masks, tmp_path):
+def test_what_norms_divide_by_goes_with_the_mask(make_masks, tmp_path):
     path = tmp_path / "mask_info_1.0.pkl"
-    save_masks(replace(make_masks(SHAPE), norm_width=9), path)
-    assert set(pickle.loads(path.read_bytes())) == {*mask_dict(SHAPE.num_hidden_layers), "norm_width"}
+    save_masks(replace(make_masks(SHAPE), keeps_norm_width=True), path)
+    content = pickle.loads(path.read_bytes())
+    assert set(content) == {*mask_dict(SHAPE.num_hidden_layers), "norm_width"} and content["norm_width"].tolist() == [9]
     loaded = load_masks(path, SHAPE)
-    assert calibrate(loaded, SHAPE, 0.5).norm_width == plan_from_masks(loaded, SHAPE).norm_width == 9
-    loaded.check_fits(SHAPE, "--mask_loc m.pkl")
-    with pytest.raises(InputError, match="--mask_loc m.pkl holds norm_width 8; the model has 9 hidden dims: give the"):
-        replace(loaded, norm_width=8).check_fits(SHAPE, "--mask_loc m.pkl")
-    save_masks(make_masks(SHAPE), path)  # control: a released one has none
-    assert load_masks(path).norm_width is plan_from_masks(load_masks(path), SHAPE).norm_width is None
+    assert calibrate(loaded, SHAPE, 0.5).keeps_norm_width and plan_from_masks(loaded, SHAPE).keeps_norm_width
+    save_masks(make_masks(SHAPE), path)  # control: a released one says nothing
+    assert not load_masks(path).keeps_norm_width and not plan_from_masks(load_masks(path), SHAPE).keeps_norm_width
 
 
-@pytest.mark.parametrize(
-    "value", [torch.ones(2), torch.ones(()), torch.zeros(1), torch.tensor([4.5]), torch.tensor([float("inf")]), "9"]
-)
-def test_a_norm_width_that_is_none_is_refused(value, write):
-    with pytest.raises(InputError, match="its norm_width is no width; give a whole mask_info"):
+@pytest.mark.parametrize("value", [torch.ones(2), torch.tensor(9.0), torch.tensor([8.0]), "9"])
+def test_a_norm_width_of_another_mask_is_refused(value, write):
+    with pytest.raises(InputError, match="its norm_width is not that of its 9 hidden dims; give a whole mask_info"):
         load_masks(write(mask_dict() | {"norm_width": value}))
 
 

@@ -79,7 +79,7 @@ class GatedModel(nn.Module):
         self.model = model.requires_grad_(False)
         self.family = family_of(model.config)
         self.shape = shape_of(model.config)
-        self.norm_width = self.shape.hidden_size if keeps_norm_width else None
+        self.keeps_norm_width = keeps_norm_width
 
         def start(centre: float) -> nn.Parameter:
             units = PerUnit.full(self.shape, centre).map(lambda v: v + INITIAL_STD * torch.randn_like(v))
@@ -89,7 +89,7 @@ class GatedModel(nn.Module):
         self.register_state_dict_post_hook(_drop_frozen)
         self._fixed: PerUnit | None = None
         self._fixed_kept: PerUnit | None = None
-        self._fixed_norm_width: int | None = None
+        self._fixed_keeps_norm_width = False
         self._off = False
         self._pass: _Pass | None = None
         self._amplitudes: dict[int, torch.Tensor] = {}
@@ -103,7 +103,7 @@ class GatedModel(nn.Module):
     def masks(self) -> Masks:
         """Returns the gates as they stand: the parameters themselves, with gradients."""
         mu, log_variance = PerUnit.of(self.mu, self.shape), PerUnit.of(self.log_variance, self.shape)
-        return Masks(mu, log_variance, self.norm_width)
+        return Masks(mu, log_variance, self.keeps_norm_width)
 
     def log_alpha(self) -> PerUnit:
         """Returns the scores of the gates as they stand, with gradients, in fewer steps than `masks` would."""
@@ -118,31 +118,31 @@ class GatedModel(nn.Module):
         finally:
             self._off = before
 
-    def hold(self, values: PerUnit, kept: PerUnit | None = None, norm_width: int | None = None) -> None:
+    def hold(self, values: PerUnit, kept: PerUnit | None = None, keeps_norm_width: bool = False) -> None:
         """Multiplies by fixed values from now on, full-sized, 0 where a unit is cut: the masked model.
 
         Args:
             kept: Whether a unit is kept, full-sized, bool; None: where its value is not 0.
-            norm_width: As of `KeepPlan`.
+            keeps_norm_width: As of `KeepPlan`.
         """
         device = self.mu.device
         self._fixed = values.map(lambda value: value.to(device))
         self._fixed_kept = (values.map(lambda value: value != 0) if kept is None else kept).map(lambda v: v.to(device))
-        self._fixed_norm_width = norm_width
+        self._fixed_keeps_norm_width = keeps_norm_width
 
     @contextmanager
-    def using(self, values: PerUnit, kept: PerUnit | None = None, norm_width: int | None = None) -> Iterator[None]:
+    def using(self, values: PerUnit, kept: PerUnit | None = None, keeps_norm_width: bool = False) -> Iterator[None]:
         """Multiplies by fixed values for a while, as `hold` does."""
-        before = self._fixed, self._fixed_kept, self._fixed_norm_width
-        self.hold(values, kept, norm_width)
+        before = self._fixed, self._fixed_kept, self._fixed_keeps_norm_width
+        self.hold(values, kept, keeps_norm_width)
         try:
             yield
         finally:
-            self._fixed, self._fixed_kept, self._fixed_norm_width = before
+            self._fixed, self._fixed_kept, self._fixed_keeps_norm_width = before
 
     def applying(self, plan: KeepPlan) -> AbstractContextManager[None]:
         """Computes for a while what the model that is sliced and folded by a plan will."""
-        return self.using(plan.full_scale(), plan.full_kept(), plan.norm_width)
+        return self.using(plan.full_scale(), plan.full_kept(), plan.keeps_norm_width)
 
     def detach_gates(self) -> PreTrainedModel:
         """Takes off every hook and returns the stock model, as trainable as it came."""
@@ -190,7 +190,8 @@ class GatedModel(nn.Module):
         if self._off:
             return
         uses = 1 + 2 * self.shape.num_hidden_layers
-        norm_width = self.norm_width if self._fixed is None else self._fixed_norm_width
+        keeps_norm_width = self.keeps_norm_width if self._fixed is None else self._fixed_keeps_norm_width
+        norm_width = self.shape.hidden_size if keeps_norm_width else None
         kept, attn = KeptDims.of(self._kept_hidden(), norm_width), tuple(self._counting_heads())
         features = dict(self._features_of(attn))
         if self._fixed is not None:

@@ -89,7 +89,7 @@ class PruningObjective(nn.Module):
     def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         # Held beyond this call: gradient checkpointing runs the forward again in the backward pass.
         kept = self._kept_units()
-        self.gated.hold(PerUnit.of(self.gated.mu * kept.flat(), self.gated.shape), kept, self.gated.norm_width)
+        self.gated.hold(PerUnit.of(self.gated.mu * kept.flat(), self.gated.shape), kept, self.gated.keeps_norm_width)
         task = self._task_loss(input_ids)
         return {"loss": task, "task_loss": task, "expected_sparsity": self._sparsity}
 

@@ -96,7 +96,7 @@ def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "
     kept, padded, scale = (
         units.map(lambda values: values.to(device)) for units in (plan.kept, plan.padded, plan.scale)
     )
-    gain = 1.0 if plan.norm_width is None else (plan.norm_width / plan.hidden_size) ** 0.5
+    gain = (plan.shape.hidden_size / plan.hidden_size) ** 0.5 if plan.keeps_norm_width else 1.0
     stream = _Stream(kept.hidden, scale.hidden, family.norm_offset, gain)
     layout, shape = layout_of(family, plan.shape), plan.shape
     edits = _ends(plan, family, stream)

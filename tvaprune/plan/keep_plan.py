@@ -33,7 +33,7 @@ class KeepPlan:
         shape: The dense model's sizes.
         dim_multiple: What hidden and MLP widths were adjusted to; 1 is no adjustment.
         rotation: The digest of what the model was turned by before; None: it is as it came.
-        norm_width: What norms go on dividing the sum of the kept dims' squares by; None: their number.
+        keeps_norm_width: Whether norms go on dividing the sum of the kept dims' squares by the dense width.
     """
 
     kept: PerUnit
@@ -41,7 +41,7 @@ class KeepPlan:
     shape: ModelShape
     dim_multiple: int
     rotation: str | None = None
-    norm_width: int | None = None
+    keeps_norm_width: bool = False
 
     @property
     def hidden_size(self) -> int:
@@ -112,7 +112,7 @@ class KeepPlan:
             "dim_multiple": self.dim_multiple,
             "sparsity": self.sparsity,
             "rotation": self.rotation,
-            "norm_width": self.norm_width,
+            "keeps_norm_width": self.keeps_norm_width,
             "hidden": {"kept": self.kept.hidden.tolist(), "scale": self.scale.hidden.tolist()},
             "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
             "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
@@ -129,8 +129,8 @@ class KeepPlan:
             inside = not len(kept) or (kept[0] >= 0 and kept[-1] < len(units))
             if len(kept) != len(scale) or not inside or not bool((kept.diff() > 0).all()):
                 raise ValueError("indices are not those of the model's units")
-        if self.norm_width not in (None, self.shape.hidden_size):
-            raise ValueError("norms divide by another model's width")
+        if not isinstance(self.keeps_norm_width, bool):
+            raise ValueError("keeps_norm_width is neither true nor false")
 
     def check_fits(self, shape: ModelShape, named: str) -> None:
         """Raises `InputError`, beginning with ``named``, unless the plan is of a model of this shape."""
@@ -164,8 +164,8 @@ class KeepPlan:
             per_layer = {name: tuple(value) for name, value in sizes.items() if isinstance(value, list)}
             shape = ModelShape(**(sizes | per_layer))
             kept, scale = units("kept", torch.int64), units("scale", torch.float32)
-            rotation, norm_width = content.get("rotation"), content.get("norm_width")
-            plan = cls(kept, scale, shape, content["dim_multiple"], rotation, norm_width)
+            rotation, keeps_norm_width = content.get("rotation"), content.get("keeps_norm_width", False)
+            plan = cls(kept, scale, shape, content["dim_multiple"], rotation, keeps_norm_width)
             plan._check()
             return plan
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -204,7 +204,7 @@ def plan_from_masks(
         inter=tuple(map(indices, scores.inter, widths.channels(counts(scores.inter)))),
     )
     scale = masks.mu.map(torch.Tensor.__getitem__, kept)
-    return KeepPlan(kept, scale, shape, rules.dim_multiple, norm_width=masks.norm_width)
+    return KeepPlan(kept, scale, shape, rules.dim_multiple, keeps_norm_width=masks.keeps_norm_width)
 
 
 def describe_widths(plan: KeepPlan) -> dict[str, Any]:

@@ -35,13 +35,13 @@ class Masks:
     """The trained gates of a model: what mask files hold.
 
     Attributes:
-        norm_width: What norms went on dividing the sum of the kept dims' squares by while the gates were trained, the
-            dense hidden width; None: the number of kept dims, as of the released masks.
+        keeps_norm_width: Whether norms went on dividing the sum of the kept dims' squares by the dense width while the
+            gates were trained; else, as of the released masks, by the number of kept dims.
     """
 
     mu: PerUnit
     log_variance: PerUnit
-    norm_width: int | None = None
+    keeps_norm_width: bool = False
 
     @property
     def log_alpha(self) -> PerUnit:
@@ -59,11 +59,6 @@ class Masks:
             with torch.device("meta"):  # a broken config's sizes take no memory
                 need = PerUnit.full(shape, 0.0).describe()
             raise InputError(f"{origin} holds {self.mu.describe()}; the model has {need}: give the mask of this model")
-        if self.norm_width not in (None, shape.hidden_size):
-            raise InputError(
-                f"{origin} holds {_NORM_WIDTH} {self.norm_width}; the model has {shape.hidden_size} hidden dims: give "
-                "the mask of this model"
-            )
 
 
 def save_masks(masks: Masks, path: Path) -> None:
@@ -73,8 +68,8 @@ def save_masks(masks: Masks, path: Path) -> None:
         tensors[f"hidden_mask_z_{name}"] = values.hidden
         for kind, layers in (("attn", values.attn), ("inter", values.inter)):
             tensors |= {f"{kind}_layer{i}_z_{name}": layer for i, layer in enumerate(layers)}
-    if masks.norm_width is not None:
-        tensors[_NORM_WIDTH] = torch.tensor([float(masks.norm_width)])
+    if masks.keeps_norm_width:
+        tensors[_NORM_WIDTH] = torch.tensor([float(len(masks.mu.hidden))])
     with replacing(path) as temporary, temporary.open("wb") as file:
         pickle.dump({key: tensor.clone() for key, tensor in tensors.items()}, file)  # each with a storage of its own
 
@@ -199,7 +194,7 @@ def perplexity_of(path: Path) -> float:
 
 def _from_dict(loaded: dict[str, torch.Tensor], path: Path) -> Masks:
     """Sorts the tensors of a mask file by kind and layer."""
-    norm_width = _norm_width(loaded.pop(_NORM_WIDTH, None), path)
+    norm_width = loaded.pop(_NORM_WIDTH, None)
     found: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     for key, tensor in loaded.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
@@ -223,14 +218,9 @@ def _from_dict(loaded: dict[str, torch.Tensor], path: Path) -> Masks:
         )
     if any(mu.shape != log_d.shape for mu, log_d in zip(values["mu"], values["logD"], strict=True)):
         raise InputError(f"--mask_loc {path}: means and log-variances differ in size; give a whole mask_info_*.pkl")
-    return Masks(mu=values["mu"], log_variance=values["logD"], norm_width=norm_width)
-
-
-def _norm_width(value: object, path: Path) -> int | None:
-    """Reads what norms divide by; None where the file does not say."""
-    if value is None:
-        return None
-    width = float(value) if isinstance(value, torch.Tensor) and value.shape == (1,) else math.nan
-    if not (width >= 1 and width.is_integer()):
-        raise InputError(f"--mask_loc {path}: its {_NORM_WIDTH} is no width; give a whole mask_info_*.pkl")
-    return int(width)
+    width = len(values["mu"].hidden)
+    if norm_width is not None and not (isinstance(norm_width, torch.Tensor) and norm_width.tolist() == [width]):
+        raise InputError(
+            f"--mask_loc {path}: its {_NORM_WIDTH} is not that of its {width} hidden dims; give a whole mask_info_*.pkl"
+        )
+    return Masks(values["mu"], values["logD"], keeps_norm_width=norm_width is not None)
