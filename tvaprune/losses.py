@@ -36,7 +36,7 @@ class Predictions:
 
     def logits(self, start: int, stop: int) -> torch.Tensor:
         """Returns the logits of some positions, shape ``(batch, stop - start, vocabulary)``."""
-        return self.head(self.states[:, start:stop])
+        return self.head(positions(self.states, start, stop))
 
     @property
     def is_trained(self) -> bool:
@@ -48,6 +48,11 @@ class Predictions:
     def vocabulary(self) -> int:
         """The tokens that are predicted: asked of no position."""
         return self.logits(0, 0).shape[-1]
+
+
+def positions(states: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
+    """Returns some positions of states, contiguous: of a view a CPU multiplies by a copy of the head for each block."""
+    return states[:, start:stop].contiguous()
 
 
 Logits = torch.Tensor | Predictions  # shape (batch, length, vocabulary)
@@ -242,7 +247,7 @@ def _per_position(student: Predictions, losses: Sequence[Loss]) -> torch.Tensor:
 
     if len(chunks) == 1:
         return part(student.states, 0, count)  # the head runs on whole windows
-    parts = [(student.states[:, start:stop], start, stop) for start, stop in chunks]
+    parts = [(positions(student.states, *span), *span) for span in chunks]
     if student.is_trained:
         again = [checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts]
         return torch.cat(again, dim=1)
@@ -263,7 +268,7 @@ class _AtOnce(torch.autograd.Function):
         gradients: list[torch.Tensor] = []  # of each loss
         for start, stop in chunks:
             with torch.enable_grad():
-                own = states[:, start:stop].detach().requires_grad_()
+                own = positions(states, start, stop).detach().requires_grad_()
                 values = part(own, start, stop)
                 sums = values.sum((0, 1)).unbind()
                 gradients = gradients or [torch.zeros_like(states) for _ in sums]

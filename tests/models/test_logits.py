@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.families import MORE_ROWS, ROWS
 from support.other_families import OTHER_ROWS
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from tvaprune.losses import cross_entropy, distillation_loss
@@ -71,6 +72,33 @@ def test_lora_and_its_trained_head_are_part_of_the_model(make_model, input_ids):
             for parameter in tuned.parameters():
                 parameter.add_(0.01)
         assert checked(tuned, input_ids)
+
+
+class Products(TorchDispatchMode):
+    """The width of every product that is taken block by block, each with a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.batched = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "bmm" in str(function):
+            self.batched.append(args[1].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_frozen_head_is_not_taken_once_for_every_block(make_model, input_ids, monkeypatch):
+    monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 6)  # chunks of positions are views
+    model = make_model().requires_grad_(False)
+    vocabulary = model.config.vocab_size
+    with Products() as products:
+        student, teacher = (predictions(model, input_ids=input_ids, use_cache=False)[0] for _ in range(2))
+        student.states.requires_grad_()
+        (cross_entropy(student, input_ids) + distillation_loss(student, teacher)).backward()
+    assert vocabulary not in products.batched
+    with Products() as products:
+        model.lm_head(student.states[:, -1:])  # control
+    assert vocabulary in products.batched
 
 
 @pytest.mark.parametrize("train_lm_head", [True, None])

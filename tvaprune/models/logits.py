@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tvaprune.losses import Predictions
+from tvaprune.losses import Predictions, positions
 from tvaprune.models.families import FAMILIES, base_type
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -34,7 +34,7 @@ def predictions(model: Any, **inputs: Any) -> tuple[Predictions, Any]:
     if way is not None and _proved.get(causal, True):
         states, output = _up_to(head, model, inputs)
         if states is not None and causal not in _proved:
-            _proved[causal] = bool((way(states[:, -1:]) == output.logits).all())
+            _proved[causal] = bool((way(positions(states, -1)) == output.logits).all())
         if states is not None and _proved[causal]:
             return Predictions(states, _way(causal, _summing(head)) or way), output
     output = model(**inputs)
@@ -58,7 +58,7 @@ def _up_to(head: nn.Module, model: Any, inputs: dict[str, Any]) -> tuple[torch.T
 
     def last(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         seen.append(args[0])
-        return (args[0][:, -1:],)
+        return (positions(args[0], -1),)
 
     handle = head.register_forward_pre_hook(last)
     try:
