@@ -23,7 +23,7 @@ if [ $given -eq 0 ]; then
     # learns more from many small steps, at a larger rate and mostly from the KL (benchmarks/finetune.md).
     exec "$PYTHON" "$ROOT/lora_ft_vib.py" --do_train \
         --model_name_or_path "$ROOT/mistral_saves_tva/mini_mistral" \
-        --mask_loc "$ROOT/mistral_saves_tva/mask_info_26.0511781032991.pkl" \
+        --mask_loc "$ROOT/mistral_saves_tva/mask_info_25.5535406026844.pkl" \
         --output_dir out/mini_mistral_tuned --overwrite_output_dir \
         --dataset_name python_docs --block_size 256 --ctx_length 256 \
         --max_train_samples 3000 --num_train_epochs 1 --max_eval_samples 256 \
