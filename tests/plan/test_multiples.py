@@ -40,7 +40,8 @@ def test_times_are_by_parameter_and_relative():
     times = relative_times(sizes, 16, CPU, torch.float32)
     assert times[1] == 1.0 and 0 < times[8] < 1  # one call of 64 x 64 is mostly the call
     number, line = fastest_multiple(ModelShape.uniform(64, 2, 4, 2, 16, 128, 50), 0.5, CPU, torch.float32)
-    assert number in CANDIDATES and line.startswith(f"--dim_multiple auto: {number} (")
+    told = 0 if number == 1 else number  # either may be the quickest, by the machine
+    assert number in CANDIDATES and line.startswith(f"--dim_multiple auto: {told} (")
 
 
 def test_a_miniature_has_few_choices(monkeypatch):
