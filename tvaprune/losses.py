@@ -7,6 +7,7 @@ chunk's loss, and nothing else is kept for the backward pass; else the chunk is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -247,14 +248,12 @@ def _per_position(student: Predictions, losses: Sequence[Loss]) -> torch.Tensor:
 
     if len(chunks) == 1:
         return part(student.states, 0, count)  # the head runs on whole windows
-    parts = [(positions(student.states, *span), *span) for span in chunks]
     if student.is_trained:
-        again = [checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts]
-        return torch.cat(again, dim=1)
-    if student.states.requires_grad and torch.is_grad_enabled():
+        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    elif student.states.requires_grad and torch.is_grad_enabled():
         found: torch.Tensor = _AtOnce.apply(student.states, part, chunks)
         return found
-    return torch.cat([part(*one) for one in parts], dim=1)
+    return torch.cat([part(positions(student.states, *span), *span) for span in chunks], dim=1)
 
 
 class _AtOnce(torch.autograd.Function):

@@ -87,14 +87,18 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_frozen_head_is_not_taken_once_for_every_block(make_model, input_ids, monkeypatch):
+@pytest.mark.parametrize("row", ["llama GQA", "qwen3 tied", "gemma3_text tied"])
+def test_a_frozen_head_is_not_taken_once_for_every_block(row, make_model, input_ids, monkeypatch):
     monkeypatch.setattr("tvaprune.losses.CHUNK_TOKENS", 6)  # chunks of positions are views
-    model = make_model().requires_grad_(False)
+    model_type, values = (ROWS | MORE_ROWS)[row]
+    model = make_model(model_type, **values).requires_grad_(False)
     vocabulary = model.config.vocab_size
     with Products() as products:
         student, teacher = (predictions(model, input_ids=input_ids, use_cache=False)[0] for _ in range(2))
         student.states.requires_grad_()
         (cross_entropy(student, input_ids) + distillation_loss(student, teacher)).backward()
+        with torch.no_grad():
+            cross_entropy(student, input_ids)
     assert vocabulary not in products.batched
     with Products() as products:
         model.lm_head(student.states[:, -1:])  # control
