@@ -11,35 +11,39 @@ the other; the ideal is that of the parameters that a token meets.
 
 import argparse
 import copy
+import gc
 import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
 from benchmarks.card import RealCard, Taken
 from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
-from benchmarks.step import steps
+from benchmarks.step import Step, steps
 from tvaprune.budget import DEFAULT_MEMORY
 from tvaprune.estimates import TFLOPS, Estimate, estimate_of
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
 from tvaprune.measure.hardware import describe_device
-from tvaprune.measure.speed import turn_about
+from tvaprune.measure.speed import WARM_UP_BATCHES, seconds, turn_about
 from tvaprune.measure.work import GIB, Work, narrower
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks
+from tvaprune.plan.multiples import fastest_multiple
 from tvaprune.plan.widths import WidthRules
 
 MULTIPLES = (0, 8, 64, 128, 256)
 BLOCKS, BLOCK = 4500, 512
+BATCHES = (1, 4)  # blocks of a step that is timed
 FEW = 2  # layers of a simulated refit and reconstruction
 PROMPT, NEW = 512, 16  # tokens before decoding, tokens decoded and timed
 SMALL = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
@@ -107,23 +111,36 @@ def memory_rows(setting: Setting) -> list[str]:
     """Returns a row for each phase: memory and operations beside those of the formulas."""
     plan = setting.plan(128 if setting.shape.hidden_size >= 1024 else 8)
     works = {phase: setting.work(plan, "finetune" if phase == "finetuning_step" else "prune") for phase in PHASES}
-    rows = ["| phase | device, GiB | by formula | host, GiB | TFLOP a pass | by formula |", "|---|---|---|---|---|---|"]
+    rows = ["| phase | device, GiB | by formula | host, GiB | TFLOP a pass | by formula | s |", f"|{'---|' * 7}"]
     for phase, work in works.items():
-        if setting.on_card:
-            scene = Scene(RealCard(), work, setting.config, plan, setting.device)
-            taken: Taken | None = getattr(scene, phase)()
-            del scene
-            torch.cuda.empty_cache()
-        elif phase in ("refit", "reconstruct") and work.dense.num_hidden_layers > FEW:
+        if phase in ("refit", "reconstruct") and work.dense.num_hidden_layers > FEW:
             # Its windows pass layer by layer: the first layers, held against the formula, and all by the formula.
             few, part = (shallow(setting.config, shape, FEW) for shape in (work.dense, work.pruned))
             less = replace(work, dense=few[1], pruned=part[1])
-            rows.append(row(f"{phase}, first {FEW} layers", simulate(few[0], less, phase), cost.of_pass(phase, less)))
-            taken = None
+            rows.append(row(f"{phase}, first {FEW} layers", *measured(setting, few[0], less, phase)))
+            rows.append(row(named(phase, work), None, None, cost.of_pass(phase, work)))
         else:
-            taken = simulate(setting.config, work, phase, plan)
-        rows.append(row(named(phase, work), taken, cost.of_pass(phase, work)))
+            rows.append(row(named(phase, work), *measured(setting, setting.config, work, phase, plan)))
     return rows
+
+
+def measured(
+    setting: Setting, config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan | None = None
+) -> tuple[Taken, float | None, tuple[float, float]]:
+    """Returns what a phase takes, its seconds on a card without the model's making, and what the formulas say."""
+    if not setting.on_card:
+        return simulate(config, work, phase, plan), None, cost.of_pass(phase, work)
+    taken, took = on_card(setting, config, work, phase, plan or plan_to(work.dense, work.pruned))
+    gc.collect()
+    torch.cuda.empty_cache()
+    return taken, took, cost.of_pass(phase, work)
+
+
+def on_card(setting: Setting, config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan) -> tuple[Taken, float]:
+    """Returns what a phase takes on the card that is there, and its seconds."""
+    scene, found = Scene(RealCard(), work, config, plan, setting.device), list[Taken]()
+    took = seconds(lambda: found.append(getattr(scene, phase)()), setting.device)
+    return found[0], took
 
 
 def named(phase: str, work: Work) -> str:
@@ -143,13 +160,15 @@ def memory_line(setting: Setting) -> str:
     return f"All of `prune`, by the formulas, at most: {', '.join(told)}."
 
 
-def row(name: str, taken: Taken | None, formula: tuple[float, float]) -> str:
-    """Returns a row of the table of memory."""
+def row(name: str, taken: Taken | None, took: float | None, formula: tuple[float, float]) -> str:
+    """Returns a row of the table of memory; what was not counted stays empty: a card counts its own memory alone."""
     device, flops = formula
-    counted = ["", "", ""] if taken is None else [f"{taken.card / GIB:.2f}", f"{taken.host / GIB:.2f}", ""]
+    card, host, counted, took_s = "", "", "", "" if took is None else f"{took:.2f}"
+    if taken is not None:
+        card = f"{taken.card / GIB:.2f}"
     if taken is not None and taken.flops:
-        counted[2] = f"{taken.flops / 1e12:.4g}"
-    return f"| {name} | {counted[0]} | {device / GIB:.2f} | {counted[1]} | {counted[2]} | {flops / 1e12:.4g} |"
+        host, counted = f"{taken.host / GIB:.2f}", f"{taken.flops / 1e12:.4g}"
+    return f"| {name} | {card} | {device / GIB:.2f} | {host} | {counted} | {flops / 1e12:.4g} | {took_s} |"
 
 
 def shallow(config: PretrainedConfig, shape: ModelShape, layers: int) -> tuple[PretrainedConfig, ModelShape]:
@@ -176,14 +195,19 @@ def step_rows(setting: Setting, turns: int) -> list[str]:
         "intermediate_size",
         "vocab_size",
     )
-    sizes = {name: getattr(setting.config, name) for name in names}
-    plain, gated = steps(sizes, (1, BLOCK), str(setting.device), setting.dtype)
-    others, own = turn_about(lambda _: plain(), lambda _: gated(), turns, setting.device)
-    ratio, each = ratio_of(own, others), statistics.median(own)
-    return [
-        computed,
-        f"gated step over plain step (1 x {BLOCK}): {ratio:.2f}; {BLOCKS:,} blocks: {BLOCKS * each / 60:.3g} min",
-    ]
+    sizes, rows = {name: getattr(setting.config, name) for name in names}, [computed, ""]
+    for batch in BATCHES:
+        plain, gated = steps(sizes, (batch, BLOCK), str(setting.device), setting.dtype)
+        others, own = turn_about(partial(_call, plain), partial(_call, gated), turns, setting.device)
+        minutes = BLOCKS / batch * statistics.median(own) / 60
+        ratio = f"gated step over plain step ({batch} x {BLOCK}): {ratio_of(own, others):.2f}"
+        rows.append(f"- {ratio}; {BLOCKS:,} blocks: {minutes:.3g} min")
+        del plain, gated
+    return rows
+
+
+def _call(step: Step, turn: int) -> None:
+    step()
 
 
 def met(shape: ModelShape) -> int:
@@ -217,6 +241,31 @@ def decode(batch: int, prompt: int) -> Callable[[PreTrainedModel], Callable[[int
     return of
 
 
+def replayed(batch: int, prompt: int, turns: int) -> Callable[[PreTrainedModel], Callable[[int], object]]:
+    """Returns what times a model's tokens as one CUDA graph each, as servers run them: no kernel waits for the host."""
+
+    def of(model: PreTrainedModel) -> Callable[[int], object]:
+        ids = torch.zeros(batch, prompt, dtype=torch.int64, device=model.device)
+        cache = StaticCache(model.config, max_cache_len=prompt + NEW * (turns + WARM_UP_BATCHES + 1))
+        token = {"input_ids": ids[:, :1].clone(), "past_key_values": cache, "use_cache": True}
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # what kernels set up at their first call is no part of a graph
+            model(**token)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(**token)
+
+        def run(turn: int, held: object = token) -> None:  # a graph holds none of the memory that it reads
+            for _ in range(NEW):
+                graph.replay()
+
+        return run
+
+    return of
+
+
 def ratio_of(times: list[float], others: list[float]) -> float:
     """Returns the median over turns of one time over the other."""
     return statistics.median(one / other for one, other in zip(times, others, strict=True))
@@ -232,6 +281,8 @@ def speed_rows(setting: Setting, turns: int) -> list[str]:
         "decode 1": decode(1, PROMPT // shrink),
         "decode 16": decode(16, PROMPT // shrink),
     }
+    if setting.on_card:
+        works |= {f"decode {batch}, a graph": replayed(batch, PROMPT, turns) for batch in (1, 16)}
     head = ["--dim_multiple", "sparsity", "ideal", *works]
     rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for multiple in MULTIPLES:
@@ -260,6 +311,8 @@ def report(setting: Setting, turns: int) -> str:
             f"Times as fast as the dense model ({describe_device(setting.device)}):",
             "",
             *speed_rows(setting, turns),
+            "",
+            fastest_multiple(setting.shape, 0.5, setting.device, setting.dtype)[1],
         ]
     else:
         lines += ["Prefill and decode: not timed without a GPU."]
@@ -276,14 +329,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     masks = [*args.mask, *[None] * len(args.shape)]
-    parts = []
+    parts, words = [], sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "benchmarks.scale", *words])
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     for name, mask in zip(args.shape, masks, strict=False):
         parts.append(report(Setting(name, SHAPES[name], mask, device), args.turns))
         print(parts[-1], flush=True)
-    if args.out is not None:
-        command = shlex.join(["python", "-m", "benchmarks.scale", *(sys.argv[1:] if arguments is None else arguments)])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(f"# Scale\n\n`{command}`\n\n" + "\n".join(parts), encoding="utf-8")
+        if args.out is not None:  # a shape that fails takes none with it
+            args.out.write_text(f"# Scale\n\n`{command}`\n\n" + "\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,8 +68,9 @@ class _Kernels(TorchDispatchMode):
 def steps(sizes: dict[str, Any], size: tuple[int, int], device: str, dtype: torch.dtype) -> tuple[Step, Step]:
     """Returns the plain step and the gated one of a random Llama of these sizes, at a batch of this shape."""
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048))
-    model.to(device, dtype)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048))
+    model.to(dtype)
     settings = gate_settings(PruneSettings(target_sparsity=[0.5]), DistillSettings(), 1000, 1000, 10.0, WidthRules(8))
     objective = PruningObjective(GatedModel(model.eval()), settings).to(device)
     input_ids = torch.randint(0, sizes["vocab_size"], size, device=device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.families import MORE_ROWS, ROWS
 from support.other_families import OTHER_ROWS
+from torch import nn
 
 from benchmarks.step import kernels, saved_bytes, steps
 from tvaprune.choose import gates
@@ -213,6 +214,35 @@ def test_a_step_keeps_at_most_four_tenths_more(dtype, redrawing, limit, monkeypa
     monkeypatch.setattr(gates, "REDRAWING", redrawing)
     plain, gated = steps({"num_hidden_layers": 3} | NARROW, (2, 64), "cpu", dtype)
     assert 1.0 < saved_bytes(gated) / saved_bytes(plain) <= limit
+
+
+def test_a_step_walks_through_the_modules_as_often_at_any_depth(monkeypatch):
+    """Asked at every gate, a question to all modules cost a SmolLM2 on a GPU as much as the plain step."""
+    stock, walks = nn.Module.modules, []
+
+    def counted(module):
+        walks.append(module)
+        return stock(module)
+
+    def count(layers):
+        _, gated = steps({"num_hidden_layers": layers} | NARROW, (1, 4), "cpu", torch.float32)
+        walks.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.Module, "modules", counted)
+            gated()
+        return len(walks)
+
+    assert count(1) == count(3) <= 4
+    monkeypatch.setattr(GatedModel, "_multiply", _asking(GatedModel._multiply))
+    assert count(1) < count(3)  # control
+
+
+def _asking(stock):
+    def multiply(gated, *args):
+        assert not gated.model.is_activation_checkpointing
+        return stock(gated, *args)
+
+    return multiply
 
 
 def test_gates_as_autograd_would_keep_them_are_found(monkeypatch):

@@ -21,13 +21,14 @@ def test_the_page_of_a_small_shape_has_every_measure(make_masks, tmp_path, monke
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
     ]
-    memory = {row[0]: row for row in rows if len(row) == 6}
+    memory = {row[0]: row for row in rows if len(row) == 7 and not row[0].isdigit()}
     steps = {"gate step, 1 x 512", "finetuning step, 8 x 512"}
     assert {"dense perplexity", "refit"} | steps <= set(memory)
     speeds = {row[0]: row for row in rows if len(row) == 7 and row[0].isdigit()}
     assert list(speeds) == [str(multiple) for multiple in MULTIPLES]
     assert all(float(cell) > 0 for row in speeds.values() for cell in row[1:])
-    assert re.search(r"gated step over plain step \(1 x 512\): \d", page) and mask.name in page
+    assert all(re.search(rf"gated step over plain step \({batch} x 512\): \d", page) for batch in (1, 4))
+    assert mask.name in page and "--dim_multiple auto: " in page
 
 
 @pytest.mark.parametrize("multiple", MULTIPLES)

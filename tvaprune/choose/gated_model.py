@@ -44,6 +44,7 @@ class _Pass:
         kept: The hidden dims that norms read.
         attn: Per layer, the KV heads that count, bool: the kept ones; where gates are drawn, of a layer without, all.
         features: The features that norms over all heads average over, by the norm.
+        recomputes: As of `multiply`; asked of the model once a pass, which looks through all its modules.
     """
 
     inputs: tuple[Gates | torch.Tensor, ...]
@@ -51,6 +52,7 @@ class _Pass:
     kept: KeptDims
     attn: tuple[torch.Tensor, ...]
     features: dict[str, KeptDims]
+    recomputes: bool
 
 
 class GatedModel(nn.Module):
@@ -194,14 +196,15 @@ class GatedModel(nn.Module):
         norm_width = self.shape.hidden_size if keeps_norm_width else None
         kept, attn = KeptDims.of(self._kept_hidden(), norm_width), tuple(self._counting_heads())
         features = dict(self._features_of(attn))
+        recomputes = not self.model.is_activation_checkpointing
         if self._fixed is not None:
             factors = tuple(self._fixed)
-            self._pass = _Pass(factors, _repeated(factors[0], uses), kept, attn, features)
+            self._pass = _Pass(factors, _repeated(factors[0], uses), kept, attn, features, recomputes)
             return
         deviation = torch.exp(self.log_variance / 2)
         each = tuple(map(Gates, PerUnit.of(self.mu, self.shape), PerUnit.of(deviation, self.shape)))
         hidden = map(Gates, _repeated(each[0].mu, uses), _repeated(each[0].deviation, uses))
-        self._pass = _Pass(each, tuple(hidden), kept, attn, features)
+        self._pass = _Pass(each, tuple(hidden), kept, attn, features, recomputes)
 
     def _scale_output(self, place: int, is_normed: bool = False) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -234,7 +237,8 @@ class GatedModel(nn.Module):
             x: Shape ``(batch, length, units * features)``, the features of a unit side by side.
         """
         if isinstance(by, Gates):
-            return multiply(x, by, self.noise == "token", recomputes=not self.model.is_activation_checkpointing)
+            assert self._pass is not None
+            return multiply(x, by, self.noise == "token", self._pass.recomputes)
         return (x.unflatten(-1, (by.shape[-1], -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
     def _replace_norm(self, path: str) -> None:
