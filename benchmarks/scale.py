@@ -12,6 +12,7 @@ the other; the ideal is that of the parameters that a token meets.
 import argparse
 import copy
 import gc
+import re
 import shlex
 import statistics
 import sys
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
 from benchmarks.card import RealCard, Taken
@@ -241,6 +243,40 @@ def decode(batch: int, prompt: int) -> Callable[[PreTrainedModel], Callable[[int
     return of
 
 
+def kind_of(kernel: str) -> str:
+    """Returns what a GPU's kernel computes, by its name: matrix products, attention, or all else."""
+    if re.search("flash|fmha|attention", kernel):
+        return "attention"
+    return "products" if re.search("gemm|cutlass|nvjet|xmma|splitK", kernel) else "else"
+
+
+def busy(step: Callable[[], object]) -> dict[str, float]:
+    """Returns the milliseconds that the GPU is at work in a step, by kind of kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    found = dict.fromkeys(("products", "attention", "else"), 0.0)
+    for event in profiler.key_averages():
+        found[kind_of(event.key)] += event.self_device_time_total / 1000
+    return found
+
+
+@torch.inference_mode()
+def busy_rows(setting: Setting, multiple: int = 128) -> list[str]:
+    """Returns where the GPU's time goes, dense and pruned: what narrower products gain, and what stays."""
+    plan = setting.plan(multiple)
+    scene = Scene(RealCard(), setting.work(plan), setting.config, plan, setting.device, setting.dtype)
+    pruned = scene.pruned()
+    rows = [f"The GPU at work, ms, dense -> pruned at --dim_multiple {multiple}:", ""]
+    for name, of in {"prefill 8 x 512": prefill(8, 512), f"{NEW} tokens of decode 1": decode(1, PROMPT)}.items():
+        steps_of = [partial(of(model), 0) for model in (scene.dense, pruned)]
+        for step in steps_of:
+            step()  # kernels are chosen at the first call
+        slow, fast = map(busy, steps_of)
+        rows.append(f"- {name}: " + ", ".join(f"{kind} {slow[kind]:.1f} -> {fast[kind]:.1f}" for kind in slow))
+    return rows
+
+
 def replayed(batch: int, prompt: int, turns: int) -> Callable[[PreTrainedModel], Callable[[int], object]]:
     """Returns what times a model's tokens as one CUDA graph each, as servers run them: no kernel waits for the host."""
 
@@ -303,7 +339,8 @@ def report(setting: Setting, turns: int) -> str:
     """Measures a shape and returns its part of the page."""
     where = describe_device(setting.device) if setting.on_card else "simulated: no GPU was there"
     mask = "no mask, half of every layer" if setting.mask is None else setting.mask.name
-    lines = [f"## {setting.name}", "", f"{mask}; memory and operations: {where}.", "", *memory_rows(setting), ""]
+    title = setting.name + f", {where}" * setting.on_card
+    lines = [f"## {title}", "", f"{mask}; memory and operations: {where}.", "", *memory_rows(setting), ""]
     lines += [memory_line(setting), ""]
     lines += [*step_rows(setting, turns), ""]
     if setting.on_card or setting.name == "small":
@@ -312,6 +349,7 @@ def report(setting: Setting, turns: int) -> str:
             "",
             *speed_rows(setting, turns),
             "",
+            *([*busy_rows(setting), ""] if setting.on_card else []),
             fastest_multiple(setting.shape, 0.5, setting.device, setting.dtype)[1],
         ]
     else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import scale
-from benchmarks.scale import MULTIPLES, SHAPES, Setting, main, met, shallow
+from benchmarks.scale import MULTIPLES, SHAPES, Setting, kind_of, main, met, shallow
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
 
@@ -51,3 +51,13 @@ def test_a_step_is_simulated_as_the_budget_runs_it():
     work = setting.work(setting.plan(128), "finetune")
     assert work.checkpointing and work.accumulates
     assert not setting.work(setting.plan(128)).checkpointing  # control: gates fit
+
+
+def test_kernels_are_told_apart_by_their_names():
+    names = {
+        "nvjet_tst_128x256_64x4_2x1_v_bz_TNN": "products",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>": "products",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>": "attention",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::mul>": "else",
+    }
+    assert {name: kind_of(name) for name in names} == names

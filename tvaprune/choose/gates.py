@@ -40,8 +40,10 @@ def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True, recomputes: 
         The same shape and precision, with gradients to ``x``, means and deviations.
     """
     leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
-    parted = x.unflatten(-1, (len(gates.mu), -1))
     factors = _factors(x) if recomputes else ()
+    if x.shape[-1] == len(gates.mu):  # a feature a unit: most gates, and no step to be saved is too small on a GPU
+        return _Product.apply(x, gates.mu, gates.deviation, leading, *factors)
+    parted = x.unflatten(-1, (len(gates.mu), -1))
     product: torch.Tensor = _Product.apply(parted, gates.mu, gates.deviation, leading, *factors)
     return product.flatten(-2)
 
@@ -70,7 +72,7 @@ def _factors(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class _Product(torch.autograd.Function):
-    """``x * z`` for ``x`` of shape ``(batch, length, units, features)``."""
+    """``x * z`` for ``x`` of shape ``(batch, length, units, features)``, or without the last where it is 1."""
 
     @staticmethod
     def forward(
@@ -92,7 +94,8 @@ class _Product(torch.autograd.Function):
             generator = torch.Generator(x.device).set_state(ctx.state)
             noise = torch.randn(ctx.size, generator=generator, device=x.device, dtype=x.dtype)
         of_z = gradient * x
-        of_z = of_z.sum(-1) if x.shape[-1] > 1 else of_z.squeeze(-1)
+        if x.dim() > noise.dim():
+            of_z = of_z.sum(-1)
         of_mu = of_z.sum((0, 1), dtype=mu.dtype)
         of_deviation = of_z.mul_(noise).sum((0, 1), dtype=mu.dtype)  # noise of a window serves all its tokens
         spare = of_z if of_z.shape == noise.shape else torch.empty_like(noise)
@@ -106,7 +109,9 @@ def _sampled_times(
 
     On a CPU new memory takes longer than what is computed in it.
     """
-    z = torch.addcmul(mu, noise, deviation, out=spare).unsqueeze(-1)
+    z = torch.addcmul(mu, noise, deviation, out=spare)
+    if x.dim() > z.dim():
+        return z.unsqueeze(-1) * x
     return z.mul_(x) if z.shape == x.shape else z * x
 
 
