@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from tvaprune.cli import run_command
-from tvaprune.export.gguf_file import in_llama_cpp
+from tvaprune.export.in_llama_cpp import opened
 from tvaprune.files import write_json, write_text
 from tvaprune.measure import hardware
 from tvaprune.measure.speed import turn_about
@@ -143,7 +143,8 @@ def llama_cpp(dense: Path, pruned: Path, name: str, args: argparse.Namespace) ->
     """Times both files in llama.cpp: a prompt, and tokens one by one from the beginning of a text."""
     ideal = touched_in(dense) / touched_in(pruned)
     prompt, tokens = max(int(shape.split("x")[1]) for shape in args.prefill), args.decode
-    models = [in_llama_cpp(file, n_ctx=prompt + tokens, n_batch=prompt) for file in (dense, pruned)]
+    threads = torch.get_num_threads()
+    models = [opened(file, threads, n_ctx=prompt + tokens, n_batch=prompt) for file in (dense, pruned)]
     ids = torch.randint(0, models[0].n_vocab(), (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def read(model: Any) -> Step:

@@ -11,7 +11,7 @@ from support.folders import LLAMA3_ROPE, uneven, uniform, with_hidden
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
 from tvaprune.export import gguf_tensors
-from tvaprune.export.gguf_file import in_llama_cpp
+from tvaprune.export.in_llama_cpp import logits_in_llama_cpp
 from tvaprune.export.verify import fixed_prompt, reference_logits
 from tvaprune.models.families import FAMILIES
 from tvaprune.models.formats import ARCHITECTURES, gguf_architecture
@@ -253,13 +253,6 @@ class HalfGelu(torch.nn.Module):
         return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, read))
 
 
-def logits_in_llama_cpp(path, ids):
-    """Logits of the ids, with a KV cache in float32."""
-    llama = in_llama_cpp(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)
-    llama.eval(ids)
-    return torch.tensor(llama.scores[: len(ids)])
-
-
 @pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("row", ROWS)
@@ -273,7 +266,8 @@ def test_llama_cpp_computes_the_same(row, make_folder, tmp_path, capsys):
             layer.mlp.act_fn = HalfGelu()
     ids = fixed_prompt(model.config.vocab_size)[:, : read(tmp_path / "model.gguf")[0]["context_length"]]
     expected = reference_logits(model, ids)[0]
-    difference = (logits_in_llama_cpp(tmp_path / "model.gguf", ids[0].tolist()) - expected).abs().max()
+    found = logits_in_llama_cpp(tmp_path / "model.gguf", ids[0].tolist(), 1)["prefill"]
+    difference = (torch.tensor(found) - expected).abs().max()
     print(f"{row}: {difference:.1e} of {expected.abs().max():.1f}")
     tolerance = 1e-3 if ROWS[row][0].startswith("gemma") else 1e-4  # a table's entry to the left or the right
     assert difference < tolerance * expected.abs().max()
@@ -288,3 +282,42 @@ def test_a_file_without_the_changes_of_the_weights_is_seen(row, make_folder, tmp
     with pytest.raises(InputError, match="the written model's logits are off by"):
         export("gguf", folder, tmp_path / "model.gguf", "f32")
     assert not (tmp_path / "model.gguf").exists()
+
+
+FAKE = """
+import os, signal
+import numpy as np
+
+class Llama:
+    def __init__(self, *args, **options):
+        if os.environ["FAKE_LLAMA"] == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if os.environ["FAKE_LLAMA"] == "raise":
+            raise ValueError("Failed to load model")
+        self.scores = np.load(os.environ["FAKE_LLAMA"])
+
+    def reset(self):
+        pass
+
+    def eval(self, tokens):
+        pass
+"""
+
+
+@pytest.mark.parametrize(("fault", "told"), [("crash", "signal 11"), ("raise", "ValueError: Failed to load model")])
+def test_what_crashes_in_llama_cpp_takes_nobody_along(fault, told, make_folder, tmp_path, monkeypatch, capsys):
+    folder, packages = make_folder("llama", BIASES, uniform), tmp_path / "packages"
+    packages.mkdir()
+    (packages / "llama_cpp.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    monkeypatch.setenv("FAKE_LLAMA", fault)
+    with pytest.raises(InputError, match=f"as it is installed here, fails on the file \\({told}\\), .* --no_verify"):
+        export("gguf", folder, tmp_path / "model.gguf", "f32")
+    assert not (tmp_path / "model.gguf").exists()
+    model = load_pruned(folder)
+    right = reference_logits(model, fixed_prompt(model.config.vocab_size))[0]
+    np.save(tmp_path / "logits.npy", right.numpy())
+    monkeypatch.setenv("FAKE_LLAMA", str(tmp_path / "logits.npy"))
+    export("gguf", folder, tmp_path / "model.gguf", "f32")  # control
+    assert capsys.readouterr().out.count("in llama.cpp: largest difference") == 2

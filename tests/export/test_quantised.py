@@ -12,7 +12,7 @@ from support.tiny import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
-from tvaprune.export.gguf_file import in_llama_cpp
+from tvaprune.export.in_llama_cpp import opened
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import load_masks
@@ -102,7 +102,7 @@ def test_llama_cpps_own_quantiser_and_its_perplexity(mini, windows, tmp_path):
     export("gguf", mini, tmp_path / "F32.gguf", "f32", verify=False)
 
     def perplexity_in_llama_cpp(path):
-        llama = in_llama_cpp(path, n_ctx=WINDOW, logits_all=True, type_k=0, type_v=0)
+        llama = opened(path, 1, n_ctx=WINDOW, logits_all=True, type_k=0, type_v=0)
         found = []
         for window in windows.tolist():
             llama.reset()

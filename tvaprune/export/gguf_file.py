@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tensors import gguf_tensors, norm_epsilon
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
+from tvaprune.export.in_llama_cpp import logits_in_llama_cpp
 from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require, tell_odd_widths
 from tvaprune.files import clear_leftovers, replacing
 from tvaprune.models.families import family_of
@@ -138,14 +139,6 @@ def _precision(tensor: torch.Tensor, outtype: str) -> str:
     return "F16" if outtype == "q8_0" and tensor.shape[-1] % 32 else QUANTIZATIONS[outtype]
 
 
-def in_llama_cpp(path: Path, **options: Any) -> Any:
-    """Returns a file opened in llama.cpp, which is to use as many threads as torch does."""
-    from llama_cpp import Llama
-
-    threads = torch.get_num_threads()
-    return Llama(str(path), n_threads=threads, n_threads_batch=threads, verbose=False, **options)
-
-
 def _verify(model: PreTrainedModel, path: Path, architecture: Architecture, outtype: str) -> None:
     """Compares prefill and token-by-token decoding in llama.cpp with the checkpoint, if its bindings are installed."""
     try:
@@ -156,11 +149,12 @@ def _verify(model: PreTrainedModel, path: Path, architecture: Architecture, outt
     input_ids = fixed_prompt(model.config.vocab_size)[:, : _context_length(model.config, architecture)]
     expected = reference_logits(model.float(), input_ids)[0]  # half precision's own error would hide the file's
     tolerance = TOLERANCES["f16" if outtype == "f32" and "gelu" in architecture.activation else outtype]
-    llama = in_llama_cpp(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)
-    tokens = input_ids[0].tolist()
-    for what, chunks in (("prefill", [tokens]), ("decode", [[token] for token in tokens])):
-        llama.reset()
-        for chunk in chunks:
-            llama.eval(chunk)
-        found = torch.tensor(llama.scores[: len(tokens)])
-        report_difference(f"{what} in llama.cpp", found, expected, tolerance)
+    try:
+        found = logits_in_llama_cpp(path, input_ids[0].tolist(), torch.get_num_threads())
+    except RuntimeError as error:
+        raise InputError(
+            f"--format gguf: llama.cpp, as it is installed here, fails on the file ({error}), which was not kept; try "
+            "--outtype f16 or another build of llama-cpp-python, or write it unchecked: --no_verify"
+        ) from error
+    for what, logits in found.items():
+        report_difference(f"{what} in llama.cpp", logits, expected, tolerance)
