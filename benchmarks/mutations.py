@@ -38,6 +38,20 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "every gate asks all modules whether activations are computed again",
+        "tvaprune/choose/gated_model.py",
+        'return multiply(x, by, self.noise == "token", self._pass.recomputes)',
+        'return multiply(x, by, self.noise == "token", not self.model.is_activation_checkpointing)',
+        "tests/choose/test_step.py",
+    ),
+    Mutation(
+        "a process that llama.cpp took down counts as one that ended",
+        "tvaprune/export/in_llama_cpp.py",
+        "if ended.returncode:",
+        "if ended.returncode > 1:",
+        "tests/export/test_gguf_families.py",
+    ),
+    Mutation(
         "chapters of one novel in several splits",
         "tvaprune/text/english_prose.py",
         '_PART.sub("", path.stem)',
