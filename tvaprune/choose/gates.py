@@ -41,11 +41,12 @@ def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True, recomputes: 
     """
     leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
     factors = _factors(x) if recomputes else ()
-    if x.shape[-1] == len(gates.mu):  # a feature a unit: most gates, and no step to be saved is too small on a GPU
-        return _Product.apply(x, gates.mu, gates.deviation, leading, *factors)
-    parted = x.unflatten(-1, (len(gates.mu), -1))
+    has_features = x.shape[-1] > len(
+        gates.mu
+    )  # most have none: views, which a GPU's host takes its time for, are saved
+    parted = x.unflatten(-1, (len(gates.mu), -1)) if has_features else x
     product: torch.Tensor = _Product.apply(parted, gates.mu, gates.deviation, leading, *factors)
-    return product.flatten(-2)
+    return product.flatten(-2) if has_features else product
 
 
 def drawn(x: torch.Tensor, gates: Gates, per_token: bool) -> torch.Tensor:
