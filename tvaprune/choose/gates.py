@@ -41,9 +41,7 @@ def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True, recomputes: 
     """
     leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
     factors = _factors(x) if recomputes else ()
-    has_features = x.shape[-1] > len(
-        gates.mu
-    )  # most have none: views, which a GPU's host takes its time for, are saved
+    has_features = x.shape[-1] > len(gates.mu)  # most have none: no views, for which a GPU waits as for a kernel
     parted = x.unflatten(-1, (len(gates.mu), -1)) if has_features else x
     product: torch.Tensor = _Product.apply(parted, gates.mu, gates.deviation, leading, *factors)
     return product.flatten(-2) if has_features else product

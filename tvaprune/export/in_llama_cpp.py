@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+_OPTIONS = {"n_ctx": 64, "logits_all": True, "type_k": 0, "type_v": 0}  # a KV cache in float32
+
 
 def opened(path: Path, threads: int, **options: Any) -> Any:
     """Returns a file opened in llama.cpp, in this process."""
@@ -45,7 +47,7 @@ def logits_in_llama_cpp(path: Path, tokens: list[int], threads: int) -> dict[str
 
 def main(file: str, out: str, threads: str, *tokens: str) -> None:
     """Writes both logits."""
-    read, llama = [int(token) for token in tokens], opened(Path(file), int(threads), **OPTIONS)
+    read, llama = [int(token) for token in tokens], opened(Path(file), int(threads), **_OPTIONS)
     found = {}
     for what, chunks in (("prefill", [read]), ("decode", [[token] for token in read])):
         llama.reset()
@@ -54,8 +56,6 @@ def main(file: str, out: str, threads: str, *tokens: str) -> None:
         found[what] = np.array(llama.scores[: len(read)])
     np.savez(out, **found)  # type: ignore[arg-type]
 
-
-OPTIONS = {"n_ctx": 64, "logits_all": True, "type_k": 0, "type_v": 0}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
