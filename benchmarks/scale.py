@@ -1,9 +1,9 @@
 """What a 7B or an 8B takes: memory of each phase, a step of gate training, prefill and decode of what is cut.
 
-Random weights carry memory and time. On a GPU everything is measured; without one, memory and operations of the large
-shapes are those of the simulation (`benchmarks.simulate`), and only ``--shape small`` is timed. Of the published masks
-a path is given; without one every layer loses half. A ratio is the median over turns in which both models run one after
-the other; the ideal is that of the parameters that a token meets.
+Random weights carry memory and time. On a GPU all is measured, of a refit and a reconstruction their first layers;
+without one, memory and operations of the large shapes are those of the simulation (`benchmarks.simulate`), and only
+``--shape small`` is timed. Of the published masks a path is given; without one every layer loses half. A ratio is the
+median over turns in which both models run one after the other; the ideal is that of the parameters that a token meets.
 
     python -m benchmarks.scale --shape Mistral-7B --mask mistral_7b_mask_info_18.891157150268555.pkl
     python -m benchmarks.scale --shape small --out out/small.md
@@ -46,7 +46,7 @@ from tvaprune.plan.widths import WidthRules
 MULTIPLES = (0, 8, 64, 128, 256)
 BLOCKS, BLOCK = 4500, 512
 BATCHES = (1, 4)  # blocks of a step that is timed
-FEW = 2  # layers of a simulated refit and reconstruction
+FEW = 2  # layers of a refit and a reconstruction that are measured or simulated
 PROMPT, NEW = 512, 16  # tokens before decoding, tokens decoded and timed
 SMALL = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
                     num_key_value_heads=4, max_position_embeddings=1024)  # fmt: skip
@@ -132,13 +132,13 @@ def measured(
     """Returns what a phase takes, its seconds on a card without the model's making, and what the formulas say."""
     if not setting.on_card:
         return simulate(config, work, phase, plan), None, cost.of_pass(phase, work)
-    taken, took = on_card(setting, config, work, phase, plan or plan_to(work.dense, work.pruned))
+    taken, took = in_scene(setting, config, work, phase, plan or plan_to(work.dense, work.pruned))
     gc.collect()
     torch.cuda.empty_cache()
     return taken, took, cost.of_pass(phase, work)
 
 
-def on_card(setting: Setting, config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan) -> tuple[Taken, float]:
+def in_scene(setting: Setting, config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan) -> tuple[Taken, float]:
     """Returns what a phase takes on the card that is there, and its seconds."""
     scene, found = Scene(RealCard(), work, config, plan, setting.device), list[Taken]()
     took = seconds(lambda: found.append(getattr(scene, phase)()), setting.device)
@@ -165,12 +165,10 @@ def memory_line(setting: Setting) -> str:
 def row(name: str, taken: Taken | None, took: float | None, formula: tuple[float, float]) -> str:
     """Returns a row of the table of memory; what was not counted stays empty: a card counts its own memory alone."""
     device, flops = formula
-    card, host, counted, took_s = "", "", "", "" if took is None else f"{took:.2f}"
-    if taken is not None:
-        card = f"{taken.card / GIB:.2f}"
-    if taken is not None and taken.flops:
-        host, counted = f"{taken.host / GIB:.2f}", f"{taken.flops / 1e12:.4g}"
-    return f"| {name} | {card} | {device / GIB:.2f} | {host} | {counted} | {flops / 1e12:.4g} | {took_s} |"
+    cells = [name, "" if taken is None else f"{taken.card / GIB:.2f}", f"{device / GIB:.2f}"]
+    cells += [f"{taken.host / GIB:.2f}", f"{taken.flops / 1e12:.4g}"] if taken is not None and taken.flops else ["", ""]
+    cells += [f"{flops / 1e12:.4g}", "" if took is None else f"{took:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def shallow(config: PretrainedConfig, shape: ModelShape, layers: int) -> tuple[PretrainedConfig, ModelShape]:
