@@ -59,6 +59,20 @@ MUTATIONS = [
         "tests/text/test_english_prose.py",
     ),
     Mutation(
+        "a text of its own that a model writes at another temperature than was asked for",
+        "tvaprune/text/sampled.py",
+        "(logits.float() / temperature)",
+        "logits.float()",
+        "tests/text/test_sampled.py",
+    ),
+    Mutation(
+        "pages that an interrupted run wrote in part and that are taken for whole",
+        "tvaprune/stages/sample.py",
+        "range(0, len(lines) - size + 1, size)",
+        "range(0, len(lines), size)",
+        "tests/stages/test_sample.py",
+    ),
+    Mutation(
         "gains that do not know what norms divided by while the gates were trained",
         "tvaprune/plan/edits.py",
         "gain = (plan.shape.hidden_size / plan.hidden_size) ** 0.5 if",

@@ -21,6 +21,7 @@ from tvaprune.flags.verbs import MODES, check_flags
 from tvaprune.stages.estimate import parser as estimate_parser
 from tvaprune.stages.fetch import NAMES
 from tvaprune.stages.report import parser as report_parser
+from tvaprune.stages.sample import parser as sample_parser
 
 SHIPPED_TEXT = {"TVAPRUNE_CACHE": os.path.expanduser("~/.cache/tvaprune")}  # extracting it takes over a minute
 RUN_BY = {  # every command of the pages that is not marked, and the test that runs it, some on a smaller model
@@ -37,6 +38,7 @@ RUN_BY = {  # every command of the pages that is not marked, and the test that r
     "python -m benchmarks.scale": "tests/measure/test_scale.py::test_the_page_of_a_small_shape_has_every_measure",
     "tvaprune estimate": "tests/test_readme.py::test_the_estimate_command_runs",
     "tvaprune fetch english_prose": "tests/text/test_english_prose.py::test_fetching_makes_the_text_once",
+    "tvaprune sample": "tests/stages/test_sample.py::test_the_text_is_a_data_set_of_every_other_command",
     "tvaprune fetch": "tests/stages/test_fetch.py::test_the_real_model_is_fetched",
     "out/mine": "tests/test_readme.py::test_three_commands_and_the_page_of_both_runs",
 }
@@ -145,6 +147,9 @@ def test_a_command_of_the_pages_names_flags_and_files_that_are_there(line, monke
         assert set(flags) <= set(NAMES) and len(flags) == 1
         return
     if verb == "export":  # its own test
+        return
+    if verb == "sample":
+        assert Path(sample_parser().parse_args(flags).model_name_or_path, "config.json").is_file()
         return
     if verb == "report":
         assert report_parser().parse_args(flags).folders

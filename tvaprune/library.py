@@ -26,6 +26,8 @@ from tvaprune.stages.estimate import estimate as _estimate
 from tvaprune.stages.export import export as _export
 from tvaprune.stages.fetch import fetch as _fetch
 from tvaprune.stages.report import report as _report
+from tvaprune.stages.sample import Writing
+from tvaprune.stages.sample import sample as _sample
 
 Settings = ModelSettings | DataSettings | PruneSettings | DistillSettings | FinetuneSettings | EvalSettings
 Value = str | Path | bool | int | float | list[str] | list[float]
@@ -149,6 +151,22 @@ def fetch(name: str) -> Path:
         InputError: If there is no such name, it cannot be downloaded, or the cache cannot be written.
     """
     return _fetch(name)
+
+
+def sample(
+    model: str | Path, folder: str | Path, writing: Writing | None = None, overwrite: bool = False,
+    use_cpu: bool = False,
+) -> Path:  # fmt: skip
+    """Has a model write a text to learn from, and returns its file, which is a ``dataset_name``.
+
+    Args:
+        writing: How much, and how; default: a million tokens.
+        overwrite: Replace the text of an earlier call.
+
+    Raises:
+        InputError: If a value cannot be used, or the folder holds the text of another model or of other settings.
+    """
+    return _sample(str(model), folder, writing, overwrite, use_cpu)
 
 
 def words(model: str | Path | None, settings: tuple[Settings, ...], training: dict[str, Value]) -> list[str]:

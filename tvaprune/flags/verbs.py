@@ -117,6 +117,11 @@ VERBS = {
         "tvaprune.stages.fetch:main",
         goes_on="the same command fetches it",
     ),
+    "sample": Verb(
+        "let a model write a text of its own, to learn masks from",
+        "tvaprune.stages.sample:main",
+        goes_on="the same command goes on where it was",
+    ),
     "export": Verb("write a pruned checkpoint as GGUF, ONNX or a stock checkpoint", "tvaprune.stages.export:main"),
     "estimate": Verb("say what a run would take: memory, operations, minutes", "tvaprune.stages.estimate:main"),
     "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),

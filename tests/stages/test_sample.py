@@ -1,0 +1,136 @@
+"""`tvaprune sample`: a model's own text as a file that every other command reads; what is interrupted goes on."""
+
+import json
+
+import pytest
+from support import tiny
+from support.in_process import half_written, run
+
+import tvaprune
+from tvaprune.stages import sample as stage
+from tvaprune.text.sources import SPLITS, load_documents
+
+FLAGS = ("--use_cpu", "--tokens", 300, "--page", 20, "--batch_size", 4, "--temperature", 1)
+BATCHES = 4  # of 4 pages of 20 tokens, for 300 tokens
+
+
+@pytest.fixture(scope="module")
+def source(make_model, tmp_path_factory):
+    return tiny.save_checkpoint(make_model(), tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Counts the batches that are written; ``written.stop`` interrupts before one."""
+    pages = stage.pages
+
+    def counted(*given):
+        if len(counted.seen) == counted.stop:
+            raise KeyboardInterrupt
+        counted.seen.append(given)
+        return pages(*given)
+
+    counted.seen, counted.stop = [], None
+    monkeypatch.setattr(stage, "pages", counted)
+    return counted
+
+
+def sampled(source, folder, *flags):
+    return run("sample", "--model_name_or_path", source, "--output_dir", folder, *FLAGS, *flags)
+
+
+def refused(ended, *words):
+    assert ended.code == 2 and ended.fault == "" and all(word in ended.err for word in words), ended
+
+
+def test_the_text_is_a_data_set_of_every_other_command(source, written, tmp_path):
+    batches = 40
+    ended = sampled(source, tmp_path / "own", "--tokens", batches * 4 * 20)
+    file = tmp_path / "own" / "text.jsonl"
+    assert ended.code == 0 and f"--dataset_name {file}" in ended.out and half_written(tmp_path) == []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 4 * batches and {row["kind"] for row in rows} == {"document"} and len(written.seen) == batches
+    assert [load_documents(str(file), split) for split in SPLITS].count([]) == 0
+    learned = run("prune", "--model_name_or_path", source, "--dataset_name", file, "--output_dir", tmp_path / "out",
+                  "--use_cpu", "True", "--block_size", 16, "--ctx_length", 16, "--max_train_samples", 4, "--eval_steps",
+                  2, "--max_eval_samples", 4, "--speed_batches", 0, "--target_sparsity", 0.3, "--prompt_tokens", 0,
+                  "--dim_multiple", 4)  # fmt: skip
+    assert learned.code == 0, learned.err + learned.trace
+
+
+def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(source, written, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert sampled(source, whole).code == 0
+    written.seen.clear()
+    written.stop = 2
+    ended = sampled(source, cut)
+    assert ended.code == 130 and "interrupted; the same command goes on where it was" in ended.err
+    part = cut / "text.jsonl.part"
+    assert not (cut / "text.jsonl").exists() and len(part.read_text(encoding="utf-8").splitlines()) == 8
+    short = '{"text": "of a batch cut short", "kind": "document"}\n{"text": "torn'
+    part.write_text(part.read_text(encoding="utf-8") + short, encoding="utf-8")
+    written.seen.clear()
+    written.stop = None
+    assert sampled(source, cut).code == 0 and len(written.seen) == BATCHES - 2
+    assert (cut / "text.jsonl").read_bytes() == (whole / "text.jsonl").read_bytes() and not part.exists()
+
+
+def test_the_same_command_writes_nothing_twice_and_another_is_refused(source, written, tmp_path):
+    assert sampled(source, tmp_path).code == 0
+    before = (tmp_path / "text.jsonl").read_bytes()
+    written.seen.clear()
+    assert sampled(source, tmp_path).code == 0 and written.seen == []
+    refused(sampled(source, tmp_path, "--seed", 7), "is the text of a run with --seed 42, not 7")
+    assert (tmp_path / "text.jsonl").read_bytes() == before and written.seen == []
+    assert sampled(source, tmp_path, "--seed", 7, "--overwrite_output_dir").code == 0
+    assert (tmp_path / "text.jsonl").read_bytes() != before
+
+
+def test_another_models_text_and_a_strangers_are_left_alone(source, make_model, written, tmp_path):
+    other = make_model()
+    other.lm_head.weight.data *= 2
+    tiny.save_checkpoint(other, tmp_path / "other")
+    assert sampled(source, tmp_path / "own").code == 0
+    refused(sampled(tmp_path / "other", tmp_path / "own"), "is the text of a run with --model_name_or_path")
+    (tmp_path / "his").mkdir()
+    (tmp_path / "his" / "text.jsonl").write_text("{}", encoding="utf-8")
+    refused(sampled(source, tmp_path / "his"), "holds a text.jsonl and nothing says of what settings")
+    assert (tmp_path / "his" / "text.jsonl").read_text(encoding="utf-8") == "{}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tokens", 0), "--tokens is 0: give a whole number of 1 or more"),
+        (("--page", 3), "--page is 3: give a whole number of 16 or more"),
+        (("--page", 65), "--page 65: the model's longest text has 64 tokens; give 64 or less"),
+        (("--batch_size", -1), "--batch_size is -1"),
+        (("--seed", -1), "--seed is -1"),
+        (("--temperature", 0), "--temperature is 0.0: give a number above 0, at most 2.0"),
+        (("--temperature", "nan"), "--temperature is nan"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_and_nothing_is_written(source, written, flags, words, tmp_path):
+    refused(sampled(source, tmp_path / "own", *flags), words)
+    assert written.seen == [] and not list(tmp_path.rglob("*.json*"))
+
+
+def test_the_verb_as_a_function_writes_what_the_command_line_writes(source, tmp_path):
+    writing = tvaprune.Writing(tokens=300, page=20, batch_size=4, temperature=1)
+    file = tvaprune.sample(source, tmp_path / "function", writing, use_cpu=True)
+    assert sampled(source, tmp_path / "line").code == 0
+    assert file.read_bytes() == (tmp_path / "line" / "text.jsonl").read_bytes()
+
+
+def test_memory_that_runs_out_says_what_would_fit_and_keeps_the_pages(source, monkeypatch, tmp_path):
+    pages, asked = stage.pages, []
+
+    def run_out(*given):
+        asked.append(given)
+        if len(asked) == 2:
+            raise MemoryError
+        return pages(*given)
+
+    monkeypatch.setattr(stage, "pages", run_out)
+    refused(sampled(source, tmp_path), "out of memory in writing text", "--batch_size or --page would fit")
+    assert len((tmp_path / "text.jsonl.part").read_text(encoding="utf-8").splitlines()) == 4
