@@ -57,6 +57,40 @@ def test_a_column_text_is_needed(tmp_path):
         load_documents(str(tmp_path / "rows.jsonl"), "train")
 
 
+def test_a_mixture_has_as_many_characters_of_every_text_in_a_random_order(tmp_path):
+    texts = {"long": [f"a{number:04}" for number in range(900)], "short": [f"b{number:05}" for number in range(301)]}
+    for name, rows in texts.items():
+        lines = (json.dumps({"text": text}) + "\n" for text in rows)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    mixed = f"{tmp_path / 'long.jsonl'},{tmp_path / 'short.jsonl'}"
+    for split in SPLITS:
+        parts = {name: load_documents(str(tmp_path / f"{name}.jsonl"), split) for name in ("long", "short")}
+        found = load_documents(mixed, split)
+        of_long, of_short = ([text for text in found if (text[0] == "a") is is_long] for is_long in (True, False))
+        assert sorted(of_short) == sorted(parts["short"])
+        assert sum(map(len, of_long)) == sum(map(len, parts["short"])) < sum(map(len, parts["long"]))
+        assert all(any(text.startswith(cut) for text in parts["long"]) for cut in of_long)
+        assert len(set(of_long)) == len(of_long) and sum(text not in parts["long"] for text in of_long) <= 1
+        assert of_long != sorted(of_long) and found != of_long + of_short != of_short + of_long
+        assert load_documents(mixed, split) == found
+
+
+def test_what_is_wrong_with_a_part_of_a_mixture_is_told(tmp_path):
+    path = write_text(tmp_path, "jsonl")
+    for mixed in (f"{path},", f",{path}", f"{path}, ,{path}"):
+        with pytest.raises(InputError, match="a name is missing beside a comma; give names or paths"):
+            load_documents(mixed, "train")
+    with pytest.raises(InputError, match="--dataset_name nowhere: neither a file or folder nor one of"):
+        load_documents(f"{path}, nowhere", "train")
+
+
+def test_a_path_with_a_comma_is_a_path(tmp_path):
+    path = write_text(tmp_path, "jsonl")
+    named = tmp_path / "one, two.jsonl"
+    os.rename(path, named)
+    assert load_documents(str(named), "train") == DOCUMENTS[:90]
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(
         InputError,

@@ -63,7 +63,7 @@ class DataSettings:
     dataset_name: str = _flag(
         "c4",
         "python_docs, package_readmes, english_prose (once tvaprune fetch has got it), c4, wikitext2, ptb, or a path: "
-        ".txt, .jsonl, .parquet, a save_to_disk folder.",
+        ".txt, .jsonl, .parquet, a save_to_disk folder; or several with commas between, as much of each.",
     )
     data_dir: str = _flag("data", "Folder with local copies of hub data sets, e.g. data/Salesforce/wikitext/...")
     block_size: int = _flag(512, "Tokens of a training block.")

@@ -4,6 +4,7 @@ import glob
 import gzip
 import hashlib
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ LOCAL_SETS: dict[str, Any] = {  # modules with `read_splits()` and the `PACKAGES
 
 
 DATASET_NAMES = (*LOCAL_SETS, *HUB_SETS)
+MIXED = ","  # between the names of a mixture
 
 
 def load_documents(
@@ -90,7 +92,8 @@ def load_documents(
     """Returns the documents of one split.
 
     Args:
-        dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet``, a ``save_to_disk`` folder.
+        dataset_name: One of `DATASET_NAMES`, or a path: ``.txt``, ``.jsonl``, ``.parquet``, a ``save_to_disk`` folder;
+            or several of these, `MIXED` between them.
         split: ``train``, ``validation`` or ``test``.
         data_dir: Folder that holds local copies of hub repositories.
         enough: Characters after which a set of `STREAMED` is read no further; ``None`` reads all.
@@ -98,7 +101,9 @@ def load_documents(
     Raises:
         InputError: If the name is unknown, the text cannot be had, or the split is empty.
     """
-    if dataset_name in LOCAL_SETS:
+    if MIXED in dataset_name and not Path(dataset_name).exists():
+        documents = _mixture(dataset_name, split, data_dir, enough)
+    elif dataset_name in LOCAL_SETS:
         documents = _local_documents(dataset_name, split)
     elif dataset_name in HUB_SETS:
         documents = _hub_documents(dataset_name, split, data_dir, enough)
@@ -110,6 +115,27 @@ def load_documents(
             f"--dataset_name {dataset_name}: its {split} split holds no text; give a longer text{_enough(dataset_name)}"
         )
     return documents
+
+
+def _mixture(dataset_name: str, split: str, data_dir: str | Path, enough: int | None) -> list[str]:
+    """Returns documents of several texts in a random order, as many characters of each as the shortest has.
+
+    What is too much of a text is left out from a random document on; the last of those that are taken may be cut.
+    """
+    texts = []
+    for name in dataset_name.split(MIXED):
+        if not name.strip():
+            raise InputError(f"--dataset_name {dataset_name}: a name is missing beside a comma; give names or paths")
+        texts.append(load_documents(name.strip(), split, data_dir, enough))
+    each, mixed, order = min(sum(map(len, documents)) for documents in texts), [], random.Random(split)
+    for documents in texts:
+        order.shuffle(documents)
+        left = each
+        for document in documents:
+            mixed += [document[:left]] if left else []
+            left -= len(document[:left])
+    order.shuffle(mixed)
+    return mixed
 
 
 def _enough(dataset_name: str) -> str:
