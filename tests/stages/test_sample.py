@@ -103,7 +103,7 @@ def test_another_models_text_and_a_strangers_are_left_alone(source, make_model, 
     [
         (("--tokens", 0), "--tokens is 0: give a whole number of 1 or more"),
         (("--page", 3), "--page is 3: give a whole number of 16 or more"),
-        (("--page", 65), "--page 65: the model's longest text has 64 tokens; give 64 or less"),
+        (("--page", 65), "--page 65: the model was trained on 64 tokens at a time; give 64 or less"),
         (("--batch_size", -1), "--batch_size is -1"),
         (("--seed", -1), "--seed is -1"),
         (("--temperature", 0), "--temperature is 0.0: give a number above 0, at most 2.0"),

@@ -5,9 +5,11 @@ import pytest
 import torch
 from support import tiny
 from support.byte_tokenizer import byte_tokenizer
+from support.families import MORE_ROWS, ROWS
 from transformers import AutoTokenizer
 
-from tvaprune.text.sampled import KINDS, kinds_of, openings, pages, words_of
+from tvaprune.text import sampled
+from tvaprune.text.sampled import KINDS, kinds_of, longest_page, openings, pages, words_of
 
 MINI = tiny.ROOT / "mistral_saves_tva" / "mini_mistral"
 TEMPLATE = (
@@ -88,6 +90,18 @@ def test_tokens_are_drawn_as_the_model_predicts_at_the_temperature(writer, asked
         expected, wrong = (torch.softmax(logits / heat, -1) for heat in (temperature, 1.5 - temperature))
         noise = (expected * (1 - expected) / count).sum().sqrt()
         assert (drawn - expected).norm() < 2 * noise < (drawn - wrong).norm()
+
+
+@pytest.mark.parametrize("row", (ROWS | MORE_ROWS).values(), ids=ROWS | MORE_ROWS)
+def test_every_family_writes_on_what_it_wrote_before(row, make_model, asked, monkeypatch, other_families):
+    """Next to no temperature leaves the likeliest token, which the model without a cache finds too."""
+    model = make_model(row[0], **row[1])
+    tokens = min(20, longest_page(model.config))
+    monkeypatch.setattr(sampled, "words_of", lambda tokenizer: [5, 7, 11])
+    rows = torch.tensor(ids_of(monkeypatch, asked, model, "document", 3, tokens, 1e-6, SEED))
+    with torch.no_grad():
+        likeliest = model(rows, use_cache=False).logits.argmax(-1)
+    assert rows.shape == (3, tokens) and torch.equal(rows[:, 1:], likeliest[:, :-1])
 
 
 def test_a_page_without_room_beside_its_opening_is_refused(writer, asked):

@@ -21,7 +21,7 @@ from tvaprune.files import as_json, holding_folders, prepare_folder
 from tvaprune.identity import IDENTITY_NAME, Identity, check_identity, content, model_digest, write_identity
 from tvaprune.models.load import load_model
 from tvaprune.phases import told_bar
-from tvaprune.text.sampled import kinds_of, pages
+from tvaprune.text.sampled import kinds_of, longest_page, pages
 
 TEXT_NAME = "text.jsonl"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -72,10 +72,10 @@ def sample(
     prepare_folder("output_dir", folder, may_hold_files=True)
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     writer, tokenizer = load_model(model, writing.dtype, device)
-    longest = writer.config.max_position_embeddings
+    longest = longest_page(writer.config)
     if writing.page > longest:
         raise InputError(
-            f"--page {writing.page}: the model's longest text has {longest} tokens; give {longest} or less"
+            f"--page {writing.page}: the model was trained on {longest} tokens at a time; give {longest} or less"
         )
     file, part = folder / TEXT_NAME, folder / f"{TEXT_NAME}.part"
     if overwrite:

@@ -12,7 +12,7 @@ Pages go on over the ends of texts: each has as many tokens as it is asked for.
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.errors import InputError
 
@@ -26,6 +26,16 @@ _ROWS = 16  # pages whose next tokens are drawn at once: what a large vocabulary
 def kinds_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Returns the kinds of pages that a model can open: conversations where its tokenizer knows their form."""
     return KINDS if getattr(tokenizer, "chat_template", None) else KINDS[:1]
+
+
+def longest_page(config: PretrainedConfig) -> int:
+    """Returns how many tokens a page may have: what the model was trained on.
+
+    Past that a rotary embedding of long texts (Phi-3's) turns all tokens otherwise, those that a cache holds too.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    longest: int = config.max_position_embeddings
+    return min(longest, rope.get("original_max_position_embeddings") or longest)
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
