@@ -16,12 +16,11 @@ from support.pages import NOT_RUN, PAGES, code, commands
 
 from tvaprune import _VERBS, shipped
 from tvaprune.cli import released, run_verb
-from tvaprune.flags.arguments import Arguments, parse_comparison
+from tvaprune.flags.arguments import Arguments, parse_comparison, parse_sampling
 from tvaprune.flags.verbs import MODES, check_flags
 from tvaprune.stages.estimate import parser as estimate_parser
 from tvaprune.stages.fetch import NAMES
 from tvaprune.stages.report import parser as report_parser
-from tvaprune.stages.sample import parser as sample_parser
 
 SHIPPED_TEXT = {"TVAPRUNE_CACHE": os.path.expanduser("~/.cache/tvaprune")}  # extracting it takes over a minute
 RUN_BY = {  # every command of the pages that is not marked, and the test that runs it, some on a smaller model
@@ -149,7 +148,7 @@ def test_a_command_of_the_pages_names_flags_and_files_that_are_there(line, monke
     if verb == "export":  # its own test
         return
     if verb == "sample":
-        assert Path(sample_parser().parse_args(flags).model_name_or_path, "config.json").is_file()
+        assert Path(parse_sampling(flags).model_name_or_path, "config.json").is_file()
         return
     if verb == "report":
         assert report_parser().parse_args(flags).folders

@@ -11,11 +11,10 @@ __version__ = "0.1.0"
 _VERBS = (
     "prune", "apply", "finetune", "compare", "report", "describe", "export", "fetch", "sample", "estimate",
 )  # fmt: skip
-_SETTINGS = ("Model", "Data", "Prune", "Distill", "Finetune", "Eval", "Compare")
+_SETTINGS = ("Model", "Data", "Prune", "Distill", "Finetune", "Eval", "Compare", "Sample")
 _FRONT_DOOR = {
     **{name: "tvaprune.library" for name in _VERBS},
     **{f"{name}Settings": "tvaprune.flags.settings" for name in _SETTINGS},
-    "Writing": "tvaprune.stages.sample",
     "InputError": "tvaprune.errors",
     "KeepPlan": "tvaprune.plan.keep_plan",
     "Results": "tvaprune.report.results",

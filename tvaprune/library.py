@@ -18,6 +18,7 @@ from tvaprune.flags.settings import (
     FinetuneSettings,
     ModelSettings,
     PruneSettings,
+    SampleSettings,
 )
 from tvaprune.report.results import Results
 from tvaprune.stages.describe import Description
@@ -26,8 +27,6 @@ from tvaprune.stages.estimate import estimate as _estimate
 from tvaprune.stages.export import export as _export
 from tvaprune.stages.fetch import fetch as _fetch
 from tvaprune.stages.report import report as _report
-from tvaprune.stages.sample import Writing
-from tvaprune.stages.sample import sample as _sample
 
 Settings = ModelSettings | DataSettings | PruneSettings | DistillSettings | FinetuneSettings | EvalSettings
 Value = str | Path | bool | int | float | list[str] | list[float]
@@ -153,20 +152,14 @@ def fetch(name: str) -> Path:
     return _fetch(name)
 
 
-def sample(
-    model: str | Path, folder: str | Path, writing: Writing | None = None, overwrite: bool = False,
-    use_cpu: bool = False,
-) -> Path:  # fmt: skip
+def sample(settings: SampleSettings) -> Path:
     """Has a model write a text to learn from, and returns its file, which is a ``dataset_name``.
 
-    Args:
-        writing: How much, and how; default: a million tokens.
-        overwrite: Replace the text of an earlier call.
-
     Raises:
-        InputError: If a value cannot be used, or the folder holds the text of another model or of other settings.
+        InputError: If something that was given cannot be used.
     """
-    return _sample(str(model), folder, writing, overwrite, use_cpu)
+    found: Path = run_verb("sample", _of(settings))
+    return found
 
 
 def words(model: str | Path | None, settings: tuple[Settings, ...], training: dict[str, Value]) -> list[str]:
@@ -187,7 +180,7 @@ def words(model: str | Path | None, settings: tuple[Settings, ...], training: di
     return found
 
 
-def _of(settings: Settings | CompareSettings) -> list[str]:
+def _of(settings: Settings | CompareSettings | SampleSettings) -> list[str]:
     found = []
     for entry in fields(settings):
         value = getattr(settings, entry.name)

@@ -44,7 +44,7 @@ from tvaprune.text.protocols import (
     evaluation_text,
     protocol_windows,
 )
-from tvaprune.text.sources import STREAMED
+from tvaprune.text.sources import is_streamed
 
 _CPU = torch.device("cpu")
 MANY_PARAMETERS = 10**8  # from where half the bytes are quicker than float32 on a CPU that computes with them
@@ -186,7 +186,7 @@ class Run:
             with ranks.main_first():
                 windows = protocol_windows(self.tokenizer, data.protocol, data.data_dir, self.bos)
             return _agreed(data.protocol, windows)
-        default = C4_WINDOWS if data.dataset_name in STREAMED else None
+        default = C4_WINDOWS if is_streamed(data.dataset_name) else None
         return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default)
 
     def evaluation_text(self, windows: Dataset) -> EvaluationText:

@@ -8,14 +8,24 @@ import pytest
 from support import tiny
 
 from tvaprune.errors import InputError
-from tvaprune.flags.arguments import STAGES, Arguments, FinetuneRunArguments, RunArguments, parse_comparison
+from tvaprune.flags.arguments import (
+    STAGES,
+    Arguments,
+    FinetuneRunArguments,
+    RunArguments,
+    parse_comparison,
+    parse_sampling,
+)
 from tvaprune.flags.conditions import CONDITIONS, parse
 from tvaprune.flags.ranges import CHOICES, RANGES, SHARE
-from tvaprune.flags.settings import CompareSettings
+from tvaprune.flags.settings import CompareSettings, SampleSettings
 from tvaprune.flags.verbs import ALWAYS, VERBS, check_flags
 
-CLASSES = (*STAGES, CompareSettings, RunArguments, FinetuneRunArguments)
-ACTING = {name for row in VERBS.values() for name in row.flags} | {entry.name for entry in fields(CompareSettings)}
+OWN = {"compare": (CompareSettings, parse_comparison), "sample": (SampleSettings, parse_sampling)}  # and their parsers
+CLASSES = (*STAGES, CompareSettings, SampleSettings, RunArguments, FinetuneRunArguments)
+ACTING = {name for row in VERBS.values() for name in row.flags} | {
+    entry.name for cls, _ in OWN.values() for entry in fields(cls)
+}
 NUMERIC = sorted(
     {entry.name for cls in CLASSES for entry in fields(cls)
      if entry.name in ACTING and re.search(r"\b(int|float)\b", str(entry.type))}
@@ -24,14 +34,14 @@ NUMERIC = sorted(
 
 def verb_of(name):
     """A verb in which a flag acts, by its class of flags."""
-    if name in {entry.name for entry in fields(CompareSettings)}:
-        return "compare"
-    return next(verb for verb, row in VERBS.items() if name in row.flags)
+    own = (verb for verb, (cls, _) in OWN.items() if name in {entry.name for entry in fields(cls)})
+    return next(own, None) or next(verb for verb, row in VERBS.items() if name in row.flags)
 
 
 def read(name, value):
     flags = [f"--{name}={value}"]
-    return parse_comparison(flags) if verb_of(name) == "compare" else Arguments.parse(flags, verb_of(name))
+    verb = verb_of(name)
+    return OWN[verb][1](flags) if verb in OWN else Arguments.parse(flags, verb)
 
 
 def test_every_numeric_flag_has_a_range_and_every_range_a_flag():
@@ -63,6 +73,7 @@ BAD = [
     ("max_train_samples", 0), ("max_eval_samples", -1), ("adam_beta1", 1), ("save_total_limit", 0),
     ("target_sparsity", 0), ("target_sparsity", 1), ("settle_share", 1), ("dim_multiple", -8), ("num_fewshot", -1),
     ("speed_batches", -1), ("sparsities", 1), ("seeds", -1), ("threads", 0), ("teacher_top_k", 0),
+    ("tokens", 0), ("page", 0), ("batch_size", -1), ("temperature", 0),
     ("lr_scheduler_type", "reduce_lr_on_plateau"), ("lr_scheduler_type", "cosine_with_min_lr"),
     ("lr_scheduler_type", "warmup_stable_decay"), ("save_strategy", "best"), ("report_to", "tensorboard_of_nobody"),
 ]  # fmt: skip
@@ -91,6 +102,7 @@ def test_the_default_of_every_flag_is_in_its_range():
     for verb in ("prune", "apply", "finetune"):
         Arguments.parse([], verb)
     parse_comparison([])
+    parse_sampling([])
     assert SHARE.holds(0) and not SHARE.holds(1) and not SHARE.holds(math.nan)
 
 

@@ -94,30 +94,36 @@ def test_another_models_text_and_a_strangers_are_left_alone(source, make_model, 
     refused(sampled(tmp_path / "other", tmp_path / "own"), "is the text of a run with --model_name_or_path")
     (tmp_path / "his").mkdir()
     (tmp_path / "his" / "text.jsonl").write_text("{}", encoding="utf-8")
-    refused(sampled(source, tmp_path / "his"), "holds a text.jsonl and nothing says of what settings")
+    for flags in ((), ("--overwrite_output_dir",)):
+        refused(sampled(source, tmp_path / "his", *flags), "holds 'text.jsonl', no text of this command; give a new")
+        refused(sampled(source, source, *flags), "no text of this command; give a new folder")
     assert (tmp_path / "his" / "text.jsonl").read_text(encoding="utf-8") == "{}"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--tokens", 0), "--tokens is 0: give a whole number of 1 or more"),
-        (("--page", 3), "--page is 3: give a whole number of 16 or more"),
+        (("--tokens", 0), "--tokens is 0: give a number above 0, a whole one"),
+        (("--tokens", "many"), "argument --tokens: invalid int value: 'many'; see --help"),
+        (("--page", 1), "--page 1: a document opens with 1 tokens; give 2 or more"),
         (("--page", 65), "--page 65: the model was trained on 64 tokens at a time; give 64 or less"),
         (("--batch_size", -1), "--batch_size is -1"),
         (("--seed", -1), "--seed is -1"),
-        (("--temperature", 0), "--temperature is 0.0: give a number above 0, at most 2.0"),
+        (("--temperature", 0), "--temperature is 0.0: give a number above 0"),
+        (("--pages", 3), "--pages"),
         (("--temperature", "nan"), "--temperature is nan"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_and_nothing_is_written(source, written, flags, words, tmp_path):
     refused(sampled(source, tmp_path / "own", *flags), words)
-    assert written.seen == [] and not list(tmp_path.rglob("*.json*"))
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_the_verb_as_a_function_writes_what_the_command_line_writes(source, tmp_path):
-    writing = tvaprune.Writing(tokens=300, page=20, batch_size=4, temperature=1)
-    file = tvaprune.sample(source, tmp_path / "function", writing, use_cpu=True)
+    settings = tvaprune.SampleSettings(
+        str(source), str(tmp_path / "function"), tokens=300, page=20, batch_size=4, temperature=1, use_cpu=True
+    )
+    file = tvaprune.sample(settings)
     assert sampled(source, tmp_path / "line").code == 0
     assert file.read_bytes() == (tmp_path / "line" / "text.jsonl").read_bytes()
 

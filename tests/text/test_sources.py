@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from support.texts import DOCUMENTS, SPLITS, write_hub_copies, write_text
 
 from tvaprune.errors import InputError
-from tvaprune.text.sources import load_documents
+from tvaprune.text.sources import is_streamed, load_documents
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
@@ -82,6 +82,15 @@ def test_what_is_wrong_with_a_part_of_a_mixture_is_told(tmp_path):
             load_documents(mixed, "train")
     with pytest.raises(InputError, match="--dataset_name nowhere: neither a file or folder nor one of"):
         load_documents(f"{path}, nowhere", "train")
+
+
+def test_a_mixture_with_a_text_too_large_to_read_whole_is_such_a_text():
+    assert is_streamed("c4") and is_streamed("python_docs, c4") and not is_streamed("python_docs,wikitext2")
+
+
+def test_a_name_too_long_for_a_file_is_refused_like_any_other():
+    with pytest.raises(InputError, match="neither a file or folder nor one of"):
+        load_documents("n" * 300, "train")
 
 
 def test_a_path_with_a_comma_is_a_path(tmp_path):

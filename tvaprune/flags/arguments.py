@@ -25,6 +25,7 @@ from tvaprune.flags.settings import (
     FinetuneSettings,
     ModelSettings,
     PruneSettings,
+    SampleSettings,
 )
 from tvaprune.flags.verbs import ALWAYS, TARGETS, VERBS, check_flags
 
@@ -159,14 +160,17 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def parse(classes: tuple[object, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
+def parse(classes: tuple[object, ...], arguments: list[str] | None = None, **options: object) -> tuple[Any, ...]:
     """Parses the command line into dataclasses.
+
+    Args:
+        options: Of argparse's parser.
 
     Raises:
         InputError: If a flag is unknown, or a value cannot be used.
     """
     try:
-        return tuple(_Parser(classes).parse_args_into_dataclasses(arguments))
+        return tuple(_Parser(classes, **options).parse_args_into_dataclasses(arguments))
     except InputError:
         raise
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
@@ -194,6 +198,17 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
         raise InputError("--dim_multiple auto: one number must serve all cells; let prune measure it, and give it here")
     settings.flags = flags
     found: CompareSettings = settings
+    return found
+
+
+def parse_sampling(arguments: list[str]) -> SampleSettings:
+    """Parses the flags of text that a model writes.
+
+    Raises:
+        InputError: If a flag is unknown, or a value cannot be used.
+    """
+    found: SampleSettings
+    (found,) = parse((SampleSettings,), arguments, prog="tvaprune sample", description=SampleSettings.__doc__)
     return found
 
 

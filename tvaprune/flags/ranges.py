@@ -49,7 +49,7 @@ RANGES = {
         POSITIVE: (
             "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "distill_temp", "lora_alpha_ratio",
             "epoch_f", "num_train_epochs", "learning_rate", "adam_epsilon", "eval_steps", "save_steps",
-            "logging_steps", "memory",
+            "logging_steps", "memory", "temperature",
         ),
         WEIGHT: (
             "kl_factor", "att_mul", "inter_mul", "emb_mult", "gate_ce_weight", "distill_ce_loss_alpha",
@@ -65,6 +65,7 @@ RANGES = {
             "early_stopping_patience", "zero_eval_limit", "max_steps", "per_device_train_batch_size",
             "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps",
             "dataloader_prefetch_factor", "train_samples", "calibration_samples", "eval_batch_size", "threads",
+            "tokens", "page", "batch_size",
         ),
         COUNT_OR_NONE: ("dim_multiple", "speed_batches", "prompt_tokens", "num_fewshot"),
         WORKERS: ("dataloader_num_workers",),

@@ -16,6 +16,7 @@ RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and acc
 
 Method = Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"]
 METHODS: tuple[str, ...] = get_args(Method)
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 VIB_ONCE = "vib_once"  # in a comparison: gates trained to the largest sparsity alone, and cut at each
 
 
@@ -32,9 +33,7 @@ class ModelSettings:
         "A checkpoint of a supported family (docs/models.md): a folder, a hub id, a .gguf file or a folder with one, "
         "or a name that tvaprune fetch knows.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
-        "auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU."
-    )
+    dtype: Precision = _flag("auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU.")
     shard: bool = _flag(
         False,
         "Spread the frozen layers over the processes of torchrun or accelerate launch (FSDP2), for a model that is "
@@ -322,6 +321,26 @@ class EvalSettings:
 
 def _flags(default: list[object], help: str) -> Any:
     return field(default_factory=lambda: list(default), metadata={"help": f"{help}."})
+
+
+@dataclass
+class SampleSettings:
+    """Text that a model writes, for masks to be learned from: OUTPUT_DIR/text.jsonl is a --dataset_name then."""
+
+    model_name_or_path: str | None = _flag(None, "The checkpoint that writes: the one to be pruned.")
+    output_dir: str = _flag("out/own_text", "Folder of the text.")
+    overwrite_output_dir: bool = _flag(False, "Replace the text of an earlier run.")
+    tokens: int = _flag(1_000_000, "Tokens written, at least: batches are whole.")
+    page: int = _flag(256, "Tokens of a page.")
+    batch_size: int = _flag(64, "Pages written at a time; another number gives other pages.")
+    temperature: float = _flag(0.8, "1 draws as the model predicts, less what is likelier.")
+    seed: int = _flag(42, "Of the words that pages open with, and of the draws.")
+    dtype: Precision = _flag("auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU.")
+    use_cpu: bool = _flag(False, "Leave a GPU alone.")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check_ranges(self)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tvaprune.errors import InputError
-from tvaprune.text.sources import STREAMED, _cached, cache_folder, load_documents
+from tvaprune.text.sources import _cached, cache_folder, is_streamed, load_documents
 
 _TOKENIZE_BATCH = 256  # documents a call
 WHOLE_CHARACTERS = 64 * 2**20  # a text up to this is tokenised whole: under a minute
@@ -53,7 +53,7 @@ def token_blocks(
     tokens = None if max_blocks is None else max_blocks * block_size
     enough = None if tokens is None else tokens * DRAWN_FROM
     documents = load_documents(dataset_name, split, data_dir, enough)
-    if tokens is not None and _is_large(documents, tokens, dataset_name in STREAMED):
+    if tokens is not None and _is_large(documents, tokens, is_streamed(dataset_name)):
         order = np.random.default_rng(seed).permutation(len(documents))
         documents = [documents[place] for place in order]
     else:

@@ -10,6 +10,8 @@ A page is an opening of a token or a few, and what the model adds to it, drawn a
 Pages go on over the ends of texts: each has as many tokens as it is asked for.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +40,7 @@ def longest_page(config: PretrainedConfig) -> int:
     return min(longest, rope.get("original_max_position_embeddings") or longest)
 
 
+@lru_cache(maxsize=1)
 def words_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that begin a word of letters; of a vocabulary that marks none, all but the special ones."""
     vocabulary = {place: token for token, place in tokenizer.get_vocab().items()}

@@ -4,6 +4,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -101,8 +102,8 @@ def load_documents(
     Raises:
         InputError: If the name is unknown, the text cannot be had, or the split is empty.
     """
-    if MIXED in dataset_name and not Path(dataset_name).exists():
-        documents = _mixture(dataset_name, split, data_dir, enough)
+    if len(names := names_in(dataset_name)) > 1:
+        documents = _mixture([load_documents(name, split, data_dir, enough) for name in names], random.Random(split))
     elif dataset_name in LOCAL_SETS:
         documents = _local_documents(dataset_name, split)
     elif dataset_name in HUB_SETS:
@@ -117,23 +118,35 @@ def load_documents(
     return documents
 
 
-def _mixture(dataset_name: str, split: str, data_dir: str | Path, enough: int | None) -> list[str]:
+def names_in(dataset_name: str) -> list[str]:
+    """Returns the texts of a mixture; a path that is there is one, whatever its name.
+
+    Raises:
+        InputError: If a name is empty.
+    """
+    names = [dataset_name] if os.path.exists(dataset_name) else [name.strip() for name in dataset_name.split(MIXED)]
+    if len(names) > 1 and "" in names:
+        raise InputError(f"--dataset_name {dataset_name}: a name is missing beside a comma; give names or paths")
+    return names
+
+
+def is_streamed(dataset_name: str) -> bool:
+    """Tells whether a text, or one of a mixture, is too large to be read whole."""
+    return not STREAMED.isdisjoint(names_in(dataset_name))
+
+
+def _mixture(texts: list[list[str]], order: random.Random) -> list[str]:
     """Returns documents of several texts in a random order, as many characters of each as the shortest has.
 
-    What is too much of a text is left out from a random document on; the last of those that are taken may be cut.
+    What is too much of a text is left out from a random document on, which may be cut.
     """
-    texts = []
-    for name in dataset_name.split(MIXED):
-        if not name.strip():
-            raise InputError(f"--dataset_name {dataset_name}: a name is missing beside a comma; give names or paths")
-        texts.append(load_documents(name.strip(), split, data_dir, enough))
-    each, mixed, order = min(sum(map(len, documents)) for documents in texts), [], random.Random(split)
+    each, mixed = min(sum(map(len, documents)) for documents in texts), []
     for documents in texts:
         order.shuffle(documents)
         left = each
         for document in documents:
-            mixed += [document[:left]] if left else []
-            left -= len(document[:left])
+            mixed.append(document[:left])  # what is empty is no document: the caller leaves it out
+            left -= len(mixed[-1])
     order.shuffle(mixed)
     return mixed
 
@@ -255,7 +268,7 @@ def _hub_documents(dataset_name: str, split: str, data_dir: str | Path, enough: 
 
 def _path_documents(path: Path, split: str) -> list[str]:
     """Loads a user's own text; what has no splits is cut at 90% and 95% of its documents, in order."""
-    if not path.exists():
+    if not os.path.exists(path):  # a name may be too long for any file
         raise InputError(
             f"--dataset_name {path}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
             "give a .txt, .jsonl, .parquet or save_to_disk folder"
