@@ -86,6 +86,23 @@ def test_the_same_command_writes_nothing_twice_and_another_is_refused(source, wr
     assert (tmp_path / "text.jsonl").read_bytes() != before
 
 
+def test_more_tokens_go_on_from_what_is_there_and_fewer_leave_it(source, written, tmp_path):
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    assert sampled(source, whole).code == 0
+    assert sampled(source, grown, "--tokens", 100).code == 0
+    short = (grown / "text.jsonl").read_bytes()
+    written.seen.clear()
+    written.stop = 1
+    assert sampled(source, grown).code == 130 and (grown / "text.jsonl").read_bytes() == short
+    written.seen.clear()
+    written.stop = None
+    assert sampled(source, grown).code == 0 and len(written.seen) == BATCHES - 3
+    assert (grown / "text.jsonl").read_bytes() == (whole / "text.jsonl").read_bytes()
+    written.seen.clear()
+    assert sampled(source, grown, "--tokens", 100).code == 0 and written.seen == []
+    assert (grown / "text.jsonl").read_bytes() == (whole / "text.jsonl").read_bytes()
+
+
 def test_another_models_text_and_a_strangers_are_left_alone(source, make_model, written, tmp_path):
     other = make_model()
     other.lm_head.weight.data *= 2

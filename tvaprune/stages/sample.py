@@ -1,7 +1,7 @@
 """`tvaprune sample --model_name_or_path DIR --output_dir OUT`: text that a model writes, for masks to be learned from.
 
 ``OUT/text.jsonl`` is then a ``--dataset_name`` for every other command. An interrupted run keeps its pages, and the
-same command goes on.
+same command goes on; so does one that asks for more tokens than are there.
 """
 
 import math
@@ -27,7 +27,7 @@ from tvaprune.text.sampled import kinds_of, longest_page, pages
 TEXT_NAME = "text.jsonl"
 PART_NAME = f"{TEXT_NAME}.part"
 _WRITING = (" in writing text", "{part} --batch_size or --page would fit; the pages that were written are kept")
-_SETTLING = ("tokens", "page", "batch_size", "temperature", "seed", "dtype")  # which text it is
+_SETTLING = ("page", "batch_size", "temperature", "seed", "dtype")  # which text it is; --tokens, how much of it
 
 
 @holding_folders()
@@ -59,8 +59,11 @@ def sample(settings: SampleSettings) -> Path:
     elif (folder / IDENTITY_NAME).is_file():
         check_identity("text", folder, identity)
     write_identity(folder, identity)
-    if not file.is_file():
-        _write(settings, model, tokenizer, part)
+    kinds = kinds_of(tokenizer)
+    batches = math.ceil(settings.tokens / (settings.page * settings.batch_size * len(kinds))) * len(kinds)
+    if len(_whole_batches(file, settings.batch_size)) < batches:
+        there = _whole_batches(part if part.is_file() else file, settings.batch_size)
+        _write(settings, model, tokenizer, there, batches, part)
         os.replace(part, file)
     return file
 
@@ -80,11 +83,16 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _write(settings: SampleSettings, model: PreTrainedModel, tokenizer: Any, part: Path) -> None:
-    """Writes the batches of pages that are not there yet, each kind in turn."""
+def _write(
+    settings: SampleSettings,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    there: list[list[str]],
+    batches: int,
+    part: Path,
+) -> None:
+    """Writes what is there, a list of lines for each batch, and the batches that are not, each kind in turn."""
     kinds, size = kinds_of(tokenizer), settings.batch_size
-    batches = math.ceil(settings.tokens / (settings.page * size * len(kinds))) * len(kinds)
-    there = _whole_batches(part, size)
     label = f"pages of {settings.page} tokens"
     with told_bar(batches, label, "batch") as advance, part.open("w", encoding="utf-8") as out:
         out.writelines(chain.from_iterable(there))
@@ -98,11 +106,11 @@ def _write(settings: SampleSettings, model: PreTrainedModel, tokenizer: Any, par
             advance()
 
 
-def _whole_batches(part: Path, size: int) -> list[list[str]]:
-    """Returns the lines of the batches that an interrupted run wrote to their end."""
-    if not part.is_file():
+def _whole_batches(file: Path, size: int) -> list[list[str]]:
+    """Returns the lines of the batches that a run wrote to their end."""
+    if not file.is_file():
         return []
-    lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     return [lines[first : first + size] for first in range(0, len(lines) - size + 1, size)]
 
 
