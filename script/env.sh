@@ -33,7 +33,8 @@ def pinned(file, follow=True):
             if follow:
                 yield from pinned(line.removeprefix("-r").strip())
         elif line.startswith("-e"):
-            yield Requirement("tva-tasks")  # the one folder among the requirements
+            folder = root / line.removeprefix("-e").strip()
+            yield Requirement(tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"])
         elif line:
             yield Requirement(line)
 

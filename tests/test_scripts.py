@@ -102,6 +102,13 @@ def test_the_demonstration_text_needs_its_packages_in_any_version_and_says_that_
     assert said.count("\n") == 1 and "not ==0.1; for the exact versions, and with them the text that README" in said
 
 
+def test_a_folder_among_the_pins_is_looked_for_by_the_name_that_it_is_installed_by(choose):
+    (choose.repository / "tasks").mkdir()
+    for name, serves in (("pytest", choose.active), (ABSENT, choose.venv)):
+        (choose.repository / "tasks" / "pyproject.toml").write_text(f'[project]\nname = "{name}"\n', encoding="utf-8")
+        assert choose("pins", pins="-e ./tasks # why")[0] == serves
+
+
 def test_every_file_that_the_requirements_include_is_there_and_is_pinned():
     lines = (ROOT / "requirement.txt").read_text(encoding="utf-8").splitlines()
     included = [line.split()[1] for line in lines if line.startswith("-r ")]

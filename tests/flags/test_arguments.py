@@ -43,6 +43,17 @@ def test_the_help_of_a_verb_fits_two_screens_and_says_all_that_acts(verb, capsys
     assert ("--lora_r" in shown) == (verb == "finetune")
 
 
+def test_help_says_all_of_a_flag_that_is_named_beside_it(capsys):
+    def shown(*words):
+        with pytest.raises(SystemExit):
+            Arguments.parse([*words, "--help"], "prune")
+        return capsys.readouterr().out
+
+    whole, end = " ".join(shown("--rotate", "auto").split()), "tied embeddings are untied, exactly."
+    assert whole.endswith(end) and "--memory: " not in whole
+    assert end not in " ".join(shown().split()) and "--memory: " in shown()  # control
+
+
 def test_every_flag_of_ours_acts_in_a_verb():
     ours = {entry.name for cls in STAGES for entry in fields(cls)} - {"finetune"}
     assert ours - {name for row in VERBS.values() for name in row.flags} == set()

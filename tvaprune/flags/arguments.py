@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten, wrap
@@ -27,7 +28,7 @@ from tvaprune.flags.settings import (
     PruneSettings,
     SampleSettings,
 )
-from tvaprune.flags.verbs import ALWAYS, TARGETS, VERBS, check_flags
+from tvaprune.flags.verbs import ALWAYS, TARGETS, VERBS, check_flags, given_names
 
 EVAL_STEPS = 50
 
@@ -215,27 +216,33 @@ def parse_sampling(arguments: list[str]) -> SampleSettings:
 STAGES = (ModelSettings, DataSettings, PruneSettings, DistillSettings, FinetuneSettings, EvalSettings)
 
 
-def help_text(verb: str, parser: HfArgumentParser) -> str:
-    """Returns a verb's flags: those that users set first, those that few need, the training arguments that act."""
+def help_text(verb: str, parser: HfArgumentParser, named: Collection[str] = ()) -> str:
+    """Returns a verb's flags: those that users set first, those that few need, the training arguments that act.
+
+    Args:
+        named: Flags to say all of, and of no other anything; none: all flags, the latter two kinds in a line each.
+    """
     actions = {action.dest: action for action in parser._actions}
     row, lines = VERBS[verb], [f"tvaprune {verb}: {VERBS[verb].help}"]
     lines.append("  --config FILE: read flags from a recipe.yaml; those on the command line win")
     if verb == "prune":
         lines.append("  --preset paper: read those that make the paper's method, likewise")
+    lines.append("  --help --rotate: say all of a flag, where the list below ends in ...")
     for title, names, is_short in (
         ("", row.first, False),
         ("for experts", (*row.expert, *ALWAYS), True),
         ("training arguments of transformers", row.training, True),
     ):
-        shown = [actions[name] for name in names if name in actions]
+        shown = [actions[name] for name in names if name in actions and (not named or name in named)]
         if not shown:
             continue
         lines.append(f"\n{title}:" if title else "")
         for action in shown:
-            choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices and not is_short else ""
+            is_cut = is_short and not named
+            choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices and not is_cut else ""
             said = " ".join((action.help or "").replace("%%", "%").split())
             said = f"One of {', '.join(CHOICES[action.dest])}." if action.dest in CHOICES else said
-            if is_short:
+            if is_cut:
                 said = shorten(said, 118 - 3 - len(action.dest) - 4, placeholder=" ...")
             text = f"--{action.dest}{choices}: {said}"
             lines += wrap(text, 118, initial_indent="  ", subsequent_indent="      ")
@@ -267,7 +274,7 @@ class Arguments:
             arguments = [*arguments, "--shard", "True"]
         classes: tuple[Any, ...] = (*STAGES, FinetuneRunArguments if verb == "finetune" else RunArguments)
         if {"--help", "-h"} & set(arguments):
-            print(help_text(verb, _Parser(classes)))
+            print(help_text(verb, _Parser(classes), set(given_names(arguments)) & set(VERBS[verb].flags)))
             raise SystemExit(0)
         args = cls(*parse(classes, arguments))
         args.recipe = recipe_of(verb, arguments)

@@ -300,7 +300,7 @@ class EvalSettings:
         32, "Tokens that each model adds to eight short prompts, greedily: the page shows where they part; 0: none."
     )
     do_zero_eval: bool = _flag(
-        False, "Score zero-shot tasks by the lm-evaluation-harness; alone: the shipped model, offline."
+        False, "Score zero-shot tasks by the lm-evaluation-harness; `lora_ft_vib.py --do_zero_eval` alone: the shipped model's."
     )
     zero_eval_tasks: list[str] | None = _flag(
         None,
@@ -333,7 +333,7 @@ class SampleSettings:
     tokens: int = _flag(1_000_000, "Tokens written, at least: batches are whole.")
     page: int = _flag(256, "Tokens of a page.")
     batch_size: int = _flag(64, "Pages written at a time; another number gives other pages.")
-    temperature: float = _flag(0.8, "1 draws as the model predicts, less what is likelier.")
+    temperature: float = _flag(0.8, "1 draws as the model predicts; below 1 likely tokens come oftener.")
     seed: int = _flag(42, "Of the words that pages open with, and of the draws.")
     dtype: Precision = _flag("auto", "Precision of the weights; auto: as stored on a GPU, float32 on a CPU.")
     use_cpu: bool = _flag(False, "Leave a GPU alone.")
