@@ -117,7 +117,7 @@ MUTATIONS = [
     Mutation(
         "a gain's refit that forgets what the norm adds to it",
         REFIT,
-        "(norm.weight + offset) * found[best] - offset",
+        "(norm.weight.double() + offset) * found[best] - offset",
         "norm.weight * found[best]",
         "tests/cut/test_refit.py",
     ),

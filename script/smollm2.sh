@@ -25,7 +25,7 @@ MODEL=${MODEL:-smollm2}
 DTYPE=auto # float32, unless the CPU computes in bfloat16
 if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then DTYPE=bfloat16; fi
 
-step() { # NAME RESULT COMMAND...
+step() { # NAME RESULT COMMAND...; the result is what the command leaves last
     if [ -e "$2" ]; then
         echo "== $1: done, see $2"
         return
@@ -37,7 +37,7 @@ TEXT=(--model_name_or_path "$MODEL" --dtype "$DTYPE" --dataset_name python_docs 
     --max_eval_samples 128 --eval_split test --resume_from_checkpoint True --overwrite_output_dir)
 
 if [ "$MODEL" = smollm2 ]; then "$PYTHON" -P -m tvaprune fetch smollm2; fi
-step "prune and measure" "$OUTPUT/prune/results.json" tvaprune prune "${TEXT[@]}" \
+step "prune and measure" "$OUTPUT/pruned/config.json" tvaprune prune "${TEXT[@]}" \
     --target_sparsity 0.5 --max_train_samples 4800 --per_device_train_batch_size 2 --eval_steps 200 --save_steps 100 \
     --speed_batches 10 \
     --output_dir "$OUTPUT/prune" --save_pruned "$OUTPUT/pruned" "$@" ${PRUNE:-}

@@ -1,22 +1,16 @@
 """A target of parameters, memory or operations: the sparsity that it asks for, what is reached, and what cannot be."""
 
-import shutil
-
 import pytest
-import yaml
 from support import tiny
-from support.in_process import run
 from transformers import LlamaConfig
 
-from tvaprune import PruneSettings, estimate
 from tvaprune.errors import InputError
-from tvaprune.flags.arguments import parse_comparison
+from tvaprune.flags.arguments import OF_CELLS, parse_comparison
 from tvaprune.flags.conditions import parse
 from tvaprune.flags.ranges import BYTES, NUMBERS, amount
 from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import shape_of
-from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.targets import settle_target
 
 WINDOW = 64
@@ -115,62 +109,12 @@ def test_units():
 
 def test_a_comparison_has_its_own_sparsities():
     for flag in ("--target_params=3M", "--target_sparsity=0.5"):
-        with pytest.raises(InputError, match="--sparsities says what is cut here"):
+        with pytest.raises(InputError, match="a comparison has --sparsities for it; give that"):
             parse_comparison([flag])
     parse_comparison(["--sparsities", "0.5"])  # control
 
 
-def test_an_estimate_takes_a_target(fine):
-    folder, shape = fine
-    found = estimate(folder, "prune", PruneSettings(target_params="3M"), use_cpu=True)
-    assert found.work.pruned == narrower(shape, 0.5726)
-    assert found.target == "--target_params 3M: --target_sparsity 0.5726 (all hidden dims counted)"
-    assert estimate(folder, "prune", use_cpu=True).target == ""  # control
-
-
-@pytest.fixture(scope="module")
-def work(make_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("targets")
-    model = make_model("llama")
-    tiny.save_checkpoint(model, folder / "model")
-    text = tiny.write_text(folder / "text.txt")
-    flags = ("--model_name_or_path", folder / "model", "--dataset_name", text, "--block_size", 16, "--ctx_length", 16,
-             "--max_eval_samples", 4, "--speed_batches", 0, "--use_cpu", "--dim_multiple", 0, "--weight_update", "fold",
-             "--max_train_samples", 16)  # fmt: skip
-    return flags, dense_parameters(shape_of(model.config))
-
-
-def test_a_run_says_what_it_made_of_a_target_and_what_it_reached_and_its_recipe_repeats_it(work, tmp_path):
-    flags, dense = work
-    once = ("--prune_method", "magnitude")
-    asked = run("prune", *flags, *once, "--target_params", "18k", "--output_dir", tmp_path / "first")
-    assert asked.code == 0, asked.fault
-    results = tiny.read_json(tmp_path / "first" / "results.json")
-    kept = KeepPlan.load(tmp_path / "first" / "plan.json")
-    assert f"--target_params 18k: --target_sparsity {results['target_sparsity']} (all hidden dims counted)" in asked.out
-    assert f"--target_params 18k: reached {kept.num_parameters:,} parameters" in asked.out
-    assert kept.num_parameters == pytest.approx(18_000, rel=0.05) and dense > 20_000
-    recipe = yaml.safe_load((tmp_path / "first" / "recipe.yaml").read_text())
-    assert recipe["target_sparsity"] == results["target_sparsity"] and "target_params" not in recipe
-    again = run("prune", "--config", tmp_path / "first" / "recipe.yaml", "--output_dir", tmp_path / "again")
-    assert again.code == 0, again.fault
-    assert tiny.read_json(tmp_path / "again" / "plan.json") == tiny.read_json(tmp_path / "first" / "plan.json")
-    assert "reached" not in again.out
-    won = run("prune", "--config", tmp_path / "first" / "recipe.yaml", "--output_dir", tmp_path / "won",
-              "--target_params", "21k")  # fmt: skip
-    assert won.code == 0 and "--target_params 21k: reached" in won.out  # the command line wins
-    other = run("prune", *flags, *once, "--target_params", "21k", "--output_dir", tmp_path / "other")
-    assert other.code == 0 and KeepPlan.load(tmp_path / "other" / "plan.json").num_parameters > kept.num_parameters
-
-
-def test_a_run_goes_on_to_the_same_target_only(work, tmp_path):
-    flags, _ = work
-    gates = ("--max_steps", 4, "--save_steps", 2, "--eval_steps", 2, "--per_device_train_batch_size", 4,
-             "--rotate", "off", "--output_dir", tmp_path / "out")  # fmt: skip
-    first = run("prune", *flags, *gates, "--target_params", "18k")
-    assert first.code == 0, first.fault
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    other = run("prune", *flags, *gates, "--target_params", "19k", "--resume_from_checkpoint", "True")
-    assert other.code == 2 and "--target_sparsity" in other.err and "give the flags that it was made with" in other.err
-    same = run("prune", *flags, *gates, "--target_params", "18k", "--resume_from_checkpoint", "True")
-    assert same.code == 0, same.fault
+@pytest.mark.parametrize(("name", "own"), OF_CELLS.items())
+def test_what_a_comparison_says_itself_goes_to_no_cell_as_a_flag(name, own):
+    with pytest.raises(InputError, match=f"--{name}: a comparison has --{own} for it; give that"):
+        parse_comparison([f"--{name}=1"])

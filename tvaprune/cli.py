@@ -16,7 +16,7 @@ from typing import Any
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
 from tvaprune.flags.recipes import expand
-from tvaprune.flags.verbs import MODES, VERBS, check_flags
+from tvaprune.flags.verbs import MODES, VERBS, check_flags, underscored
 
 EXIT_INPUT = 2
 EXIT_SIGNAL = 128  # plus the signal's number
@@ -111,10 +111,11 @@ def released(arguments: list[str]) -> tuple[str, list[str]]:
     Raises:
         InputError: If it asks for nothing, or for fine-tuning without a mask.
     """
-    flags = {word.split("=", 1)[0]: _is_on(arguments, place) for place, word in enumerate(arguments)}
-    asks = {name for name, is_on in flags.items() if name.startswith("--") and is_on}
+    words = [underscored(word) for word in arguments]
+    flags = {word.split("=", 1)[0]: _is_on(words, place) for place, word in enumerate(words)}
+    asks = {name for name, is_on in flags.items() if name.startswith("-") and is_on}
     has_mask = bool({"--mask_loc", "--plan"} & asks)
-    rest = _without(arguments, tuple(f"--{name}" for name in MODES if name != "do_eval"))
+    rest = _without(words, tuple(f"--{name}" for name in MODES if name != "do_eval"))
     if "--finetune" in asks and not has_mask:
         raise InputError("--finetune needs --mask_loc (or --plan): fine-tuning begins with the model that it leaves")
     if has_mask and asks & {"--do_train", "--finetune"}:

@@ -4,10 +4,12 @@ import shlex
 from pathlib import Path
 
 from tvaprune.errors import InputError
+from tvaprune.files import CONFIG_NAME
+from tvaprune.flags.verbs import underscored
 from tvaprune.measure.zeroshot import OFFLINE_GROUP
 from tvaprune.models.load import load_config
 from tvaprune.models.shape import shape_of
-from tvaprune.plan.masks import load_masks
+from tvaprune.plan.masks import MASK_NAME, load_masks, perplexity_of
 
 MODEL = Path("mistral_saves_tva") / "mini_mistral"
 _ASKS_FOR_MORE = (
@@ -31,8 +33,9 @@ def complete(arguments: list[str], root: Path) -> list[str]:
     Raises:
         InputError: If the shipped model or a mask that fits it is not there.
     """
-    flags = {argument.split("=", 1)[0] for argument in arguments}
-    if "--do_zero_eval" not in flags or flags.intersection(_ASKS_FOR_MORE) or _is_off(arguments):
+    words = [underscored(word) for word in arguments]
+    flags = {word.split("=", 1)[0] for word in words}
+    if "--do_zero_eval" not in flags or flags.intersection(_ASKS_FOR_MORE) or _is_off(words):
         return arguments
     model = root / MODEL
     # Before the user's own: of a flag given twice the last one counts.
@@ -52,13 +55,13 @@ def _is_off(arguments: list[str]) -> bool:
 
 def _mask(model: Path) -> Path:
     """Returns the mask beside the model's folder that fits it, the one of least perplexity if there are more."""
-    if not (model / "config.json").is_file():
+    if not (model / CONFIG_NAME).is_file():
         raise InputError(
             f"--do_zero_eval: the shipped model is not at {model}; give --model_name_or_path and --mask_loc"
         )
     shape = shape_of(load_config(str(model)))
     fitting = []
-    for path in sorted(model.parent.glob("mask_info_*.pkl")):
+    for path in sorted(model.parent.glob(MASK_NAME.format(perplexity="*"))):
         try:
             load_masks(path).check_fits(shape, str(path))
         except InputError:
@@ -66,11 +69,4 @@ def _mask(model: Path) -> Path:
         fitting.append(path)
     if not fitting:
         raise InputError(f"--do_zero_eval: no mask_info_*.pkl in {model.parent} fits {model}; give --mask_loc")
-    return min(fitting, key=_perplexity_in_name)
-
-
-def _perplexity_in_name(path: Path) -> float:
-    try:
-        return float(path.stem.removeprefix("mask_info_"))
-    except ValueError:
-        return float("inf")
+    return min(fitting, key=perplexity_of)

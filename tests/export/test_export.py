@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
+from tvaprune.export import gguf_tokenizer
 from tvaprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
 from tvaprune.export.verify import require
 from tvaprune.stages.export import export
@@ -204,6 +205,13 @@ def test_a_byte_level_tokenizer_is_written_whole(split, name, make_folder, tmp_p
     assert apply_merges(fields["tokenizer.ggml.merges"], list("keeps")) == words.tokenize("keeps")
 
 
+@pytest.mark.parametrize(("token", "adds"), [("<s>", True), (None, False)])
+def test_a_token_that_a_tokenizer_does_not_have_is_none_that_it_adds(token, adds):
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content = {"post_processor": {"type": "TemplateProcessing", "single": single}}
+    assert gguf_tokenizer._is_added({"bos_token": token}, content, "bos") is adds
+
+
 def apply_merges(merges, pieces):
     """Byte-pair encoding by its definition: the pair of lowest rank first."""
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
@@ -368,8 +376,18 @@ def test_what_is_in_use_or_missing_is_said_in_one_line(make_folder, tmp_path, mo
         export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
     assert (tmp_path / "model.gguf").read_text() == "mine"
     export("gguf", folder, tmp_path / "model.gguf", "f32", overwrite=True, verify=False)
+    (full := tmp_path / "full").mkdir()
+    (full / "mine").touch()
     with pytest.raises(InputError, match="is not empty; replace it with --overwrite_output_dir"):
-        export("vanilla", folder, folder)
+        export("vanilla", folder, full)
+    for place in (folder, tmp_path):
+        with pytest.raises(InputError, match="is the checkpoint, or holds it, which an export would replace"):
+            export("vanilla", folder, place, overwrite=True)
+    assert (folder / "model.safetensors").is_file()
+    with pytest.raises(InputError, match="--format GGUF: give gguf, onnx, vanilla"):
+        export("GGUF", folder, tmp_path / "new.gguf")
+    with pytest.raises(InputError, match="--outtype f8: give "):
+        export("gguf", folder, tmp_path / "new.gguf", "f8")
     with pytest.raises(InputError, match="not a pruned checkpoint"):
         export("vanilla", tmp_path, tmp_path / "vanilla")
     with pytest.raises(InputError, match=r"--format onnx needs not_there: pip install 'tvaprune\[onnx\]'"):

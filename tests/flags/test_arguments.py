@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from support import tiny
 
 from tvaprune.cli import released
@@ -93,6 +94,7 @@ def test_the_modes_of_the_released_scripts_are_accepted_from_them_alone():
         (["--mask_loc=k", "--finetune", "--do_eval", "True"], "finetune", ["--mask_loc=k"]),
         (["--do_zero_eval", "True"], "apply", ["--do_zero_eval", "True"]),
         (["--mask_loc", "k", "--do_train", "False", "--do_eval"], "apply", ["--mask_loc", "k", "--do_eval"]),
+        (["--mask-loc", "a-k", "--do-train", "--lora-r=2"], "finetune", ["--mask_loc", "a-k", "--lora_r=2"]),
     ],
 )
 def test_the_released_command_lines_are_translated(given, verb, flags):
@@ -103,6 +105,14 @@ def test_the_released_command_lines_are_translated(given, verb, flags):
 def test_a_released_command_line_that_asks_for_nothing_is_refused(given, words):
     with pytest.raises(InputError, match=words):
         released(given)
+
+
+def test_a_gpu_without_float64_is_left_alone(monkeypatch, capsys):
+    given = ["--model_name_or_path", "m", "--output_dir", "o"]
+    assert not Arguments.parse(given, "prune").training.use_cpu  # control
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert Arguments.parse(given, "prune").training.use_cpu == (not torch.cuda.is_available())
+    assert ("no float64" in capsys.readouterr().out) == (not torch.cuda.is_available())
 
 
 def test_help_of_the_tool_needs_nothing_heavy():

@@ -28,6 +28,20 @@ def test_a_recipe_gives_back_the_flags_that_it_was_made_of(tmp_path):
     assert recipe_of("prune", again) == recipe
 
 
+@pytest.mark.parametrize("name", ["[vib] half", "@scratch", "a: b: c", "*x", "!x", "2026-02-30", "{", "- a"])
+def test_a_name_may_hold_what_yaml_has_a_meaning_for(name, tmp_path):
+    path = write(tmp_path, yaml.safe_dump(recipe_of("prune", ["--run_name", name])))
+    assert expand("prune", ["--config", path]) == ["--run_name", name]
+
+
+def test_a_flag_said_no_to_is_the_flag_at_false(tmp_path):
+    recipe = recipe_of("finetune", ["--no_distill", "--seed", "3"])
+    assert recipe == {"verb": "finetune", "distill": False, "seed": 3}
+    again = expand("finetune", ["--config", write(tmp_path, yaml.safe_dump(recipe))])
+    assert not Arguments.parse([*again, "--model_name_or_path", "m"], "finetune").distill.distill
+    assert Arguments.parse(["--model_name_or_path", "m"], "finetune").distill.distill  # control
+
+
 def test_the_command_line_wins_over_the_recipe(tmp_path):
     path = write(tmp_path, "seed: 1\nblock_size: 8\n")
     flags = expand("prune", ["--seed", "2", f"--config={path}"])

@@ -21,7 +21,7 @@ def tree(tmp_path, make_model, make_masks):
     return tmp_path
 
 
-@pytest.mark.parametrize("flags", [["--do_zero_eval"], ["--do_zero_eval", "True"], ["--do_zero_eval=True"]])
+@pytest.mark.parametrize("flags", [["--do_zero_eval"], ["--do_zero_eval", "True"], ["--do-zero-eval=True"]])
 def test_alone_it_takes_the_shipped_model_and_its_best_mask(tree, flags, capsys):
     completed = shipped.complete(flags, tree)
     assert completed[-len(flags) :] == flags
@@ -39,6 +39,7 @@ def test_alone_it_takes_the_shipped_model_and_its_best_mask(tree, flags, capsys)
         ["--do_zero_eval", "False"],
         ["--do_zero_eval", "--model_name_or_path", "m"],
         ["--do_zero_eval", "--mask_loc=k"],
+        ["--do_zero_eval", "--mask-loc", "k"],
         ["--do_zero_eval", "--plan", "plan.json"],
         ["--do_train", "--do_zero_eval"],
     ],

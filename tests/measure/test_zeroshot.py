@@ -168,3 +168,10 @@ def test_a_tokenizer_without_a_beginning_or_an_end_is_refused():
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(InputError, match="--do_zero_eval: the tokenizer has no bos_token and no eos_token"):
         zeroshot.check_tokenizer(tokenizer)
+
+
+def test_scoring_leaves_the_tokenizer_as_it_is_saved(tokenizer, pruned):
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = None
+    harness = zeroshot._harness_model(pruned, own, None)
+    assert harness.tokenizer.pad_token is not None and own.pad_token is None

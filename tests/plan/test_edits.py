@@ -163,3 +163,11 @@ def test_a_norm_that_reads_the_bias_of_a_lost_attention_stays_what_it_is(model_t
         torch.testing.assert_close(gated(input_ids=input_ids).logits, cut, **CLOSE)
         model.model.layers[1].self_attn.o_proj.bias.data.neg_()  # control: the norm reads it
         assert (gated(input_ids=input_ids).logits - cut).abs().max() > 0.01
+
+
+def test_a_gain_of_1_and_w_is_rounded_once_by_a_constant():
+    w = torch.linspace(-0.6, 0.6, 200).bfloat16()
+    found = Edit(constant=0.9, offset=1.0).kept(w)
+    once = ((w.double() + 1) * 0.9 - 1).bfloat16()
+    assert found.dtype == torch.bfloat16 and torch.equal(found, once)
+    assert not torch.equal((w + 1) * 0.9 - 1, once)  # control: in its own precision

@@ -6,12 +6,16 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import fields
 from statistics import stdev
 
 import pytest
 from support import tiny
 
 from tvaprune.cli import run_command, run_verb
+from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.flags.arguments import OF_CELLS, Arguments, parse_comparison
+from tvaprune.study.grid import Cell, Grid
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +243,19 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
     assert words in refusal(command, [*flags, *change], tmp_path)
     assert files_of(tmp_path) == []
+
+
+def test_nothing_that_a_cell_is_can_be_said_to_all_cells_at_once(flags, tmp_path, monkeypatch):
+    settings = parse_comparison([*map(str, flags), "--output", str(tmp_path)])
+    grid = Grid(settings, settings.models[0])
+    monkeypatch.setattr(Arguments, "parse", lambda flags, verb: flags)
+    words = grid.arguments(Cell("vib", "fold", 0.3, 0))
+    names = {word.removeprefix("--") for word in words[: len(words) - len(settings.flags)] if word.startswith("--")}
+    own = {entry.name for entry in fields(settings)}
+    assert names - own - set(OF_CELLS) == {"per_device_train_batch_size", "save_strategy"}  # which users may change
+
+
+def test_two_comparisons_do_not_write_into_one_folder(flags, tmp_path, command):
+    with holding_folders():
+        prepare_folder("output", tmp_path, may_hold_files=True)
+        assert "is in use by process" in refusal(command, flags, tmp_path)

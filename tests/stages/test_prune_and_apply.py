@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.in_process import run
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
+from tvaprune.choose.choose import _is_interrupted
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.shape import shape_of
@@ -269,6 +271,28 @@ def test_bad_flags_are_refused_in_one_line(flags, words, checkpoint, text, tmp_p
     code, _, error = command("--do_train", *RUN, *(item for pair in base.items() for item in pair))
     assert words in tiny.refusal(code, error)
     assert not (tmp_path / "out" / "best").exists()
+
+
+def test_what_tensorboard_wrote_before_the_first_checkpoint_is_no_stranger_s(tmp_path):
+    (tmp_path / "runs").mkdir()
+    assert _is_interrupted(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert not _is_interrupted(tmp_path)  # control
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "nothing to apply: give --mask_loc FILE or --plan FILE; --do_zero_eval True scores the model as it is"),
+        (
+            ("--do_zero_eval", "True", "--save_pruned", "S"),
+            "--save_pruned would do nothing without --mask_loc",
+        ),
+    ],
+)
+def test_nothing_to_apply_is_said(flags, words, checkpoint, tmp_path):
+    ended = run("apply", "--model_name_or_path", checkpoint, "--output_dir", tmp_path / "out", "--use_cpu", *flags)
+    assert ended.code == 2 and words in ended.err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_use_is_not_touched(checkpoint, text, tmp_path, command):

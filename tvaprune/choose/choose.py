@@ -70,7 +70,7 @@ def _is_interrupted(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".tvaprune-")}
-    return names <= {"best", *(path.name for path in own_checkpoints(folder))}
+    return names <= {"best", "runs", *(path.name for path in own_checkpoints(folder))}  # runs: tensorboard's
 
 
 def in_basis(run: Run, checkpoint: str | None = None) -> Run:

@@ -185,7 +185,7 @@ class _Refit(Walk):
         found = [1 + (alone - 1) / (1 + strength) for strength in self.strengths]
         errors = [float((held[0] * factor.square() - 2 * held[1] * factor).sum()) for factor in found]
         best = nearest(errors)
-        norm.weight.copy_((norm.weight + offset) * found[best] - offset)
+        norm.weight.copy_((norm.weight.double() + offset) * found[best] - offset)
         return self.strengths[best]
 
     def _fit_readers(self, prefix: str, dense: Half, pruned: Half) -> None:

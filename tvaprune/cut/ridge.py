@@ -2,8 +2,9 @@
 
     W' = (W C + lam W_0) (H + lam I)^-1,   C = sum x xhat^T,   H = sum xhat xhat^T
 
-minimises ``sum |W x - W' xhat|^2 + lam |W' - W_0|^2`` (docs/method.md, section 6). Everything is solved in float64: a
-Gram matrix squares the condition number. A constant input of 1 stands for a bias.
+minimises ``sum |W x - W' xhat|^2 + lam |W' - W_0|^2`` (docs/method.md, section 6). Sums and solutions
+are float64, as a Gram matrix squares the condition number; a batch's products float32 (TF32 by `--tf32 True`). A
+constant input of 1 stands for a bias.
 """
 
 import math

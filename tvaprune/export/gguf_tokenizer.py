@@ -145,4 +145,4 @@ def _is_added(settings: Mapping[str, object], content: dict[str, Any], short: st
         return bool(settings.get(f"add_{short}_token", False))
     steps = processor.get("processors", [processor])
     pieces = [piece for step in steps for piece in step.get("single", []) if isinstance(piece, dict)]
-    return any(piece.get("SpecialToken", {}).get("id") == token for piece in pieces)
+    return token is not None and any(piece.get("SpecialToken", {}).get("id") == token for piece in pieces)

@@ -101,6 +101,9 @@ class RunArguments(TrainingArguments):
 
 def _check_devices(args: RunArguments) -> None:
     """Lets several processes run on the CPU of a machine without a GPU; refuses more of them than there are GPUs."""
+    if torch.backends.mps.is_available() and not (torch.cuda.is_available() or args.use_cpu):
+        args.use_cpu = True
+        print("note: working on the CPU: this GPU knows no float64, in which moments are summed")
     if ranks.launched() == 1:
         return
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
@@ -178,6 +181,15 @@ def parse(classes: tuple[object, ...], arguments: list[str] | None = None, **opt
         raise InputError(" ".join(str(error).split())) from error
 
 
+# Flags of prune that a comparison says in words of its own.
+OF_CELLS = {
+    "model_name_or_path": "models", "dataset_name": "dataset", "eval_split": "split", "prune_method": "methods",
+    "weight_update": "weight_updates", "seed": "seeds", "ctx_length": "block_size", "output_dir": "output",
+    "refit_samples": "calibration_samples", "max_train_samples": "train_samples",
+    "per_device_eval_batch_size": "eval_batch_size", "do_zero_eval": "zero_eval_sparsities",
+} | dict.fromkeys(TARGETS, "sparsities")  # fmt: skip
+
+
 def parse_comparison(arguments: list[str]) -> CompareSettings:
     """Parses the flags of a comparison; what is no flag of its own goes to every cell, as a flag of prune.
 
@@ -193,8 +205,8 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
     settings, flags = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     check_flags("prune", flags)
     recipe = recipe_of("prune", flags)
-    if targets := [f"--{name}" for name in TARGETS if name in recipe]:
-        raise InputError(f"{' and '.join(targets)}: --sparsities says what is cut here; leave it out")
+    if others := [name for name in OF_CELLS if name in recipe]:
+        raise InputError(f"--{others[0]}: a comparison has --{OF_CELLS[others[0]]} for it; give that")
     if recipe.get("dim_multiple") == AUTO:
         raise InputError("--dim_multiple auto: one number must serve all cells; let prune measure it, and give it here")
     settings.flags = flags

@@ -70,6 +70,8 @@ CONDITIONS = (
               lambda args: not args.prune.stream),
     Condition(("stream",), "without --mask_loc or --plan, as there is nothing to cut",
               lambda args: args.prune.mask_loc is not None or args.prune.plan is not None),
+    Condition(("save_pruned",), "without --mask_loc or --plan, as there is nothing to cut",
+              lambda args: args.prune.mask_loc is not None or args.prune.plan is not None, ("apply",)),
     Condition(("stream",), "without --save_pruned FOLDER or --do_eval True",
               lambda args: args.prune.save_pruned is not None or args.training.do_eval),
     Condition(("do_zero_eval",), "beside --stream True, as zero-shot scores need the model in memory: score the folder "

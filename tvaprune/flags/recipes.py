@@ -82,8 +82,10 @@ def recipe_of(verb: str, arguments: list[str]) -> dict[str, object]:
             continue
         if name is not None:
             typed = [yaml.safe_load(value) if _is_plain(value) else value for value in values]
+            is_off = name.startswith("no_") and name not in VERBS[verb].flags  # argparse's way of saying False
+            name = name.removeprefix("no_") if is_off else name
             recipe.pop(name, None)
-            recipe[name] = True if not typed else typed[0] if len(typed) == 1 else typed
+            recipe[name] = not is_off if not typed else typed[0] if len(typed) == 1 else typed
         name, value = flag_name(word), word.partition("=")[2]
         values = [value] if value else []
     return recipe
@@ -91,4 +93,8 @@ def recipe_of(verb: str, arguments: list[str]) -> dict[str, object]:
 
 def _is_plain(value: str) -> bool:
     """Tells a number or a truth value, whose text YAML gives back as it was."""
-    return isinstance(loaded := yaml.safe_load(value), bool | int | float) and str(loaded) == value
+    try:
+        loaded = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # a name may hold whatever YAML has a meaning for
+        return False
+    return isinstance(loaded, bool | int | float) and str(loaded) == value

@@ -300,7 +300,8 @@ class EvalSettings:
         32, "Tokens that each model adds to eight short prompts, greedily: the page shows where they part; 0: none."
     )
     do_zero_eval: bool = _flag(
-        False, "Score zero-shot tasks by the lm-evaluation-harness; `lora_ft_vib.py --do_zero_eval` alone: the shipped model's."
+        False,
+        "Score zero-shot tasks by the lm-evaluation-harness; `lora_ft_vib.py --do_zero_eval` alone: the shipped one.",
     )
     zero_eval_tasks: list[str] | None = _flag(
         None,

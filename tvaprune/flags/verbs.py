@@ -138,6 +138,11 @@ def flag_name(word: str) -> str:
     return word[2:].split("=", 1)[0].replace("-", "_")
 
 
+def underscored(word: str) -> str:
+    """Returns a word of a command line, a flag's dashes as underscores: both spell it."""
+    return f"--{flag_name(word)}{word[len(word.split('=', 1)[0]) :]}" if word.startswith("--") else word
+
+
 def check_flags(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
     """Refuses what does not act in a verb, before any work.
 

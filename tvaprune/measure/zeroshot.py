@@ -4,6 +4,7 @@ The harness is imported where it is used: its import takes seconds, and most com
 """
 
 import contextlib
+import copy
 import difflib
 import importlib.util
 import io
@@ -194,11 +195,12 @@ def _leaves(index: Mapping[str, Any], name: str) -> list[str]:
 def _harness_model(model: nn.Module, tokenizer: object, max_length: int | None) -> object:
     from lm_eval.models.huggingface import HFLM
 
-    # Without a GPU the search for a batch size ends where it starts, and costs a third of a short task.
+    # The harness gives its tokenizer a token to pad with: a copy. Without a GPU the search for a batch size ends where it
+    # starts, and costs a third of a short task.
     batch_size = "auto" if next(model.parameters()).is_cuda else CPU_BATCH
     return HFLM(
-        pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
-        trust_remote_code=False,
+        pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
+        max_length=max_length, trust_remote_code=False,
     )  # fmt: skip
 
 

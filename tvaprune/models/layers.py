@@ -4,7 +4,6 @@ What walks over layers asks a `Layers` for their weights and for room for hidden
 memory and for one of which no more than half a layer ever is (`Streamed`).
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from tvaprune.files import reserve
 from tvaprune.models.families import embedding_factor, family_of, residual_factor
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.logits import head_of
@@ -179,8 +179,8 @@ class Streamed(Layers):
         """Returns a memory map of a file without a name: it is gone when the tensor is."""
         count = torch.Size(shape).numel()
         path = self.scratch / "states"
-        with path.open("wb") as file:  # a full disk is told now, by an error: a map would end the process
-            os.posix_fallocate(file.fileno(), 0, max(1, count) * self.model.dtype.itemsize)
+        path.write_bytes(b"")
+        reserve(path, max(1, count) * self.model.dtype.itemsize)
         states = torch.from_file(str(path), shared=True, size=count, dtype=self.model.dtype).view(*shape)
         path.unlink()
         return states

@@ -49,7 +49,9 @@ class Edit:
         values = values if self.columns is None else values.index_select(-1, self.columns)
         if self.constant == 0:
             return torch.zeros_like(values)
-        return values if self.constant == 1 else (values + self.offset) * self.constant - self.offset
+        if self.constant == 1:
+            return values
+        return ((values.float() + self.offset) * self.constant - self.offset).to(values.dtype)
 
     def on(self, device: torch.device) -> "Edit":
         """Returns the edit with its tensors where the parameter is."""

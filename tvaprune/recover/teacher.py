@@ -4,7 +4,6 @@ The cache's folder is named by what it holds (weights, text, number of tokens ke
 never read; it appears whole, so that half a one is never read either.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
-from tvaprune.files import clear_leftovers, first_folder
+from tvaprune.files import clear_leftovers, first_folder, reserve
 from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
 from tvaprune.losses import Predictions, distillation, evaluated, hidden_loss, likelihood, top_k, top_k_distillation
 from tvaprune.measure.perplexity import windows_per_pass
@@ -177,11 +176,9 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
 
 
 def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """Returns a mapped file whose room on the disk is taken: a full disk is told now, not by a bus error."""
+    """Returns a mapped file whose room on the disk is taken."""
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    reserve(path, path.stat().st_size)
     return array
 
 

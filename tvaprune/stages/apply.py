@@ -36,8 +36,15 @@ def run_apply(args: Arguments) -> Results:
     """Applies a mask file or a plan: measures the narrower model, scores it, saves it, as asked.
 
     Without either the dense model is scored. Zero-shot scores join those of the same model and mask that are there.
+
+    Raises:
+        InputError: If there is nothing to apply nor to score, or something that was given cannot be used.
     """
     units, evaluation, training = given_units(args), args.evaluation, args.training
+    if units is None and not evaluation.do_zero_eval:
+        raise InputError(
+            "nothing to apply: give --mask_loc FILE or --plan FILE; --do_zero_eval True scores the model as it is"
+        )
     measures = training.do_eval or evaluation.do_zero_eval
     tasks = zero_shot_tasks(args)
     settle_multiple(args)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from tvaprune.files import prepare_folder
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.report.page import PAGE_NAME
@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> Path:
     return run_compare(parse_comparison(arguments))
 
 
+@holding_folders()
 def run_compare(settings: CompareSettings) -> Path:
     """Measures what is missing of the grid, then writes the table and the picture; returns their folder."""
     if settings.threads is not None:

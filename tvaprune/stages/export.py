@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.errors import InputError
 from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
@@ -26,8 +27,14 @@ def export(
         outtype: Precision of a GGUF file's matrices.
 
     Raises:
-        InputError: If a package is missing, the checkpoint cannot be used, or the output is in use.
+        InputError: If a format or precision is unknown, a package is missing, the checkpoint cannot be used, or the
+            output is in use, or is the checkpoint.
     """
+    for name, value, known in (("format", format_name, PACKAGES), ("outtype", outtype, QUANTIZATIONS)):
+        if value not in known:
+            raise InputError(f"--{name} {value}: give {', '.join(sorted(known))}")
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InputError(f"{out}: is the checkpoint, or holds it, which an export would replace; give another place")
     require(format_name, *PACKAGES[format_name])
     model = load_pruned(folder)
     if format_name == "gguf":

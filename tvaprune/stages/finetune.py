@@ -21,7 +21,7 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import holding_folders, write_json
+from tvaprune.files import CONFIG_NAME, holding_folders, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.cost import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY
@@ -138,7 +138,7 @@ def _written_before(job: Job, results: Results) -> dict[str, Any] | None:
         InputError: If the file that says it is damaged.
     """
     path = job.pruned_folder / UPDATE_NAME
-    if job.checkpoint is None or not (job.pruned_folder / "config.json").is_file():
+    if job.checkpoint is None or not (job.pruned_folder / CONFIG_NAME).is_file():
         return None
     if not path.is_file():
         return {}

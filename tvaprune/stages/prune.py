@@ -103,7 +103,7 @@ def _measured(
     run, args = run.whole(), run.args
     targets, found = args.each_target(), {}
     if len(targets) > 1:  # each has a folder of its own: what lies here is of an earlier run's only one
-        clear_results(args.save_loc)
+        ranks.on_main(clear_results, args.save_loc)
     for target, one in targets.items():
         run.phases.begin(_cut(target))
         part = replace(run, args=one)

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from tvaprune.errors import InputError, reason
+from tvaprune.files import CONFIG_NAME
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import Answers, answers
 from tvaprune.models.load import load_model
@@ -77,7 +78,7 @@ def _saved(run: RunFolder) -> dict[str, Path]:
     places: dict[str, tuple[Path, ...]] = {PRUNED: (of_target, pruned, output / "pruned")}
     if run.results.finetune is not None:
         places[FINETUNED] = (output / "merged",)
-    found = {name: next((p for p in some if (p / "config.json").is_file()), None) for name, some in places.items()}
+    found = {name: next((p for p in some if (p / CONFIG_NAME).is_file()), None) for name, some in places.items()}
     if missing := [name for name, path in found.items() if path is None]:
         raise InputError(
             f"--prompts: {run.path}: its {' and its '.join(missing)} model is not where its recipe says; run it again, "

@@ -16,10 +16,10 @@ from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.measure.figures import ERRORS, with_error
 from tvaprune.models.parameters import SPARSITY_DEFINITION
 from tvaprune.report.plots import save_figure
+from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.study.grid import VIB
 
 COMPARISON_NAME = "compare.json"
-DENSE, PRUNED = "dense", "pruned"
 LEARNED = (VIB, VIB_ONCE)
 FOLD, REFIT = "fold", "refit"
 STYLES: dict[str, Any] = {"none": "-.", FOLD: "--", REFIT: "-", "reconstruct": ":"}
