@@ -39,6 +39,14 @@ def test_gates_are_trained_and_units_scored_on_the_training_split_by_the_seed(as
     assert asked(["--max_train_samples", "7"], lambda run: run.train_blocks(64)) == ("train", 16, 7, 42)
 
 
+def test_a_text_with_fewer_blocks_than_were_asked_for_is_told_of(asked, capsys):
+    asked(["--max_train_samples", "1"], lambda run: run.train_blocks(64, tells=True))
+    asked([], lambda run: run.train_blocks(64))
+    assert capsys.readouterr().out == ""  # controls
+    asked([], lambda run: run.train_blocks(64, tells=True))
+    assert "has 1 blocks of 16 tokens to train on, not 64: so many fewer steps" in capsys.readouterr().out
+
+
 def test_the_refit_fits_the_training_split(asked):
     assert asked(["--refit_samples", "9"], Run.refit_blocks) == ("train", 16, 9, 42)
 

@@ -214,9 +214,16 @@ class Run:
             )
         return loss
 
-    def train_blocks(self, default_count: int) -> Dataset:
-        """Returns the blocks that gates are trained or units are scored on."""
-        return self.blocks("train", self.args.data.block_size, self.args.data.max_train_samples or default_count)
+    def train_blocks(self, default_count: int, tells: bool = False) -> Dataset:
+        """Returns the blocks that gates are trained or units are scored on; if ``tells``, says where there are too few."""
+        data, asked = self.args.data, self.args.data.max_train_samples or default_count
+        blocks = self.blocks("train", data.block_size, asked)
+        if tells and len(blocks) < asked:
+            print(
+                f"note: --dataset_name {data.dataset_name} has {len(blocks):,} blocks of {data.block_size} tokens to "
+                f"train on, not {asked:,}: so many fewer steps; more text, or --num_train_epochs, makes up for it"
+            )
+        return blocks
 
     def choice_blocks(self) -> Dataset:
         """Returns the validation blocks that masks are compared on, whatever split is reported in the end."""

@@ -111,7 +111,7 @@ def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
 def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str, float]]]:
     """Trains the gates and returns the best mask's file and the log."""
     args, training = run.args, run.args.training
-    train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES)
+    train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True)
     choice_blocks = run.choice_blocks()
     cadence = Cadence.of(args, training.num_train_epochs, len(train_blocks), len(choice_blocks))
     steps_per_epoch = math.ceil(len(train_blocks) * args.data.block_size / cadence.step_tokens)

@@ -52,7 +52,7 @@ class Job:
         if args.finetune.full_ft and run.model.dtype == torch.float16:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
         windows = run.windows()
-        blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES), run.choice_blocks()
+        blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True), run.choice_blocks()
         job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype, run.stored_dtype)
         fit(run.args, job.plan)
         job.identity = _identity(job)

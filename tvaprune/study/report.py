@@ -24,6 +24,10 @@ LEARNED = (VIB, VIB_ONCE)
 FOLD, REFIT = "fold", "refit"
 STYLES: dict[str, Any] = {"none": "-.", FOLD: "--", REFIT: "-", "reconstruct": ":"}
 NONE = "-"  # of what was not measured
+NAMES = {
+    VIB: "VIB gates", VIB_ONCE: "VIB gates, trained once", "taylor": "Taylor, in each layer",
+    "taylor_global": "Taylor, global", "wanda_sp": "Wanda-sp", "flap": "FLAP", "bonsai": "Bonsai",
+}  # fmt: skip
 # Of a mask's record, what says what its gates learned on; it is a file of the user's, who may have written anything.
 RECORDED = {
     "train_blocks": "{} blocks",
@@ -347,8 +351,9 @@ def plot(cells: Cells, path: Path) -> None:
         for axes, text in zip(row, cells.texts, strict=True):
             _panel(axes, cells, model, text, colours)
     figure.supxlabel("sparsity of the decoder", fontsize="medium")
-    handles = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
-    handles += [Line2D([], [], color="0.3", linestyle=STYLES.get(u, ":"), label=u) for u in cells.updates]
+    handles = [Line2D([], [], color=colour, label=NAMES.get(method, method)) for method, colour in colours.items()]
+    if len(cells.updates) > 1:
+        handles += [Line2D([], [], color="0.3", linestyle=STYLES.get(u, ":"), label=u) for u in cells.updates]
     handles.append(Line2D([], [], color="0.6", linewidth=1, label=DENSE))
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     save_figure(figure, path)
