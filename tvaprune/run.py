@@ -215,7 +215,7 @@ class Run:
         return loss
 
     def train_blocks(self, default_count: int, tells: bool = False) -> Dataset:
-        """Returns the blocks that gates are trained or units are scored on; if ``tells``, says where there are too few."""
+        """Returns the blocks that gates are trained or units are scored on; if ``tells``, says where they are few."""
         data, asked = self.args.data, self.args.data.max_train_samples or default_count
         blocks = self.blocks("train", data.block_size, asked)
         if tells and len(blocks) < asked:

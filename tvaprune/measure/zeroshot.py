@@ -195,7 +195,7 @@ def _leaves(index: Mapping[str, Any], name: str) -> list[str]:
 def _harness_model(model: nn.Module, tokenizer: object, max_length: int | None) -> object:
     from lm_eval.models.huggingface import HFLM
 
-    # The harness adds a token to pad with, to a copy. Without a GPU the search for a batch size ends where it starts, and
+    # A copy: the harness adds a token to pad with. Without a GPU the search for a batch size ends where it starts, and
     # costs a third of a short task.
     batch_size = "auto" if next(model.parameters()).is_cuda else CPU_BATCH
     return HFLM(
