@@ -320,6 +320,34 @@ MUTATIONS = [
         "is None",
         "tests/export/test_gguf_families.py",
     ),
+    Mutation(
+        "a gain of 1 + w multiplied in its own precision",
+        "tvaprune/plan/edits.py",
+        "((values.float() + self.offset) * self.constant - self.offset).to(values.dtype)",
+        "(values + self.offset) * self.constant - self.offset",
+        "tests/plan/test_edits.py",
+    ),
+    Mutation(
+        "a token that a tokenizer does not have counts as one that it adds",
+        "tvaprune/export/gguf_tokenizer.py",
+        "return token is not None and any(",
+        "return any(",
+        "tests/export/test_export.py",
+    ),
+    Mutation(
+        "scoring changes the tokenizer that is saved next",
+        "tvaprune/measure/zeroshot.py",
+        "tokenizer=copy.deepcopy(tokenizer)",
+        "tokenizer=tokenizer",
+        "tests/measure/test_zeroshot.py",
+    ),
+    Mutation(
+        "a comparison's cells can be told another seed",
+        "tvaprune/flags/arguments.py",
+        '"seed": "seeds", ',
+        "",
+        "tests/stages/test_compare.py",
+    ),
 ]
 
 
