@@ -32,6 +32,7 @@ RUN_BY = {  # every command of the pages that is not marked, and the test that r
     "--do_zero_eval": "tests/stages/test_zero_eval_script.py::test_the_shipped_model_is_pruned_and_scored",
     "--do_eval": "tests/test_readme.py::test_the_evaluation_command_prints_a_pruned_model_that_works",
     "--save_pruned out/pruned_mistral": "tests/test_readme.py::test_a_saved_model_generates_by_transformers_alone",
+    "out/as_it_is": "tests/stages/test_prune_and_apply.py::test_a_model_is_measured_as_it_is",
     "python -m tvaprune.export": "tests/test_readme.py::test_a_saved_model_generates_by_transformers_alone",
     "python -m tvaprune.describe": "tests/test_readme.py::test_the_describe_command_runs",
     "python -m benchmarks.scale": "tests/measure/test_scale.py::test_the_page_of_a_small_shape_has_every_measure",

@@ -15,7 +15,16 @@ from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import shape_of
 from tvaprune.recover.training import Tuning
-from tvaprune.report.results import VERSION, Calibration, Parameters, Perplexities, PerplexityErrors, Refit, Results
+from tvaprune.report.results import (
+    VERSION,
+    Calibration,
+    Parameters,
+    Perplexities,
+    Perplexity,
+    PerplexityErrors,
+    Refit,
+    Results,
+)
 from tvaprune.text.protocols import EvaluationText
 
 
@@ -27,6 +36,7 @@ def whole(make_model, tmp_path):
         protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5, PerplexityErrors(0.1, 0.2, 0.01, 0.15, 0.02)),
+        model_perplexity=Perplexity(4.0, 0.1),
         speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
         refit=Refit((0.0, 1.0), (0.5, 0.4), 1.0, {"q": 0.1, "k": None}, 4, 2, 1.5),
         reconstruct=Reconstruction((0.0, 1.0), (0.4, 0.3), 1.0, ((2.0, 1.0), (3.0, 3.0))),

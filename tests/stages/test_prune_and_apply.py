@@ -280,14 +280,31 @@ def test_what_tensorboard_wrote_before_the_first_checkpoint_is_no_stranger_s(tmp
     assert not _is_interrupted(tmp_path)  # control
 
 
+def test_a_model_is_measured_as_it_is(pruned, checkpoint, text, tmp_path):
+    """Of a dense model what the run that cut it says; of a cut one likewise."""
+    (mask,) = (pruned[0] / "best").glob("*.pkl")
+    base = ("--dataset_name", text, "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--use_cpu")
+    cut = ("apply", "--model_name_or_path", checkpoint, *base, "--mask_loc", mask, "--speed_batches", 0,
+           "--save_pruned", tmp_path / "cut", "--output_dir", tmp_path / "applied")  # fmt: skip
+    assert run(*cut).code == 0
+    told = tiny.read_json(tmp_path / "applied" / "results.json")["perplexity"]
+    for model, name in ((checkpoint, "dense"), (tmp_path / "cut", "pruned")):
+        ended = run("apply", "--model_name_or_path", model, *base, "--output_dir", tmp_path / name)
+        found = tiny.read_json(tmp_path / name / "results.json")
+        assert found["model_perplexity"]["value"] == pytest.approx(told[name]) and "perplexity" not in found
+        assert found["model_perplexity"]["stderr"] == pytest.approx(told["stderr"][name])
+        assert ended.code == 0 and f"windows of 16)  {told[name]:.2f} ± " in ended.out and str(model) in ended.out
+        assert "of the model as it is" in (tmp_path / name / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ((), "nothing to apply: give --mask_loc FILE or --plan FILE; --do_zero_eval True scores the model as it is"),
         (
-            ("--do_zero_eval", "True", "--save_pruned", "S"),
-            "--save_pruned would do nothing without --mask_loc",
+            ("--do_eval", "False"),
+            "nothing to do: give --mask_loc FILE or --plan FILE, --do_eval True or --do_zero_eval",
         ),
+        (("--save_pruned", "S"), "--save_pruned would do nothing without --mask_loc"),
     ],
 )
 def test_nothing_to_apply_is_said(flags, words, checkpoint, tmp_path):

@@ -108,6 +108,14 @@ class Perplexities:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """Of a model as it is, where nothing was cut; ``stderr`` by the windows: None of a single one."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
 class Refit(RefitReport):
     """What the refit did, on how many blocks, and what the whole update took, a reconstruction after it included."""
 
@@ -219,6 +227,7 @@ class Results:
     sparsity_definition: str | None = None
     parameters: Parameters | None = None
     perplexity: Perplexities | None = None
+    model_perplexity: Perplexity | None = None
     speed_up: SpeedUp | None = None
     refit: Refit | None = None
     reconstruct: Reconstruction | None = None

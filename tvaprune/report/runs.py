@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tvaprune.measure.figures import with_error
 from tvaprune.report.folders import RunFolder
 from tvaprune.report.making import speed, training, update, widths
 from tvaprune.report.page import Block, Code, Page, Section, Tile
@@ -52,6 +53,8 @@ def _tiles(results: Results) -> list[Tile]:
         found.append(Tile("perplexity", f"{ppl.dense:.2f} → {ppl.pruned:.2f}", f"gap {gap_told(ppl)}"))
         if ppl.finetuned is not None:
             found.append(Tile("fine-tuned", f"{ppl.finetuned:.2f}", f"gap {gap_told(ppl, FINETUNED)}"))
+    if (alone := results.model_perplexity) is not None:
+        found.append(Tile("perplexity", with_error(alone.value, alone.stderr, digits=2), "of the model as it is"))
     if widths is not None:
         asked = f"asked: {results.target_sparsity:g}" if results.target_sparsity is not None else "of the mask or plan"
         found.append(Tile("decoder sparsity", f"{widths.decoder_sparsity:.4f}", asked))

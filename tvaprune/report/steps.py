@@ -141,12 +141,9 @@ def tell(args: Arguments, results: Results) -> None:
 def _tell(args: Arguments, results: Results) -> None:
     write_results(args, results)
     written = " ".join(sorted(path.name for path in args.save_loc.glob("[!.]*") if path.is_file()))
-    rows = [
-        *tables.summary_rows(results),
-        tables.origin(results),
-        tables.page(args.save_loc),
-        (f"in {args.save_loc}", written),
-    ]
+    cut = results.widths is not None
+    rows = [*tables.summary_rows(results), tables.origin(results)] if cut else tables.model_rows(results)
+    rows += [tables.page(args.save_loc), (f"in {args.save_loc}", written)]
     print("\n" + tables.table(rows))
 
 

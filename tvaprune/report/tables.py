@@ -48,6 +48,14 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
     return rows
 
 
+def model_rows(results: Results) -> list[tuple[str, str]]:
+    """Returns the closing table's rows for a model that was measured as it is."""
+    found, text = results.model_perplexity, results.protocol
+    assert found is not None and text is not None
+    name = f"perplexity ({text.dataset_name} {text.split}, windows of {text.window})"
+    return [(name, with_error(found.value, found.stderr, digits=2)), ("protocol", text.line), ("model", results.model)]
+
+
 def origin(results: Results) -> tuple[str, str]:
     """Returns the row of what was cut by."""
     return ("plan", results.plan) if results.plan is not None else ("mask", str(results.mask))

@@ -23,7 +23,7 @@ from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.refusals import check_results, check_save
-from tvaprune.report.results import Results
+from tvaprune.report.results import Perplexity, Results
 from tvaprune.report.steps import ask, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
@@ -35,16 +35,14 @@ DENSE_MODEL, CUT, SCORING = "dense model", "cut", "zero-shot tasks"
 def run_apply(args: Arguments) -> Results:
     """Applies a mask file or a plan: measures the narrower model, scores it, saves it, as asked.
 
-    Without either the dense model is scored. Zero-shot scores join those of the same model and mask that are there.
+    Without either the model is measured and scored as it is. Zero-shot scores join those of the same model and mask.
 
     Raises:
-        InputError: If there is nothing to apply nor to score, or something that was given cannot be used.
+        InputError: If there is nothing to do, or something that was given cannot be used.
     """
     units, evaluation, training = given_units(args), args.evaluation, args.training
-    if units is None and not evaluation.do_zero_eval:
-        raise InputError(
-            "nothing to apply: give --mask_loc FILE or --plan FILE; --do_zero_eval True scores the model as it is"
-        )
+    if units is None and not (training.do_eval or evaluation.do_zero_eval):
+        raise InputError("nothing to do: give --mask_loc FILE or --plan FILE, --do_eval True or --do_zero_eval True")
     measures = training.do_eval or evaluation.do_zero_eval
     tasks = zero_shot_tasks(args)
     settle_multiple(args)
@@ -79,6 +77,13 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     earlier = ranks.on_main(_joined, args, results) if measures else None
     if plan is None:
         results = earlier or results
+        if training.do_eval and (tasks is None or "dataset_name" in args.recipe):  # C4 is no text to fetch unasked
+            phases.begin(DENSE_MODEL)
+            windows = run.windows()
+            loss = run.dense_loss(windows)
+            results.protocol = run.evaluation_text(windows)
+            results.model_perplexity = Perplexity(loss.perplexity, loss.perplexity_stderr)
+            tell(args, results)
         zero_shot(run, tasks, {"model": run.model}, results)
         return results
     windows = dense = None
