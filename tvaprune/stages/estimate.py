@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of this verb's own flags; the rest are those of the verb that is estimated."""
     own = argparse.ArgumentParser(
         prog="tvaprune estimate", description=__doc__, allow_abbrev=False,
-        epilog="Every other flag is one of the verb's: --model_name_or_path, which it needs, and such as --block_size, "
-        "which changes its estimate.",
+        epilog="All other flags are the verb's: --model_name_or_path is needed, --block_size and its like change the "
+        "estimate.",
     )  # fmt: skip
     own.add_argument("--verb", default="prune", help=f"what would run: {', '.join(RUNS)}; default: prune")
     own.add_argument(
