@@ -5,6 +5,7 @@ code 2, and so is a full disk; an interruption says how to go on. A reader that 
 Of several processes the first that ends says why, and all end with its exit code.
 """
 
+import os
 import signal
 import sys
 import traceback
@@ -29,6 +30,7 @@ def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goe
     Args:
         goes_on: What an interrupted user is told.
     """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of a hub that is away it would tell at every try
     name = Path(program()[-1]).name
     try:
         with endings.unclosed(), endings.watched(), ranks.quiet():

@@ -1,5 +1,6 @@
 """The released command lines keep working: every flag of theirs that this version acts on."""
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,7 +9,7 @@ import pytest
 import torch
 from support import tiny
 
-from tvaprune.cli import released
+from tvaprune.cli import released, run_command
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import STAGES, Arguments
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
@@ -113,6 +114,15 @@ def test_a_gpu_without_float64_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert Arguments.parse(given, "prune").training.use_cpu == (not torch.cuda.is_available())
     assert ("no float64" in capsys.readouterr().out) == (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize(("own", "level"), [(None, "error"), ("debug", "debug")])
+def test_the_hubs_library_tells_of_its_tries_only_where_it_is_asked_to(own, level, monkeypatch):
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("HF_HUB_VERBOSITY", own)
+    seen = []
+    assert run_command(lambda: seen.append(os.environ["HF_HUB_VERBOSITY"])) == 0 and seen == [level]
 
 
 def test_help_of_the_tool_needs_nothing_heavy():
