@@ -32,7 +32,8 @@ def one_line(text: str) -> str:
 
 def reason(error: BaseException) -> str:
     """Returns a library's message as a part of one line, and not an endless one."""
-    return (one_line(str(error)) or type(error).__name__)[:LONGEST]
+    words = one_line(str(error)) or type(error).__name__
+    return words if len(words) <= LONGEST else f"{words[:LONGEST].rpartition(' ')[0] or words[:LONGEST]} ..."
 
 
 def quoted(name: object, longest: int = 80) -> str:
