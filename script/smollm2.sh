@@ -37,10 +37,9 @@ TEXT=(--model_name_or_path "$MODEL" --dtype "$DTYPE" --dataset_name python_docs 
     --max_eval_samples 128 --eval_split test --resume_from_checkpoint True --overwrite_output_dir)
 
 if [ "$MODEL" = smollm2 ]; then "$PYTHON" -P -m tvaprune fetch smollm2; fi
-# Multiples of 32, or llama.cpp reads prompts slowly (benchmarks/smollm2.md, Speed and size).
 step "prune and measure" "$OUTPUT/pruned/config.json" tvaprune prune "${TEXT[@]}" \
     --target_sparsity 0.5 --max_train_samples 4800 --per_device_train_batch_size 2 --eval_steps 200 --save_steps 100 \
-    --dim_multiple 32 --speed_batches 10 \
+    --speed_batches 10 \
     --output_dir "$OUTPUT/prune" --save_pruned "$OUTPUT/pruned" "$@" ${PRUNE:-}
 step "tune" "$OUTPUT/tuned/results.json" tvaprune finetune "${TEXT[@]}" \
     --plan "$OUTPUT/prune/plan.json" --max_train_samples 2400 --num_train_epochs 1 --per_device_train_batch_size 2 \

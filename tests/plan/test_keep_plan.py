@@ -43,7 +43,7 @@ def test_adjust_width_by_hand(width, full, multiple, adjusted):
     assert adjust_width(width, full, multiple) == adjusted
 
 
-@pytest.mark.parametrize(("hidden_size", "multiple"), [(256, 8), (1023, 8), (1024, 128), (4096, 128)])
+@pytest.mark.parametrize(("hidden_size", "multiple"), [(511, 8), (512, 32), (1023, 32), (1024, 128), (4096, 128)])
 def test_default_multiple(hidden_size, multiple):
     assert default_dim_multiple(hidden_size) == multiple
 

@@ -151,8 +151,8 @@ class PruneSettings:
         None,
         "Multiple that hidden and MLP widths are adjusted to; 0: off; auto: the one at which linear layers of such "
         "widths are quickest on the device, measured; default: as the mask's record says; without one: 128, in a model "
-        "under 1,024 wide 8. To quantise the result: FP8 blocks and groups of AWQ and GPTQ need 128, GGUF's K-quants "
-        "256.",
+        "under 1,024 wide 32, under 512 8. To quantise the result: FP8 blocks and groups of AWQ and GPTQ need 128, "
+        "GGUF's K-quants 256.",
     )
     keep_one_kv_head: bool | None = _flag(
         None,

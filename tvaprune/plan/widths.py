@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from tvaprune.errors import InputError
 from tvaprune.models.shape import ModelShape
 
-NARROW_HIDDEN_SIZE = 1024
+DIM_MULTIPLES = {1024: 128, 512: 32, 0: 8}  # from so many hidden dims on: tensor cores, llama.cpp's kernels, miniatures
 
 
 def default_dim_multiple(hidden_size: int) -> int:
-    """Returns the multiple that widths are adjusted to: 128 (tensor cores), 8 for miniature models."""
-    return 128 if hidden_size >= NARROW_HIDDEN_SIZE else 8
+    """Returns the multiple that widths are adjusted to, by the dense model's hidden dims."""
+    return next(multiple for least, multiple in DIM_MULTIPLES.items() if hidden_size >= least)
 
 
 def adjust_width(width: int, full: int, multiple: int) -> int:
