@@ -76,16 +76,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     results = Results.begin(run, plan, args.prune.mask_loc)
     earlier = ranks.on_main(_joined, args, results) if measures else None
     if plan is None:
-        results = earlier or results
-        if training.do_eval and (tasks is None or "dataset_name" in args.recipe):  # C4 is no text to fetch unasked
-            phases.begin(DENSE_MODEL)
-            windows = run.windows()
-            loss = run.dense_loss(windows)
-            results.protocol = run.evaluation_text(windows)
-            results.model_perplexity = Perplexity(loss.perplexity, loss.perplexity_stderr)
-            tell(args, results)
-        zero_shot(run, tasks, {"model": run.model}, results)
-        return results
+        return _as_it_is(run, tasks, earlier or results)
     windows = dense = None
     if training.do_eval:
         phases.begin(DENSE_MODEL)
@@ -115,6 +106,20 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if not isinstance(pruned, Streamed):
         phases.begin(SCORING)
         zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results, {PRUNED: args.prune.save_pruned})
+    return results
+
+
+def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results) -> Results:
+    """Measures and scores a model that nothing is cut of."""
+    args = run.args
+    if args.training.do_eval and (tasks is None or "dataset_name" in args.recipe):  # C4 is no text to fetch unasked
+        run.phases.begin(DENSE_MODEL)
+        windows = run.windows()
+        loss = run.dense_loss(windows)
+        results.protocol = run.evaluation_text(windows)
+        results.model_perplexity = Perplexity(loss.perplexity, loss.perplexity_stderr)
+        tell(args, results)
+    zero_shot(run, tasks, {"model": run.model}, results)
     return results
 
 
