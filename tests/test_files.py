@@ -22,6 +22,7 @@ from tvaprune.files import (
     new_folder,
     prepare_folder,
     replacing,
+    reserve,
     write_text,
 )
 
@@ -228,3 +229,13 @@ def test_weights_are_read_by_whom_the_user_lets_read(tmp_path, monkeypatch):
     for path in (tmp_path / "one.safetensors", tmp_path / "model" / "inner" / "model.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "own.safetensors").stat().st_mode & 0o077 == 0  # control: else nothing is to be done
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_room_is_taken_before_it_is_needed(knows, tmp_path, monkeypatch):
+    if not knows:  # macOS
+        monkeypatch.delattr(os, "posix_fallocate")
+    path = tmp_path / "room"
+    path.write_bytes(b"")
+    reserve(path, 1000)
+    assert path.stat().st_size == 1000

@@ -100,7 +100,10 @@ class RunArguments(TrainingArguments):
 
 
 def _check_devices(args: RunArguments) -> None:
-    """Lets several processes run on the CPU of a machine without a GPU; refuses more of them than there are GPUs."""
+    """Lets several processes run on the CPU of a machine without a GPU; refuses more of them than there are GPUs.
+
+    A GPU that has no float64 (Apple's) is left alone.
+    """
     if torch.backends.mps.is_available() and not (torch.cuda.is_available() or args.use_cpu):
         args.use_cpu = True
         print("note: working on the CPU: this GPU knows no float64, in which moments are summed")
@@ -239,7 +242,8 @@ def help_text(verb: str, parser: HfArgumentParser, named: Collection[str] = ()) 
     lines.append("  --config FILE: read flags from a recipe.yaml; those on the command line win")
     if verb == "prune":
         lines.append("  --preset paper: read those that make the paper's method, likewise")
-    lines.append("  --help --rotate: say all of a flag, where the list below ends in ...")
+    if not named:
+        lines.append(f"  --help --{row.expert[0]}: say all of a flag, where the list below ends in ...")
     for title, names, is_short in (
         ("", row.first, False),
         ("for experts", (*row.expert, *ALWAYS), True),
