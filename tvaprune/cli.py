@@ -98,7 +98,8 @@ def main() -> int:
 def _run(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         raise InputError(f"'{verb}' is no verb: give one of {', '.join(VERBS)}; --help says what each does")
-    run_verb(verb, ["--do_eval", "True", *arguments] if verb == "apply" else arguments)
+    measures = verb == "apply" and not {"--help", "-h"} & set(arguments)
+    run_verb(verb, ["--do_eval", "True", *arguments] if measures else arguments)
 
 
 def _usage() -> str:

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from support import tiny
+from support.in_process import run
 
 from tvaprune.cli import released, run_command
 from tvaprune.errors import InputError
@@ -54,6 +55,13 @@ def test_help_says_all_of_a_flag_that_is_named_beside_it(capsys):
     whole, end = " ".join(shown("--rotate", "auto").split()), "tied embeddings are untied, exactly."
     assert whole.endswith(end) and "--memory: " not in whole
     assert end not in " ".join(shown().split()) and "--memory: " in shown()  # control
+
+
+@pytest.mark.parametrize("verb", ["prune", "apply", "finetune"])
+def test_help_as_it_is_typed_says_all_flags_and_only_those_named_where_some_are(verb):
+    whole, one = run(verb, "--help"), run(verb, "--help", "--weight_update")
+    assert whole.code == one.code == 0 and "--model_name_or_path" in whole.out and "say all of a flag" in whole.out
+    assert "--weight_update {none," in one.out and "--model_name_or_path" not in one.out + one.err
 
 
 def test_every_flag_of_ours_acts_in_a_verb():

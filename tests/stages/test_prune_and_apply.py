@@ -305,7 +305,6 @@ def test_a_model_is_measured_as_it_is(pruned, checkpoint, text, tmp_path):
             "nothing to do: give --mask_loc FILE or --plan FILE, --do_eval True or --do_zero_eval",
         ),
         (("--save_pruned", "S"), "--save_pruned would do nothing without --mask_loc"),
-        (("--speed_batches", 2, "--prompt_tokens", 8), "--speed_batches and --prompt_tokens would do nothing without"),
     ],
 )
 def test_nothing_to_apply_is_said(flags, words, checkpoint, tmp_path):
