@@ -76,11 +76,15 @@ def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:
     return plan_from_masks(units, shape, width_rules(flags, shape))
 
 
-def as_the_mask_says(args: Arguments) -> Arguments:
-    """Returns the flags, those that were not given as the record of ``--mask_loc`` says; tells which differ from it."""
-    if args.prune.mask_loc is None:
+def with_recorded_flags(args: Arguments) -> Arguments:
+    """Returns the flags, those not given as the mask's record or the plan says; tells which differ from that."""
+    if args.prune.mask_loc is not None:
+        recorded = recorded_flags(args.prune.mask_loc)
+    elif args.prune.plan is not None:
+        method = KeepPlan.load(Path(args.prune.plan)).prune_method
+        recorded = {} if method is None else {"prune_method": method}
+    else:
         return args
-    recorded = recorded_flags(args.prune.mask_loc)
     given = {name: getattr(args.prune, name) for name in FLAGS}
     if "prune_method" in recorded and "prune_method" not in args.recipe:  # its default is no None
         given["prune_method"] = None

@@ -15,7 +15,7 @@ from tvaprune import ranks
 from tvaprune.errors import EVALUATING, InputError, running_out_in
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import RELEASED_MAX_WINDOW
-from tvaprune.given import as_the_mask_says, given_rotation
+from tvaprune.given import given_rotation, with_recorded_flags
 from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.cost import DENSE_PERPLEXITY, PRUNED_PERPLEXITY
@@ -88,7 +88,7 @@ class Run:
     def load(
         cls, args: Arguments, scratch: Path | None = None, trains: bool = False, phases: Phases | None = None
     ) -> "Run":
-        """Loads the model that the flags name; the flags that its mask was learned with are the defaults.
+        """Loads the model that the flags name; what its mask or plan was made with is the default.
 
         Args:
             scratch: Folder for what does not fit in memory: the model's weights stay on disk.
@@ -96,7 +96,7 @@ class Run:
             phases: Of the command.
         """
         check_protocol(args)
-        args = as_the_mask_says(args)
+        args = with_recorded_flags(args)
         set_seed(args.training.seed)
         device, streamed = args.training.device, None
         source = args.source.model_name_or_path, args.source.dtype, device
@@ -275,8 +275,9 @@ class Run:
         """Returns what is kept: masks cut by the run's rules, a plan as it is."""
         if isinstance(units, KeepPlan):
             return units
+        basis = None if self.rotation is None else self.rotation.digest
         plan = plan_from_masks(units, self.shape, self.rules)
-        return plan if self.rotation is None else replace(plan, rotation=self.rotation.digest)
+        return replace(plan, rotation=basis, prune_method=self.args.prune.prune_method)
 
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""

@@ -184,9 +184,10 @@ def test_calibration_of_scores_with_many_ties(make_masks):
 def test_plan_as_json_round_trips(dim_multiple, make_masks, tmp_path):
     shape = replace(ODD, tie_word_embeddings=True, qkv_bias=True)
     masks = replace(make_masks(shape), keeps_norm_width=dim_multiple > 1)
-    plan = plan_from_masks(masks, shape, WidthRules(dim_multiple))
+    plan = replace(plan_from_masks(masks, shape, WidthRules(dim_multiple)), prune_method="flap")
     plan.save(tmp_path / "plan.json")
     loaded = KeepPlan.load(tmp_path / "plan.json")
+    assert loaded.prune_method == "flap"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert (loaded.shape, loaded.dim_multiple) == (plan.shape, plan.dim_multiple)
     assert loaded.keeps_norm_width == plan.keeps_norm_width == masks.keeps_norm_width
@@ -225,6 +226,7 @@ def edit(path, change):
         lambda path: edit(path, lambda content: content["hidden"]["kept"].__setitem__(-1, 48)),  # out of 0 ... 47
         lambda path: edit(path, lambda content: content["hidden"]["kept"].reverse()),
         lambda path: edit(path, lambda content: content.update(keeps_norm_width=47)),
+        lambda path: edit(path, lambda content: content.update(prune_method=3)),
     ],
     ids=[
         "missing",
@@ -240,6 +242,7 @@ def edit(path, change):
         "out of range",
         "descending",
         "norms of some width",
+        "a method without a name",
     ],
 )
 def test_a_broken_plan_is_refused(breaks, make_masks, tmp_path):

@@ -46,11 +46,12 @@ def learn(source, tmp_path, command):
 
 @pytest.fixture
 def apply(source, tmp_path, command):
-    """Returns a function: mask and flags -> what applying it prints, its plan.json's text and its results."""
+    """Returns a function: mask or plan, flags -> what applying it prints, its plan.json's text and its results."""
 
-    def run(mask, *flags):
+    def run(units, *flags):
         output = tmp_path / "applied"
-        base = ("--do_eval", "--mask_loc", mask, "--output_dir", output, "--overwrite_output_dir")
+        named = "--plan" if units.suffix == ".json" else "--mask_loc"
+        base = ("--do_eval", named, units, "--output_dir", output, "--overwrite_output_dir")
         code, out, error = command(*base, "--weight_update", "fold", *source, *SMALL, *flags)
         assert code == 0, error
         return out, (output / "plan.json").read_text(), tiny.read_json(output / "results.json")
@@ -67,33 +68,36 @@ def test_a_mask_is_applied_by_the_rules_that_it_was_learned_with(flags, method, 
     mask, output = learn("--prune_method", method, *flags)
     out, plan, _ = apply(mask)
     assert plan == (output / "plan.json").read_text()
-    assert "note: the mask was learned" not in out
+    assert "note: the units were chosen" not in out
     mask.with_suffix(".json").unlink()
     _, other, _ = apply(mask)
     assert other != plan  # negative control: nothing else tells the rules
-    assert apply(mask, *flags)[1] == plan
+    assert apply(mask, "--prune_method", method, *flags)[1] == plan
 
 
 def test_a_flag_that_differs_is_told_once_and_wins(learn, apply):
     mask, output = learn("--prune_method", "random", "--uniform", "--dim_multiple", 4)
     out, plan, _ = apply(mask, "--uniform", "False")
-    assert out.count("note: the mask was learned") == 1
-    assert "note: the mask was learned with --uniform True, applied with --uniform False\n" in out
+    assert out.count("note: the units were chosen") == 1
+    assert "note: the units were chosen with --uniform True, applied with --uniform False\n" in out
     mask.with_suffix(".json").unlink()
-    assert plan == apply(mask, "--dim_multiple", 4)[1] != (output / "plan.json").read_text()
+    assert plan == apply(mask, "--prune_method", "random", "--dim_multiple", 4)[1] != (output / "plan.json").read_text()
 
 
-def test_flaps_bias_is_compensated_wherever_its_mask_is_applied(learn, apply):
+@pytest.mark.parametrize("kind", ["mask", "plan"])
+def test_flaps_bias_is_compensated_wherever_its_choice_is_applied(kind, learn, apply):
     mask, output = learn("--prune_method", "flap")
+    plan = output / "plan.json"
+    units, told = (mask, mask.with_suffix(".json")) if kind == "mask" else (plan, plan)
     first = tiny.read_json(output / "results.json")["perplexity"]["pruned"]
-    out, _, results = apply(mask)
-    assert (results["prune_method"], "note: the mask" in out) == ("flap", False)
+    out, _, results = apply(units)
+    assert (results["prune_method"], "note: the units" in out) == ("flap", False)
     assert results["perplexity"]["pruned"] == pytest.approx(first)
-    out, _, results = apply(mask, "--prune_method", "vib")
-    assert "note: the mask was learned with --prune_method flap, applied with --prune_method vib\n" in out
+    out, _, results = apply(units, "--prune_method", "vib")
+    assert "note: the units were chosen with --prune_method flap, applied with --prune_method vib\n" in out
     assert abs(results["perplexity"]["pruned"] / first - 1) > 1e-6
-    mask.with_suffix(".json").unlink()
-    assert apply(mask)[2]["prune_method"] == "vib"
+    told.write_text(json.dumps(tiny.read_json(told) | {"prune_method": "vib" if kind == "mask" else None}))
+    assert apply(units)[2]["prune_method"] == "vib"
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def test_the_description_takes_the_record(source, mask, tmp_path, capsys):
     capsys.readouterr()
     main([str(mask), "--model_name_or_path", str(source[1]), "--uniform", "False", "--json"])
     shown = capsys.readouterr()
-    assert shown.err == "note: the mask was learned with --uniform True, applied with --uniform False\n"
+    assert shown.err == "note: the units were chosen with --uniform True, applied with --uniform False\n"
     assert len(set(json.loads(shown.out)["adjusted"]["intermediate_size"])) > 1
     with pytest.raises(InputError, match="--tensor_parallel is 0: give a number above 0"):
         describe(mask, str(source[1]), tensor_parallel=0)

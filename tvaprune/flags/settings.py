@@ -88,8 +88,8 @@ class PruneSettings:
 
     prune_method: Method = _flag(
         "vib",
-        "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a mask, "
-        "the default is as its record says.",
+        "How units are chosen: vib trains gates; the others score in one shot (taylor: LLM-Pruner's). Applying a mask "
+        "or a plan, the default is as the mask's record or the plan says.",
     )
     target_sparsity: list[float] = field(
         default_factory=lambda: [0.5],

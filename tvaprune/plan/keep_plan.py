@@ -34,6 +34,7 @@ class KeepPlan:
         dim_multiple: What hidden and MLP widths were adjusted to; 1 is no adjustment.
         rotation: The digest of what the model was turned by before; None: it is as it came.
         keeps_norm_width: Whether norms go on dividing the sum of the kept dims' squares by the dense width.
+        prune_method: How the units were chosen; None: it is not told.
     """
 
     kept: PerUnit
@@ -42,6 +43,7 @@ class KeepPlan:
     dim_multiple: int
     rotation: str | None = None
     keeps_norm_width: bool = False
+    prune_method: str | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -113,6 +115,7 @@ class KeepPlan:
             "sparsity": self.sparsity,
             "rotation": self.rotation,
             "keeps_norm_width": self.keeps_norm_width,
+            "prune_method": self.prune_method,
             "hidden": {"kept": self.kept.hidden.tolist(), "scale": self.scale.hidden.tolist()},
             "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
             "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
@@ -131,6 +134,8 @@ class KeepPlan:
                 raise ValueError("indices are not those of the model's units")
         if not isinstance(self.keeps_norm_width, bool):
             raise ValueError("keeps_norm_width is neither true nor false")
+        if not isinstance(self.prune_method, str | None):
+            raise ValueError("prune_method is no name")
 
     def check_fits(self, shape: ModelShape, named: str) -> None:
         """Raises `InputError`, beginning with ``named``, unless the plan is of a model of this shape."""
@@ -165,7 +170,8 @@ class KeepPlan:
             shape = ModelShape(**(sizes | per_layer))
             kept, scale = units("kept", torch.int64), units("scale", torch.float32)
             rotation, keeps_norm_width = content.get("rotation"), content.get("keeps_norm_width", False)
-            plan = cls(kept, scale, shape, content["dim_multiple"], rotation, keeps_norm_width)
+            method = content.get("prune_method")
+            plan = cls(kept, scale, shape, content["dim_multiple"], rotation, keeps_norm_width, method)
             plan._check()
             return plan
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -57,7 +57,7 @@ def as_recorded(given: Mapping[str, object], recorded: Mapping[str, object]) -> 
     if not differing:
         return flags, None
     learned, applied = (" ".join(f"--{name} {of[name]}" for name in differing) for of in (recorded, flags))
-    return flags, f"note: the mask was learned with {learned}, applied with {applied}"
+    return flags, f"note: the units were chosen with {learned}, applied with {applied}"
 
 
 def width_rules(flags: Mapping[str, Any], shape: ModelShape) -> WidthRules:
