@@ -1,4 +1,4 @@
-"""Prints a Markdown table of the fine-tunings under a folder: the gap to dense that each loss closes, by seed."""
+"""Prints a Markdown table of the fine-tunings under a folder: what was chosen by what, and the gap that each closes."""
 
 import json
 import math
@@ -8,26 +8,35 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+HEAD = (
+    "model", "chosen by", "parameters", "loss", "seeds", "dense", "pruned, each", "gap", "fine-tuned, each", "gap left",
+    "closed, each", "median", "seconds",
+)  # fmt: skip
+
 
 def main(folder: Path) -> None:
-    """Reads every results.json below the folder and prints the table."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/results.json"))]
-    cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """Reads the results of every fine-tuning below the folder and prints the table."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("results.json"))]
+    runs = [run for run in runs if "finetune" in run]  # others only chose
+    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        cells[terms_of(run["finetune"])].append(run)
-    print("| loss | seeds | dense | pruned | fine-tuned, each | gap left, each | closed, each | median | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for terms, found in sorted(cells.items(), key=lambda item: len(item[0])):
+        cells[Path(run["model"]).name, run["prune_method"], terms_of(run["finetune"])].append(run)
+    print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
+    for (model, method, terms), found in sorted(cells.items(), key=lambda item: (item[0][0], len(item[0][2]))):
         ppl = [run["perplexity"] for run in found]
-        left = [math.log(value["finetuned"] / value["dense"]) for value in ppl]
-        closed = [1 - gap / math.log(value["pruned"] / value["dense"]) for gap, value in zip(left, ppl, strict=True)]
+        cut, left = ([math.log(value[of] / value["dense"]) for value in ppl] for of in ("pruned", "finetuned"))
+        closed = [1 - after / before for before, after in zip(cut, left, strict=True)]
         columns = [
+            model,
+            method,
+            f"{median(run['parameters']['pruned'] for run in found):,.0f}",
             terms,
             " ".join(str(run["seed"]) for run in found),
             f"{ppl[0]['dense']:.2f}",
-            f"{ppl[0]['pruned']:.2f}",
+            " ".join(f"{value['pruned']:.2f}" for value in ppl),
+            f"{median(cut):.3f}",
             " ".join(f"{value['finetuned']:.2f}" for value in ppl),
-            " ".join(f"{gap:.3f}" for gap in left),
+            f"{median(left):.3f}",
             " ".join(f"{share:.0%}" for share in closed),
             f"{median(closed):.0%}",
             " ".join(f"{run['finetune']['seconds']:.0f}" for run in found),
@@ -38,7 +47,7 @@ def main(folder: Path) -> None:
         f"\nText: {text['dataset_name']}, {text['split']}, {text['num_windows']} windows of {text['window']}. "
         f"Trained on {told['train_blocks']} blocks of {first['block_size']}, {told['steps']} steps of "
         f"{told['blocks_per_step']}, learning rate {told['learning_rate']}; weights updated by "
-        f"{first['weight_update']}. Hardware: {first['hardware']}."
+        f"{first['weight_update']}. Gaps are medians. Hardware: {first['hardware']}."
     )
     ratios = [run["training_speed_up"]["per_batch"] for run in runs if "training_speed_up" in run]
     if ratios:
