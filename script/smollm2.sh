@@ -5,7 +5,8 @@
 #   bash script/smollm2.sh [OUTPUT] [--FLAG VALUE ...]     default: out/smollm2
 # The flags go to prune and to finetune and win over those set here. MODEL=FOLDER takes another model in place of
 # SmolLM2, of a family whose uneven layers a GGUF file holds (docs/models.md). PRUNE, TUNE and SPEED
-# hold flags of one step, as in TUNE="--num_train_epochs 2".
+# hold flags of one step, as in TUNE="--num_train_epochs 2"; OUTTYPES the precisions of the GGUF files, "f16 q8_0": take
+# out what the llama.cpp of this machine cannot read.
 # Relative paths are below the folder that this is called from.
 set -euo pipefail
 
@@ -53,9 +54,9 @@ if [ ! -e "$OUTPUT/generations.md" ]; then
     "$PYTHON" -P -m tvaprune report "$OUTPUT/tuned" # with what they say
 fi
 cat "$OUTPUT/generations.md"
-for outtype in f16 q8_0; do
+for outtype in ${OUTTYPES:=f16 q8_0}; do
     step "export $outtype" "$OUTPUT/tuned-$outtype.gguf" tvaprune export \
         --format gguf "$OUTPUT/tuned/merged" "$OUTPUT/tuned-$outtype.gguf" --outtype "$outtype"
 done
 step "time" "$OUTPUT/speed/speed.md" benchmarks.speed "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" \
-    --output "$OUTPUT/speed" ${SPEED:-}
+    --output "$OUTPUT/speed" --outtypes $OUTTYPES ${SPEED:-}

@@ -14,7 +14,9 @@ from support import tiny
 
 from tvaprune.cli import run_command, run_verb
 from tvaprune.files import holding_folders, prepare_folder
-from tvaprune.flags.arguments import OF_CELLS, Arguments, parse_comparison
+from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
+from tvaprune.flags.settings import CompareSettings
+from tvaprune.flags.verbs import VERBS
 from tvaprune.study.grid import Cell, Grid
 
 
@@ -238,6 +240,9 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
         (("--seeds", -1), "--seeds is -1: give a whole number from 0"),
         (("--methods", "melt"), "--methods melt: give some of vib"),
         (("--lora_r", 4), "--lora_r acts in finetune, not in prune"),
+        (("--save_pruned", "narrow"), "--save_pruned: does nothing in a comparison, which saves tables alone"),
+        (("--protocol", "wikitext2-2048"), "--protocol: does nothing in a comparison"),
+        (("--zero_eval_sparsities", 0.5, "--zero_eval_tasks", "tva_nme"), "tva_nme"),
     ],
 )
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
@@ -253,6 +258,22 @@ def test_nothing_that_a_cell_is_can_be_said_to_all_cells_at_once(flags, tmp_path
     names = {word.removeprefix("--") for word in words[: len(words) - len(settings.flags)] if word.startswith("--")}
     own = {entry.name for entry in fields(settings)}
     assert names - own - set(OF_CELLS) == {"per_device_train_batch_size", "save_strategy"}  # which users may change
+
+
+@pytest.mark.parametrize("flag", IN_NO_CELL)
+def test_what_does_nothing_in_a_cell_is_no_flag_of_its_own(flag):
+    assert flag not in {entry.name for entry in fields(CompareSettings)} | set(OF_CELLS)
+    assert flag in (*VERBS["prune"].first, *VERBS["prune"].expert, *VERBS["prune"].training)
+
+
+def test_the_tasks_that_are_named_are_scored(flags, tmp_path, command):
+    named = ("--zero_eval_tasks", "tva_name", "--zero_eval_limit", 3, "--zero_eval_sparsities", 0.5)
+    one = ("--methods", "magnitude", "--weight_updates", "fold", "--sparsities", 0.5, "--block_size", 64, *named)
+    code, out, error = command([*flags, *one], tmp_path)
+    assert code == 0, error
+    (scored,) = (tiny.read_json(path)["zero_shot"] for path in (tmp_path / "tiny" / "cells").iterdir())
+    assert [[*scored[of]["tasks"]] for of in ("dense", "pruned")] == [["tva_name"]] * 2
+    assert scored["pruned"]["num_examples"] == 3 and "average accuracy of tva_name, 1 seed" in out
 
 
 def test_two_comparisons_do_not_write_into_one_folder(flags, tmp_path, command):

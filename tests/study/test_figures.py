@@ -125,13 +125,19 @@ def test_the_order_of_the_methods_by_hand():
 
 def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     other = [row | {"model": "m/two"} for row in HAND_MADE if row["seed"] == 0 and row["method"] != "vib"]
-    scored = cell("vib", "fold", (0.9, 0.8), zero_shot={"dense": {"average": 0.6}, "pruned": {"average": 0.55}})
+    scored = cell(
+        "vib",
+        "fold",
+        (0.9, 0.8),
+        zero_shot={"dense": {"average": 0.6, "tasks": {"a_task": 0.6}}, "pruned": {"average": 0.55}},
+    )
     write_report([scored, *HAND_MADE[1:], *other], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md", "compare.png"]
     text = (tmp_path / "compare.md").read_text()
     assert "| 0.5 | vib | 0.400 (0.300 to 0.900) | 0.300 (0.100 to 0.500) | 0.800 (0.800 to 0.800) |" in text
     assert "| 0.550 | - | 1.5 s | 0.5 s | 1 MiB |" in text
     assert "| one | 0.5 | first | vib | 0.300 (flap, refit) | 0.200 (taylor, fold) | 0.250 | 0.300 (flap, r" in text
+    assert "No fine-tuning. Zero-shot: average accuracy of a_task, 1 seed. Choosing: " in text
     assert "at most 0.30" in text and "at most 0.15" in text and "at least 0.33" in text
     assert "first: +22.14% (one, vib, 0.5, seed 2); sought: at most +1%" in text
     assert "Order at 0.5, one, refit: first: vib, flap, taylor; second: taylor, vib, flap." in text

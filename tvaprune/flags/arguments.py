@@ -191,6 +191,9 @@ OF_CELLS = {
     "refit_samples": "calibration_samples", "max_train_samples": "train_samples",
     "per_device_eval_batch_size": "eval_batch_size", "do_zero_eval": "zero_eval_sparsities",
 } | dict.fromkeys(TARGETS, "sparsities")  # fmt: skip
+# What no cell does: it saves no model and times none, and goes on by itself.
+IN_NO_CELL = ("save_pruned", "save_loc", "overwrite_output_dir", "resume_from_checkpoint", "protocol", "speed_batches",
+              "prompt_tokens", "compare_dense", "write_out", "report_to", "run_name")  # fmt: skip
 
 
 def parse_comparison(arguments: list[str]) -> CompareSettings:
@@ -210,6 +213,8 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
     recipe = recipe_of("prune", flags)
     if others := [name for name in OF_CELLS if name in recipe]:
         raise InputError(f"--{others[0]}: a comparison has --{OF_CELLS[others[0]]} for it; give that")
+    if idle := [name for name in IN_NO_CELL if name in recipe]:
+        raise InputError(f"--{idle[0]}: does nothing in a comparison, which saves tables alone; leave it out")
     if recipe.get("dim_multiple") == AUTO:
         raise InputError("--dim_multiple auto: one number must serve all cells; let prune measure it, and give it here")
     settings.flags = flags

@@ -373,7 +373,9 @@ class CompareSettings:
     max_eval_samples: int = _flag(256, "Windows of each text, at most.")
     eval_batch_size: int = _flag(8, "Windows of a forward pass.")
     zero_eval_limit: int = _flag(50, "Examples of each zero-shot task.")
-    zero_eval_sparsities: list[float] = _flags([0.5], "Where zero-shot tasks are scored too, perhaps nowhere")
+    zero_eval_sparsities: list[float] = _flags(
+        [0.5], "Where --zero_eval_tasks, or our offline ones, are scored too, perhaps nowhere"
+    )
     zero_eval_seeds: list[int] = _flags([0], "The seeds of these cells")
     threads: int | None = _flag(None, "CPU threads; default: as many as torch takes.")
     flags: list[str] = field(default_factory=list, init=False)

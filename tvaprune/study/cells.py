@@ -54,7 +54,9 @@ class Measurement:
         data = self.base.args.data
         self.tasks = None
         if any(map(grid.is_scored, grid.missing)):  # the harness takes seconds to import
-            self.tasks = ZeroShot([OFFLINE_GROUP], data.data_dir, limit=self.args.zero_eval_limit)
+            evaluation, limit = self.base.args.evaluation, self.args.zero_eval_limit
+            names = evaluation.zero_eval_tasks or [OFFLINE_GROUP]
+            self.tasks = ZeroShot(names, data.data_dir, evaluation.num_fewshot, limit)
         self.texts = {
             name: token_blocks(self.base.tokenizer, name, self.args.split, self.base.window, data.max_eval_samples,
                                data_dir=data.data_dir, bos=self.base.bos)
@@ -159,7 +161,7 @@ class Measurement:
         return {text: TextLoss(means[text], torch.tensor(windows[text], dtype=torch.float64)) for text in self.texts}
 
     def _zero_shot(self, model: PreTrainedModel) -> dict[str, object]:
-        """Scores a model on the offline tasks."""
+        """Scores a model on the tasks."""
         assert self.tasks is not None
         started, found = time.perf_counter(), {}
 

@@ -206,10 +206,19 @@ def _heading(cells: Cells) -> list[str]:
         f"(least to largest). {''.join(f'{note} ' for note in errors_note(cells))}"
         "Units are chosen, and weights refitted, on the training split of "
         f"{first['dataset']}: {_gates(cells)}scores and refits on {first['calibration_samples']} blocks. "
-        f"Sparsity: {SPARSITY_DEFINITION}. No fine-tuning. Zero-shot: average accuracy of the offline tasks, one seed. "
+        f"Sparsity: {SPARSITY_DEFINITION}. No fine-tuning. {_zero_shot_tasks(cells)}"
         "Choosing: seconds, and peak memory of the process while choosing; where one set of scores serves every "
         f"sparsity, its whole cost stands in each row. Hardware: {first['hardware']}.",
     ]  # fmt: skip
+
+
+def _zero_shot_tasks(cells: Cells) -> str:
+    """Returns what the zero-shot averages are of; nothing where no cell was scored."""
+    scored = [content for content in cells.all if content["zero_shot"] is not None]
+    if not scored:
+        return ""
+    tasks, seeds = list(scored[0]["zero_shot"][DENSE]["tasks"]), {content["seed"] for content in scored}
+    return f"Zero-shot: average accuracy of {', '.join(tasks)}, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}. "
 
 
 def _gates(cells: Cells) -> str:
