@@ -125,12 +125,8 @@ def test_the_order_of_the_methods_by_hand():
 
 def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     other = [row | {"model": "m/two"} for row in HAND_MADE if row["seed"] == 0 and row["method"] != "vib"]
-    scored = cell(
-        "vib",
-        "fold",
-        (0.9, 0.8),
-        zero_shot={"dense": {"average": 0.6, "tasks": {"a_task": 0.6}}, "pruned": {"average": 0.55}},
-    )
+    scores = {"dense": {"average": 0.6, "tasks": {"a_task": 0.6}}, "pruned": {"average": 0.55}}
+    scored = cell("vib", "fold", (0.9, 0.8), zero_shot=scores)
     write_report([scored, *HAND_MADE[1:], *other], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md", "compare.png"]
     text = (tmp_path / "compare.md").read_text()
