@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from tvaprune.study.report import FOLD, REFIT, gap
+from tvaprune.study.contents import gap
+from tvaprune.study.report import FOLD, REFIT
 
 
 def main(folder: Path) -> None:

@@ -9,8 +9,10 @@ from support import tiny
 
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
+from tvaprune.study.contents import Cells, spread
 from tvaprune.study.page import comparison_page
-from tvaprune.study.report import Cells, _panel, _tick, orders_of, ratios, spread, worst_change, write_report
+from tvaprune.study.picture import _panel, _tick
+from tvaprune.study.report import orders_of, ratios, worst_change, write_report
 
 FIRST, SECOND = "first", "second"
 

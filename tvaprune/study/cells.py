@@ -30,9 +30,10 @@ from tvaprune.plan.keep_plan import describe_widths
 from tvaprune.plan.masks import Masks, load_masks, read_record, save_masks
 from tvaprune.plan.rotation import read_rotation, save_rotation
 from tvaprune.report.results import Perplexities, plain
+from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
+from tvaprune.study.contents import RECORDED, perplexity_of
 from tvaprune.study.grid import VIB, Cell, Grid
-from tvaprune.study.report import DENSE, PRUNED, RECORDED, perplexity_of
 from tvaprune.text.blocks import token_blocks
 
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from typing import Any
 from tvaprune.errors import InputError
 from tvaprune.report.charts import BARS, Chart, Point, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
-from tvaprune.study.report import (
+from tvaprune.study.contents import (
     COMPARISON_NAME,
     Cells,
     cost_of_choosing,

@@ -1,40 +1,30 @@
-"""The comparison's table, its figures and its picture, from the cells alone."""
+"""The comparison's table and its figures, from the cells alone."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
-
 from tvaprune.files import write_json, write_text
-from tvaprune.flags.settings import VIB_ONCE
-from tvaprune.measure.figures import ERRORS, with_error
 from tvaprune.models.parameters import SPARSITY_DEFINITION
-from tvaprune.report.plots import save_figure
 from tvaprune.report.zero_shot import DENSE, PRUNED
-from tvaprune.study.grid import VIB
+from tvaprune.study.contents import (
+    COMPARISON_NAME,
+    LEARNED,
+    NONE,
+    RECORDED,
+    Cells,
+    cost_of_choosing,
+    dense_perplexities,
+    errors_note,
+    median_of,
+    perplexity,
+    spread,
+    zero_shot,
+)
+from tvaprune.study.picture import plot
 
-COMPARISON_NAME = "compare.json"
-LEARNED = (VIB, VIB_ONCE)
 FOLD, REFIT = "fold", "refit"
-STYLES: dict[str, Any] = {"none": "-.", FOLD: "--", REFIT: "-", "reconstruct": ":"}
-NONE = "-"  # of what was not measured
-NAMES = {
-    VIB: "VIB gates", VIB_ONCE: "VIB gates, trained once", "taylor": "Taylor, in each layer",
-    "taylor_global": "Taylor, global", "wanda_sp": "Wanda-sp", "flap": "FLAP", "bonsai": "Bonsai",
-}  # fmt: skip
-# Of a mask's record, what says what its gates learned on; it is a file of the user's, who may have written anything.
-RECORDED = {
-    "train_blocks": "{} blocks",
-    "block_size": "of {} tokens",
-    "dataset_name": "of {}",
-    "step": "as they were after {} steps",
-}
 # What the figures are held against, at 50% (issue: "Figures to reach").
 TARGET_SPARSITY = 0.5
 TARGETS = {
@@ -43,59 +33,6 @@ TARGETS = {
     "closed": "at least 0.33",
     "to_best": "at most 0.60",
 }
-
-
-class Cells:
-    """The contents of cells, looked up by what they are cells of."""
-
-    def __init__(self, contents: Iterable[dict[str, Any]]) -> None:
-        self.all = list(contents)
-        self.texts = list(self.all[0]["perplexity"])
-        names = [Path(text).name for text in self.texts]
-        # A file goes by its name: tables have a column of each text for each update.
-        self.called = dict(zip(self.texts, names if len(set(names)) == len(names) else self.texts, strict=True))
-        self.models, self.methods, self.updates, self.sparsities = (
-            list(dict.fromkeys(content[name] for content in self.all))
-            for name in ("model", "method", "weight_update", "target_sparsity")
-        )
-        self.sparsities.sort()
-
-    def of(self, **values: object) -> list[dict[str, Any]]:
-        """Returns the cells in which all the values are as given."""
-        return [content for content in self.all if all(content[name] == value for name, value in values.items())]
-
-    def median_gap(self, text: str, **values: object) -> float | None:
-        """Returns the median gap over the seeds; ``None`` if there is no such cell."""
-        found = [gap(content, text) for content in self.of(**values)]
-        return median(found) if found else None
-
-
-def gap(content: dict[str, Any], text: str) -> float:
-    """Returns log perplexity pruned minus dense."""
-    return math.log(_perplexity(content, text, PRUNED)) - math.log(_perplexity(content, text, DENSE))
-
-
-def error(content: dict[str, Any], text: str, name: str) -> float | None:
-    """Returns the standard error of a cell's figure on a text; None: of a single window, of no number, of old."""
-    found: float | None = (content["perplexity"][text].get("stderr") or {}).get(name)
-    return found
-
-
-def perplexity_of(content: dict[str, Any], text: str, name: str) -> str:
-    """Returns the dense or the pruned model's perplexity in a cell, with its standard error."""
-    return with_error(_perplexity(content, text, name), error(content, text, name), digits=2)
-
-
-def errors_note(cells: Cells, *more: str) -> list[str]:
-    """Returns what the errors in a comparison's tables are, and more of them; nothing where no cell has any."""
-    some = any(error(content, text, "gap") is not None for content in cells.all for text in cells.texts)
-    return [f"{ERRORS} Of several seeds it is that of the one in the middle.", *more] if some else []
-
-
-def _perplexity(content: dict[str, Any], text: str, name: str) -> float:
-    """Returns a perplexity; one that was no number is infinite: it is no better than any."""
-    value: float | None = content["perplexity"][text][name]
-    return math.inf if value is None else value
 
 
 def write_report(contents: Iterable[dict[str, object]], folder: Path) -> None:
@@ -170,7 +107,7 @@ def worst_change(cells: Cells, text: str) -> dict[str, object] | None:
     for refitted in cells.of(weight_update=REFIT):
         where = {name: refitted[name] for name in names}
         for folded in cells.of(weight_update=FOLD, **where):
-            values = [_perplexity(content, text, PRUNED) for content in (refitted, folded)]
+            values = [perplexity(content, text, PRUNED) for content in (refitted, folded)]
             if math.isfinite(values[1]):
                 found.append({"text": text, **where, "change": values[0] / values[1] - 1})
     return max(found, key=lambda row: row["change"], default=None)
@@ -249,13 +186,6 @@ def _tables(cells: Cells) -> list[str]:
     return lines
 
 
-def dense_perplexities(cells: Cells, model: str) -> str:
-    """Returns what the unpruned model makes of every text: of cells of old nobody knows the errors."""
-    first = max(cells.of(model=model), key=lambda content: "stderr" in content["perplexity"][cells.texts[0]])
-    values = (f"{name} {perplexity_of(first, text, DENSE)}" for text, name in cells.called.items())
-    return f"Dense perplexity: {', '.join(values)}."
-
-
 def _header(names: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
@@ -266,46 +196,10 @@ def _row(cells: Cells, model: str, sparsity: float, method: str) -> str:
     scores = [zero_shot(cells, weight_update=update, **place) for update in cells.updates]
     costs = [
         cost_of_choosing(cells.of(**place), "seconds", "{:.1f} s"),
-        _median(lambda c: c["seconds"]["update"], cells.of(weight_update=cells.updates[-1], **place), "{:.1f} s"),
+        median_of(lambda c: c["seconds"]["update"], cells.of(weight_update=cells.updates[-1], **place), "{:.1f} s"),
         cost_of_choosing(cells.of(**place), "peak_memory", "{:.0f} MiB", 2**20),
     ]
     return f"| {' | '.join([str(sparsity), method, *gaps, *scores, *costs])} |"
-
-
-def zero_shot(cells: Cells, **place: object) -> str:
-    """Returns the median of the average accuracies in some cells."""
-    known = [cell["zero_shot"][PRUNED]["average"] for cell in cells.of(**place) if cell["zero_shot"]]
-    return f"{median(known):.3f}" if known else NONE
-
-
-def cost_of_choosing(found: Sequence[dict[str, Any]], what: str, form: str, unit: int = 1) -> str:
-    """Returns the median of what choosing the units of some cells cost; of masks that were given, nothing is known."""
-    known = [cell for cell in found if cell[what]["choosing"] is not None]
-    return _median(lambda cell: cell[what]["choosing"] / unit, known, form)
-
-
-def _median(value: Callable[[dict[str, Any]], float], found: Sequence[dict[str, object]], form: str) -> str:
-    return form.format(median(map(value, found))) if found else NONE
-
-
-def spread(found: Sequence[dict[str, Any]], text: str) -> str:
-    """Returns the median gap of some cells with its error, and the least and largest gap where there are several."""
-    if not found:
-        return NONE
-    gaps = [gap(content, text) for content in found]
-    told = with_error(median(gaps), middle_error(found, text, "gap"))
-    return told if len(gaps) == 1 else f"{told} ({min(gaps):.3f} to {max(gaps):.3f})"
-
-
-def middle_error(found: Sequence[dict[str, Any]], text: str, name: str) -> float | None:
-    """Returns the standard error of a figure in the cell whose gap is the median of some; None: nobody knows it.
-
-    Of two cells in the middle the errors' mean counts: both are of the same windows, so it is at most that.
-    """
-    order = sorted(found, key=lambda content: gap(content, text))
-    middle = order[(len(order) - 1) // 2 : len(order) // 2 + 1]
-    errors = [value for content in middle if (value := error(content, text, name)) is not None]
-    return mean(errors) if len(errors) == len(middle) else None
 
 
 def _figures(figures: list[dict[str, Any]], worst: list[dict[str, Any]], orders: list[dict[str, Any]]) -> list[str]:
@@ -348,63 +242,3 @@ def _order(orders: dict[str, list[str]]) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
-
-
-def plot(cells: Cells, path: Path) -> None:
-    """Draws perplexity over sparsity: a panel for each model and text, a line for each method and update."""
-    size = (1.5 + 4.5 * len(cells.texts), 0.8 + 3.6 * len(cells.models))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(cells.models), len(cells.texts), squeeze=False, sharex=True)
-    colours = {method: f"C{index}" for index, method in enumerate(cells.methods)}
-    for row, model in zip(panels, cells.models, strict=True):
-        for axes, text in zip(row, cells.texts, strict=True):
-            _panel(axes, cells, model, text, colours)
-    figure.supxlabel("sparsity of the decoder", fontsize="medium")
-    handles = [Line2D([], [], color=colour, label=NAMES.get(method, method)) for method, colour in colours.items()]
-    if len(cells.updates) > 1:
-        handles += [Line2D([], [], color="0.3", linestyle=STYLES.get(u, ":"), label=u) for u in cells.updates]
-    handles.append(Line2D([], [], color="0.6", linewidth=1, label=DENSE))
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
-    save_figure(figure, path)
-
-
-def _panel(axes: Axes, cells: Cells, model: str, text: str, colours: dict[str, str]) -> None:
-    axes.axhline(cells.of(model=model)[0]["perplexity"][text][DENSE], color="0.6", linewidth=1)
-    for method in cells.methods:
-        for update in cells.updates:
-            place = {"model": model, "method": method, "weight_update": update}
-            some = {sparsity: cells.of(target_sparsity=sparsity, **place) for sparsity in cells.sparsities}
-            found = {sparsity: contents for sparsity, contents in some.items() if contents}
-            values = {
-                sparsity: [_perplexity(content, text, PRUNED) for content in contents]
-                for sparsity, contents in found.items()
-            }
-            middles = list(map(median, values.values()))
-            errors = [middle_error(contents, text, PRUNED) for contents in found.values()]
-            style: dict[str, Any] = {"color": colours[method], "linewidth": 2.2 if method in LEARNED else 1.3}
-            axes.plot(list(values), middles, STYLES.get(update, ":"), marker=".", **style)
-            _error_bars(axes, list(values), middles, errors, colours[method])
-            axes.fill_between(list(values), list(map(min, values.values())), list(map(max, values.values())),
-                              color=colours[method], alpha=0.15, linewidth=0)  # fmt: skip
-    axes.set(yscale="log", title=f"{Path(model).name}, {cells.called[text]}", ylabel="perplexity")
-    axes.set_xticks(cells.sparsities)
-    bottom, top = axes.get_ylim()
-    digits = "125" if top > 10 * bottom else "123456789"  # which do not crowd
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(FuncFormatter(lambda value, position: _tick(value, digits)))
-    axes.grid(alpha=0.3, which="both")
-
-
-def _error_bars(
-    axes: Axes, places: Sequence[float], values: Sequence[float], errors: Sequence[float | None], colour: str
-) -> None:
-    """Draws the standard errors of those values that have one."""
-    known = [one for one in zip(places, values, errors, strict=True) if one[2] is not None and math.isfinite(one[1])]
-    if known:
-        x, y, yerr = map(list, zip(*known, strict=True))
-        axes.errorbar(x, y, yerr=yerr, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
-
-
-def _tick(value: float, digits: str) -> str:
-    """Returns the label of a perplexity that begins with one of some digits; of others none."""
-    return f"{value:,.0f}" if value >= 1 and f"{value:e}"[0] in digits else ""
