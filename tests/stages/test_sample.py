@@ -1,6 +1,7 @@
 """`tvaprune sample`: a model's own text as a file that every other command reads; what is interrupted goes on."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support import tiny
@@ -73,6 +74,28 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(source, writte
     written.stop = None
     assert sampled(source, cut).code == 0 and len(written.seen) == BATCHES - 2
     assert (cut / "text.jsonl").read_bytes() == (whole / "text.jsonl").read_bytes() and not part.exists()
+
+
+def test_a_kill_while_it_begins_again_loses_no_page(source, written, tmp_path, monkeypatch):
+    written.stop = 3
+    assert sampled(source, tmp_path).code == 130
+    part = tmp_path / "text.jsonl.part"
+    pages = part.read_bytes()
+    assert pages.count(b"\n") == 3 * 4
+    opened = Path.open
+
+    def killed(path, *given, **named):
+        file = opened(path, *given, **named)
+        if path == part and given[:1] in (("w",), ("a",)):
+            file.close()
+            raise KeyboardInterrupt
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", killed)
+        assert sampled(source, tmp_path).code == 130 and part.read_bytes() == pages
+    written.stop = None
+    assert sampled(source, tmp_path).code == 0 and len(written.seen) == BATCHES
 
 
 def test_the_same_command_writes_nothing_twice_and_another_is_refused(source, written, tmp_path):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tvaprune.errors import InputError, quoted, running_out_in
-from tvaprune.files import as_json, holding_folders, prepare_folder
+from tvaprune.files import as_json, holding_folders, prepare_folder, write_text
 from tvaprune.flags.arguments import parse_sampling
 from tvaprune.flags.settings import SampleSettings
 from tvaprune.identity import IDENTITY_NAME, Identity, check_identity, content, model_digest, write_identity
@@ -94,8 +94,8 @@ def _write(
     """Writes what is there, a list of lines for each batch, and the batches that are not, each kind in turn."""
     kinds, size = kinds_of(tokenizer), settings.batch_size
     label = f"pages of {settings.page} tokens"
-    with told_bar(batches, label, "batch") as advance, part.open("w", encoding="utf-8") as out:
-        out.writelines(chain.from_iterable(there))
+    write_text("".join(chain.from_iterable(there)), part)  # at once: a kill must not lose what was there
+    with told_bar(batches, label, "batch") as advance, part.open("a", encoding="utf-8") as out:
         for batch in range(batches):
             if batch >= len(there):
                 kind, seed = kinds[batch % len(kinds)], (settings.seed, batch)
