@@ -38,6 +38,20 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "a plan that does not say how its units were chosen",
+        RUN,
+        "return replace(plan, rotation=basis, prune_method=self.args.prune.prune_method)",
+        "return replace(plan, rotation=basis)",
+        "tests/plan/test_record.py",
+    ),
+    Mutation(
+        "named zero-shot tasks that a comparison does not score",
+        "tvaprune/study/cells.py",
+        "names = evaluation.zero_eval_tasks or [OFFLINE_GROUP]",
+        "names = [OFFLINE_GROUP]",
+        "tests/stages/test_compare.py",
+    ),
+    Mutation(
         "every gate asks all modules whether activations are computed again",
         "tvaprune/choose/gated_model.py",
         'return multiply(x, by, self.noise == "token", self._pass.recomputes)',
