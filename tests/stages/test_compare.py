@@ -276,6 +276,14 @@ def test_the_tasks_that_are_named_are_scored(flags, tmp_path, command):
     assert scored["pruned"]["num_examples"] == 3 and "average accuracy of tva_name, 1 seed" in out
 
 
+def test_a_task_without_its_data_ends_the_comparison_before_any_work(flags, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = ("--zero_eval_tasks", "tva_name", "arc_easy", "--zero_eval_limit", 3, "--zero_eval_sparsities", 0.5)
+    output = tmp_path / "out"
+    line = refusal(command, [*flags, "--block_size", 64, *named, "--data_dir", tmp_path / "none"], output)
+    assert "--zero_eval_tasks: arc_easy could not run" in line and not list(output.rglob("*.pkl"))
+
+
 def test_two_comparisons_do_not_write_into_one_folder(flags, tmp_path, command):
     with holding_folders():
         prepare_folder("output", tmp_path, may_hold_files=True)

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from support import tiny
 
+from tvaprune.errors import InputError
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
 from tvaprune.study.contents import Cells, spread
@@ -19,10 +20,13 @@ FIRST, SECOND = "first", "second"
 
 def test_the_zero_shot_average_by_hand():
     class Tasks:
+        missing = {}
+
         def run(self, models, tokenizer, on_score, max_length):
             assert list(models.values()) == ["model"] and (tokenizer, max_length) == ("tokenizer", 16)
             for task, value, examples in (("one", 0.5, 20), ("two", 0.8, 10)):
                 on_score(task, *models, Score("acc", value, None, {}, 0.25, {"num_examples": examples}, [], []))
+            return self.missing
 
     measurement = object.__new__(Measurement)
     measurement.tasks, measurement.base = Tasks(), SimpleNamespace(tokenizer="tokenizer")
@@ -30,6 +34,9 @@ def test_the_zero_shot_average_by_hand():
     found = measurement._zero_shot("model")
     assert found["average"] == pytest.approx(0.65)
     assert found["num_examples"] == 30 and found["tasks"] == {"one": 0.5, "two": 0.8}
+    Tasks.missing = {"three": "its/data"}
+    with pytest.raises(InputError, match="--zero_eval_tasks: three could not run .* averages all that it names"):
+        measurement._zero_shot("model")
 
 
 def cell(method, update, gaps, model="m/one", sparsity=0.5, seed=0, **values):

@@ -193,7 +193,7 @@ OF_CELLS = {
 } | dict.fromkeys(TARGETS, "sparsities")  # fmt: skip
 # What no cell does: it saves no model and times none, and goes on by itself.
 IN_NO_CELL = ("save_pruned", "save_loc", "overwrite_output_dir", "resume_from_checkpoint", "protocol", "speed_batches",
-              "prompt_tokens", "compare_dense", "write_out", "report_to", "run_name")  # fmt: skip
+              "prompt_tokens", "compare_dense", "write_out")  # fmt: skip
 
 
 def parse_comparison(arguments: list[str]) -> CompareSettings:

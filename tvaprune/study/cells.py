@@ -18,6 +18,7 @@ from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in
 from tvaprune.choose.rotation import wants_rotation
 from tvaprune.choose.scores import check_scored, score_masks
 from tvaprune.cut.narrow import narrow
+from tvaprune.errors import InputError
 from tvaprune.files import write_json
 from tvaprune.flags.settings import VIB_ONCE
 from tvaprune.measure import hardware
@@ -65,7 +66,13 @@ class Measurement:
         }  # fmt: skip
 
     def run(self, progress: Any) -> None:
-        """Measures every missing cell, writes it to its file and prints a line."""
+        """Measures every missing cell, writes it to its file and prints a line.
+
+        Raises:
+            InputError: If the data of a zero-shot task cannot be had.
+        """
+        if self.tasks is not None:  # tasks whose data is missing end the command before any work
+            self._dense_scores()
         for cell in self.grid.missing:
             started = time.perf_counter()
             content = self.measure(cell)
@@ -82,13 +89,12 @@ class Measurement:
         run = self._turned(run, read_rotation(mask, choice.get("rotation"), run.shape.hidden_size))
         plan = run.plan(load_masks(mask))
         (pruned, details), seconds, memory = self._timed(lambda: narrow(run, plan, keep_dense=True))
-        started, limit = time.perf_counter(), self.args.zero_eval_limit
+        started = time.perf_counter()
         losses = {text: text_loss(pruned, blocks, self.args.eval_batch_size) for text, blocks in self.texts.items()}
         measuring = time.perf_counter() - started
         zero_shot = None
         if self.grid.is_scored(cell):
-            scores = self._once("dense_zero_shot", "tasks", limit, lambda: self._zero_shot(self.base.model))
-            zero_shot = {DENSE: scores, PRUNED: self._zero_shot(pruned)}
+            zero_shot = {DENSE: self._dense_scores(), PRUNED: self._zero_shot(pruned)}
         return {
             **self.grid.settings(cell),
             **dataclasses.asdict(cell),
@@ -161,6 +167,11 @@ class Measurement:
         means, windows = found["mean_loss"], found["window_losses"]
         return {text: TextLoss(means[text], torch.tensor(windows[text], dtype=torch.float64)) for text in self.texts}
 
+    def _dense_scores(self) -> dict[str, Any]:
+        """Returns what the unpruned model scores on the tasks."""
+        limit = self.args.zero_eval_limit
+        return self._once("dense_zero_shot", "tasks", limit, lambda: self._zero_shot(self.base.model))
+
     def _zero_shot(self, model: PreTrainedModel) -> dict[str, object]:
         """Scores a model on the tasks."""
         assert self.tasks is not None
@@ -169,7 +180,12 @@ class Measurement:
         def keep(task: str, name: str, score: Score) -> None:
             found[task] = score
 
-        self.tasks.run({PRUNED: model}, self.base.tokenizer, keep, self.args.block_size)
+        missing = self.tasks.run({PRUNED: model}, self.base.tokenizer, keep, self.args.block_size)
+        if missing:  # an average of fewer would stand beside others of all
+            raise InputError(
+                f"--zero_eval_tasks: {', '.join(missing)} could not run (see above): a comparison averages all that it "
+                "names; give --data_dir with their data, or leave them out"
+            )
         return {
             "average": sum(score.value for score in found.values()) / len(found),
             "num_examples": sum(score.settings["num_examples"] for score in found.values()),
