@@ -1,6 +1,7 @@
 """A GGUF file of every family: it holds what llama.cpp's loader asks for, and is computed the same, or is refused."""
 
 import importlib.util
+import weakref
 
 import numpy as np
 import pytest
@@ -282,6 +283,20 @@ def test_a_file_without_the_changes_of_the_weights_is_seen(row, make_folder, tmp
     with pytest.raises(InputError, match="the written model's logits are off by"):
         export("gguf", folder, tmp_path / "model.gguf", "f32")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_tensors_are_made_one_after_another(make_folder, tmp_path, monkeypatch):
+    made, before, quantize = [], [], gguf.quantize
+
+    def noted(values, kind):
+        before.append(sum(ref() is not None for ref in made))
+        found = quantize(values, kind)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(gguf, "quantize", noted)
+    export("gguf", make_folder("phi3", {}, uneven), tmp_path / "model.gguf", "f16", verify=False)
+    assert len(before) > 10 and set(before) == {0}  # none of those before, whatever the model's size
 
 
 FAKE = """

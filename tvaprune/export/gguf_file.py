@@ -3,9 +3,11 @@
 llama.cpp's ``llama`` takes layer 0's sizes for all layers; ``deci`` is the same graph and reads every size per layer.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -61,12 +63,16 @@ def _write(model: PreTrainedModel, source: Path, path: Path, architecture: Archi
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in tokenizer_fields(source, model.config).items():
         (writer.add_array if isinstance(value, list) else _adder(writer, value))(key, value)
-    for name, tensor in gguf_tensors(model, architecture).items():
-        wanted = getattr(gguf.GGMLQuantizationType, _precision(tensor, outtype))
-        writer.add_tensor(name, gguf.quantize(tensor.contiguous().cpu().numpy(), wanted), raw_dtype=wanted)
+    tensors = gguf_tensors(model, architecture)
+    wanted = [gguf.GGMLQuantizationType[_precision(tensor.shape, outtype)] for tensor in tensors]
+    for tensor, kind in zip(tensors, wanted, strict=True):
+        size = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, kind in zip(tensors, wanted, strict=True):
+        writer.write_tensor_data(gguf.quantize(tensor.values().contiguous().cpu().numpy(), kind))
     writer.close()
 
 
@@ -132,11 +138,11 @@ def _file_type(outtype: str) -> str:
     return "ALL_F32" if outtype == "f32" else f"MOSTLY_{QUANTIZATIONS[outtype]}"
 
 
-def _precision(tensor: torch.Tensor, outtype: str) -> str:
+def _precision(shape: tuple[int, ...], outtype: str) -> str:
     """Returns a tensor's type: norms, biases and factors in F32; F16 where Q8_0's blocks of 32 do not fit."""
-    if tensor.dim() == 1:
+    if len(shape) == 1:
         return "F32"
-    return "F16" if outtype == "q8_0" and tensor.shape[-1] % 32 else QUANTIZATIONS[outtype]
+    return "F16" if outtype == "q8_0" and shape[-1] % 32 else QUANTIZATIONS[outtype]
 
 
 def _verify(model: PreTrainedModel, path: Path, architecture: Architecture, outtype: str) -> None:

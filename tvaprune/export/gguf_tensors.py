@@ -5,7 +5,9 @@ so a factor of the embedding becomes its inverse in all that the blocks write, a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -18,21 +20,41 @@ from tvaprune.models.shape import shape_of
 _APART = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "gate": "gate_proj", "up": "up_proj"}
 
 
-def gguf_tensors(model: PreTrainedModel, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Returns the tensors under llama.cpp's names, in float32."""
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of the file, whose values are made when they are asked for: all in float32 are twice the model.
+
+    Attributes:
+        name: llama.cpp's.
+        values: Returns them, of this shape, in float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: Callable[[], torch.Tensor]
+
+
+def gguf_tensors(model: PreTrainedModel, architecture: Architecture) -> list[GgufTensor]:
+    """Returns what the file holds of a model, in its order."""
     import gguf
 
     known = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
     names = gguf.get_tensor_name_map(known, model.config.num_hidden_layers)
-    tensors: dict[str, torch.Tensor] = {}
+    parts: dict[str, list[tuple[str, str, torch.Tensor]]] = {}
     for module, kind, values in _parts(model, architecture):
         block, _, last = module.rpartition(".")
         is_part = architecture.fused == "qkv" and last in ("q_proj", "k_proj", "v_proj")
         name = f"{names.get_name(f'{block}.qkv_proj' if is_part else module)}.{kind}"
-        values = _changed(module, kind, values.detach().float(), model, architecture)
-        tensors[name] = torch.cat([tensors[name], values]) if name in tensors else values
+        parts.setdefault(name, []).append((module, kind, values))
+
+    def values_of(name: str) -> torch.Tensor:
+        found = [_changed(*part, values.float(), model, architecture) for *part, values in parts[name]]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    shapes = {name: (sum(len(values) for *_, values in rows), *rows[0][-1].shape[1:]) for name, rows in parts.items()}
+    tensors = [GgufTensor(name, shape, partial(values_of, name)) for name, shape in shapes.items()]
     if "llama3" in architecture.ropes and (factors := rope_factors(model)) is not None:
-        tensors["rope_freqs.weight"] = factors
+        tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors))
     return tensors
 
 

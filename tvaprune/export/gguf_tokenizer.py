@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError, quoted
+from tvaprune.files import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 LOWEST_SCORE = -1e6  # of a SentencePiece token that no merge makes
@@ -28,7 +29,7 @@ def tokenizer_fields(folder: Path, config: Any) -> dict[str, Any]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {"tokenizer.ggml.model": "no_vocab"}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     model = content["model"]
     if model.get("type") != "BPE":
         raise InputError(f"--format gguf: a tokenizer of type {model.get('type')} is not supported, only BPE")
@@ -118,7 +119,7 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
 def _special_tokens(folder: Path, content: dict[str, Any], config: Any) -> dict[str, object]:
     """Returns the ids of the special tokens, and whether texts begin or end with one."""
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     ids = dict(content["model"]["vocab"]) | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
     fields: dict[str, Any] = {}
     for short, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
