@@ -15,10 +15,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from tvaprune.choose.rotation import learn_rotation, moments_of
+from tvaprune.choose.rotation import learn_rotation, moments_of, rows_of
 from tvaprune.choose.tie import BLOCKS, tried
 from tvaprune.flags.arguments import Arguments
-from tvaprune.measure.cost import ROTATION_BLOCKS
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.families import family_of
 from tvaprune.models.rotate import Rotation, rotate, turns_of
@@ -66,7 +65,7 @@ def tell_tie(run: Run, path: str) -> None:
     """Prints what keeping a tie costs, over the axes."""
     carried, _ = moments_of(run)
     print(f"\n| {path}: axes of {run.shape.hidden_size} hidden dims | KL, nats |\n|---|---|")
-    for _, axes, cost in tried(run.model, carried.diagonal(), run.train_blocks(ROTATION_BLOCKS)[:BLOCKS]["input_ids"]):
+    for _, axes, cost in tried(run.model, carried.diagonal(), rows_of(run, BLOCKS)):
         print(f"| {int(axes.sum())} | {cost:.2g} |", flush=True)
 
 

@@ -12,7 +12,7 @@ from support.families import logits
 
 from tvaprune.choose import rotation, tie
 from tvaprune.choose.choose import in_basis
-from tvaprune.choose.rotation import learn_rotation, moments_of
+from tvaprune.choose.rotation import learn_rotation, moments_of, rows_of
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.rotate import Rotation, rotate
@@ -131,6 +131,17 @@ def test_the_basis_is_the_same_whatever_the_batch(source, monkeypatch):
         torch.testing.assert_close(needed, found[0][1], rtol=1e-4, atol=1e-4)
     run.args.training.seed += 1  # control: other tokens are drawn
     assert not torch.allclose(moments_of(run)[1], found[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_basis_is_of_the_whole_text_however_many_blocks_gates_train_on(source):
+    run = run_of(*source, "--block_size", 4, "--max_train_samples", 300, "--output_dir", "unused")
+    blocks = run.train_blocks(128)[:]["input_ids"]
+    rows = rows_of(run, 128)
+    assert len(blocks) == 300 and len(rows) == 128
+    places = [int((blocks == row).all(-1).nonzero()[0]) for row in rows]
+    assert torch.equal(rows[0], blocks[0]) and torch.equal(rows[-1], blocks[-1])
+    assert sum(place >= 128 for place in places) > 64  # the first 128 would be of the first part alone
+    assert torch.equal(rows_of(run, 300), blocks) and torch.equal(rows_of(run, 1000), blocks)  # controls
 
 
 def test_an_interrupted_training_goes_on_in_the_basis_that_it_began_in(pruned, source, command, monkeypatch):

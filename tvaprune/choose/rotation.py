@@ -20,6 +20,7 @@ from tvaprune.models.families import family_of
 from tvaprune.models.rotate import Rotation, norms_of, why_not
 from tvaprune.models.shape import shape_of
 from tvaprune.run import Run
+from tvaprune.text.blocks import spread
 
 
 def wants_rotation(args: Arguments, config: PretrainedConfig) -> bool:
@@ -68,8 +69,7 @@ def moments_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     ``C`` is the second moment of what the norms hand on, gains left out, over all norms; ``G`` that of the gradients of
     the predictions' log-likelihood there, of tokens drawn from the predictions (so it is Fisher's).
     """
-    blocks = run.train_blocks(ROTATION_BLOCKS)
-    rows = blocks[: min(ROTATION_BLOCKS, len(blocks))]["input_ids"]
+    rows = rows_of(run, ROTATION_BLOCKS)
     # One number for each token to be drawn, whatever the batch is and wherever it is computed.
     draws = torch.rand(rows.shape, generator=torch.Generator().manual_seed(run.args.training.seed))
     moments = _Moments(run)
@@ -88,8 +88,7 @@ def _rotation(run: Run, carried: torch.Tensor, needed: torch.Tensor) -> Rotation
         raise InputError("--rotate: the streams' moments are no numbers; use --dtype float32, or --rotate off")
     if run.args.prune.rotate == "on" or not run.shape.tie_word_embeddings:
         return Rotation(_directions(carried, needed).float())
-    blocks = run.train_blocks(ROTATION_BLOCKS)[:BLOCKS]["input_ids"]
-    kept = kept_tie(run.model, carried.diagonal(), blocks)
+    kept = kept_tie(run.model, carried.diagonal(), rows_of(run, BLOCKS))
     if kept is None:
         return None
     stretch, axes = kept
@@ -99,6 +98,12 @@ def _rotation(run: Run, carried: torch.Tensor, needed: torch.Tensor) -> Rotation
     inner = (carried * stretch * stretch.unsqueeze(1), needed / stretch / stretch.unsqueeze(1))
     matrix[rest, count:] = _directions(*(moment[rest][:, rest] for moment in inner))
     return Rotation(matrix.float(), stretch.float())
+
+
+def rows_of(run: Run, count: int) -> torch.Tensor:
+    """Returns tokens from all over the text that units are chosen by, shape ``(blocks, length)``."""
+    rows: torch.Tensor = spread(run.train_blocks(ROTATION_BLOCKS), count)[:]["input_ids"]
+    return rows
 
 
 def _directions(carried: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,11 @@ def token_blocks(
     return blocks.with_format("torch")
 
 
+def spread(blocks: Dataset, count: int) -> Dataset:
+    """Returns so many blocks from all over a text, in its order; all of them where there are fewer."""
+    return blocks.select(np.linspace(0, len(blocks) - 1, min(count, len(blocks)), dtype=int))
+
+
 def _digest(identity: list[object], documents: list[str]) -> str:
     """Returns what tells a text's blocks from another's."""
     digest = hashlib.sha256(json.dumps(identity).encode())
