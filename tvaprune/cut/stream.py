@@ -35,7 +35,7 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     Raises:
         InputError: If the weight update needs the model in memory, or a text is missing.
     """
-    prune, device, begin = run.args.prune, dense.device, time.perf_counter()
+    prune, device = run.args.prune, dense.device
     if prune.weight_update == "fold" and prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
         raise InputError(
             "--stream True: the bias terms of --prune_method flap need the model in memory; give --weight_update "
@@ -46,6 +46,7 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
     pruned, update = Streamed(model, cut, device, dense.scratch), {}
     if prune.refits:
         calibration, held_out = refit_texts(run)
+        begin = time.perf_counter()  # texts were read before
         batch_size = windows_per_pass(calibration, run.args.training.per_device_eval_batch_size)
         _check_room(plan, dense, batch_size, calibration, held_out, prune)
         texts = plan, calibration, held_out, batch_size

@@ -168,7 +168,8 @@ def _local_documents(dataset_name: str, split: str) -> list[str]:
         texts = {name: Dataset.from_dict({"text": documents}) for name, documents in module.read_splits().items()}
         DatasetDict(texts).save_to_disk(target)
 
-    return list(_cached(folder, build)[split]["text"])
+    documents: list[str] = _cached(folder, build)[split]["text"][:]  # at once: row by row takes twenty times as long
+    return documents
 
 
 def _version(package: str) -> str:
@@ -282,7 +283,7 @@ def _path_documents(path: Path, split: str) -> list[str]:
     rows = loaded[split] if own_splits else loaded
     if "text" not in rows.column_names:
         raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")
-    texts = list(rows["text"])
+    texts = rows["text"][:]
     for number, text in enumerate(texts, start=1):
         told = "null" if text is None else type(text).__name__
         if not isinstance(text, str) or (told := _no_unicode(text)):
