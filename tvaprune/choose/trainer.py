@@ -58,7 +58,7 @@ class GateTrainer(CheckpointedTrainer):
     ) -> None:
         objective = PruningObjective(gated, settings)
         super().__init__(
-            model=objective, args=args, train_dataset=train_dataset, eval_dataset=eval_blocks, data_collator=_stack,
+            model=objective, args=args, train_dataset=train_dataset, eval_dataset=eval_blocks,
             identity=record.get("identity", {}),
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
@@ -208,10 +208,6 @@ def _widths(plan: KeepPlan) -> dict[str, float]:
     layered = {"num_key_value_heads": plan.num_key_value_heads, "intermediate_size": plan.intermediate_size}
     means = {f"eval_mean_{name}": sum(widths) / len(widths) for name, widths in layered.items()}
     return {"eval_hidden_size": float(plan.hidden_size)} | means
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
 
 
 class _GateProgress(TrainingBar):

@@ -63,7 +63,7 @@ class FinetuneTrainer(CheckpointedTrainer):
     ) -> None:
         indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
         super().__init__(
-            model=model, args=args, train_dataset=indexed, eval_dataset=eval_blocks, data_collator=_stack,
+            model=model, args=args, train_dataset=indexed, eval_dataset=eval_blocks,
             identity=identity,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
@@ -130,10 +130,6 @@ class FinetuneTrainer(CheckpointedTrainer):
         """Keeps the column by which a cached teacher finds a block: the model's forward does not take it."""
         super()._set_signature_columns_if_needed()
         self._signature_columns: Any = [*(self._signature_columns or []), "index"]
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
 class _FinetuneProgress(TrainingBar):
