@@ -13,6 +13,7 @@ from support.in_process import run
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tvaprune.choose.choose import _is_interrupted
+from tvaprune.choose.scores import score_masks
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.shape import shape_of
@@ -138,6 +139,28 @@ def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_pat
     assert code == 0, error
     assert tiny.read_json(tmp_path / "out" / "results.json")["prune_method"] == method
     assert list((tmp_path / "out" / "best").glob("mask_info_*.pkl"))
+
+
+@pytest.mark.parametrize(("method", "times"), [("flap", 1), ("taylor", 2)])
+def test_units_are_scored_once_where_the_choice_serves_all_targets(
+    method, times, checkpoint, text, tmp_path, command, monkeypatch
+):
+    asked = []
+
+    def scores(model, method, blocks, target, seed, batch_size):
+        asked.append((target, batch_size))
+        return score_masks(model, method, blocks, target, seed, batch_size)
+
+    monkeypatch.setattr("tvaprune.choose.choose.score_masks", scores)
+    flags = ("--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, *RUN, "--prune_method", method,
+             "--max_train_samples", 8, "--weight_update", "none", "--per_device_eval_batch_size", 2)  # fmt: skip
+    code, _, error = command(*flags, "--target_sparsity", 0.2, 0.4, "--output_dir", tmp_path / "both")
+    assert code == 0, error
+    assert asked == [(0.4, 2), (0.2, 2)][:times]
+    assert command(*flags, "--target_sparsity", 0.2, "--output_dir", tmp_path / "one")[0] == 0
+    plans = [KeepPlan.load(tmp_path / folder / "plan.json") for folder in ("both/sparsity_0.2", "one")]
+    assert plans[0].intermediate_size == plans[1].intermediate_size
+    assert all(torch.equal(*pair) for pair in zip(*(plan.kept for plan in plans), strict=True))
 
 
 def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, command):

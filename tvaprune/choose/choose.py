@@ -12,15 +12,15 @@ from tvaprune import ranks
 from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.rotation import learn_rotation, loses_rotation, wants_rotation
-from tvaprune.choose.scores import score_masks
+from tvaprune.choose.scores import PER_TARGET, score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
-from tvaprune.errors import TRAINING, InputError, running_out_in
+from tvaprune.errors import SCORING, TRAINING, InputError, running_out_in
 from tvaprune.files import discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, read_identity
-from tvaprune.measure.perplexity import perplexity
+from tvaprune.measure.perplexity import perplexity, windows_per_pass
 from tvaprune.models.families import family_of
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
@@ -31,6 +31,7 @@ from tvaprune.run import Run
 
 DEFAULT_TRAIN_SAMPLES = 4500  # blocks; the released runs take 4,000 to 5,000
 DEFAULT_CALIBRATION_SAMPLES = 128  # blocks for the one-shot scores
+SCORED_WINDOWS = 4  # of a pass, at most: some scores go backward through all weights
 
 
 # Flags of gate training with a default of their own; the others are told as they were resolved.
@@ -94,17 +95,21 @@ def in_basis(run: Run, checkpoint: str | None = None) -> Run:
 def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
     """Chooses units for every ``--target_sparsity``.
 
-    Gates are trained once, to the largest target, and cut at each; units are scored anew for each. The file of the
-    largest target is in ``<output_dir>/best``, the others are in ``<output_dir>/sparsity_<target>/best``.
+    Gates are trained once, to the largest target, and units scored once, and cut at each; what ranks within each layer
+    is scored anew for each. The file of the largest target is in ``<output_dir>/best``, the others are in
+    ``<output_dir>/sparsity_<target>/best``.
     """
     targets = sorted(run.args.each_target())
     others = [run.at(target) for target in targets[:-1]]
-    history = None
-    if run.args.prune.prune_method == "vib":
+    method, history = run.args.prune.prune_method, None
+    if method == "vib":
         largest, history = _train_gates(run, checkpoint)
-        rest = [_write_mask(one, load_masks(largest), _cut_of(largest, one)) for one in others]
     else:
-        largest, rest = _score_units(run), [_score_units(one) for one in others]
+        largest = _score_units(run)
+    if method in PER_TARGET:
+        rest = [_score_units(one) for one in others]
+    else:
+        rest = [_write_mask(one, load_masks(largest), _cut_of(largest, one)) for one in others]
     return Chosen(dict(zip(targets, [*rest, largest], strict=True)), history)
 
 
@@ -143,13 +148,20 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
 def _score_units(run: Run) -> Path:
     """Scores the units in one shot and returns the mask's file."""
     blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
-    target, seed = max(run.args.prune.target_sparsity), run.args.training.seed
-    masks = score_masks(run.model, run.args.prune.prune_method, blocks, target, seed)
+    target = max(run.args.prune.target_sparsity)
+    masks = scored(run, blocks, target)
     flags = {"prune_method": run.args.prune.prune_method, "max_train_samples": len(blocks)}
     identity = run.identity(
         flags | {"target_sparsity": target}, (blocks, run.choice_blocks()), rules_as_flags(run.rules)
     )
     return _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
+
+
+def scored(run: Run, blocks: Dataset, target: float) -> Masks:
+    """Scores units for a target, as ``--prune_method`` says; ``--per_device_eval_batch_size`` makes passes smaller."""
+    batch_size = min(SCORED_WINDOWS, windows_per_pass(blocks, run.args.training.per_device_eval_batch_size))
+    with running_out_in(SCORING):
+        return score_masks(run.model, run.args.prune.prune_method, blocks, target, run.args.training.seed, batch_size)
 
 
 def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:
@@ -178,7 +190,7 @@ def _replace_masks(run: Run, masks: Masks, value: float, record: dict[str, objec
 
 
 def _cut_of(largest: Path, run: Run) -> dict[str, object]:
-    """Returns the record of a training's gates cut at another target."""
+    """Returns the record of a choice for the largest target that is cut at another."""
     identity = read_record(largest)["identity"]
     target = {"target_sparsity": max(run.args.prune.target_sparsity), "learned for": largest.stem}
     return {"identity": identity | {"flags": identity["flags"] | target}}

@@ -69,7 +69,8 @@ def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, d
     model = lent(run.model) if keep_dense else run.model
     if folds and run.args.prune.prune_method == "flap" and (run.shape.output_bias or run.shape.mlp_bias):
         model = copy.deepcopy(run.model) if keep_dense else model  # whose biases change
-        compensate_bias(model, plan, run.refit_blocks())
+        blocks = run.refit_blocks()
+        compensate_bias(model, plan, blocks, windows_per_pass(blocks, run.args.training.per_device_eval_batch_size))
     place = place_of(model)
     model = apply_plan(model, plan)
     put(model, place)
@@ -78,8 +79,9 @@ def _cut(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, d
 
 def _refitted(run: Run, plan: KeepPlan, keep_dense: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns a narrower copy of the model, its kept weights refitted, perhaps reconstructed, and what that did."""
-    begin, training, place = time.perf_counter(), run.args.training, place_of(run.model)
+    training, place = run.args.training, place_of(run.model)
     calibration, held_out = refit_texts(run)
+    begin = time.perf_counter()  # texts were read before
     texts = plan, calibration, held_out, windows_per_pass(calibration, training.per_device_eval_batch_size)
     with running_out_in(REFITTING):
         if isinstance(place, dict):  # half a layer of each at a time goes to one device

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in_basis
+from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in_basis, scored
 from tvaprune.choose.rotation import wants_rotation
-from tvaprune.choose.scores import check_scored, score_masks
+from tvaprune.choose.scores import check_scored
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
 from tvaprune.files import write_json
@@ -226,5 +226,5 @@ def _masks_of(run: Run, method: str, targets: Sequence[float]) -> tuple[dict[flo
         masks = load_masks(path)
     else:
         blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
-        masks = score_masks(run.model, method, blocks, max(targets), run.args.training.seed)
+        masks = scored(run, blocks, max(targets))
     return {target: calibrate(masks, run.shape, target, run.rules) for target in targets}, run.rotation

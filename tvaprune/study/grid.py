@@ -1,20 +1,19 @@
 """The cells of a comparison: their flags, their files, and which of them an earlier run has measured already."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvaprune.choose.scores import PER_TARGET
 from tvaprune.errors import InputError
+from tvaprune.files import read_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import VIB_ONCE, CompareSettings
 from tvaprune.given import given_units
 from tvaprune.plan.masks import read_record
 
 VIB = "vib"
-# Chosen anew for every target (ranks within each layer come with a number of heads); the others once, cut at all.
-PER_TARGET = (VIB, "magnitude", "wanda_sp", "taylor", "random")
 _SETTINGS = (
     "dataset", "other_texts", "split", "block_size", "train_samples", "calibration_samples", "max_eval_samples",
 )  # fmt: skip
@@ -92,7 +91,7 @@ class Grid:
 
     def targets(self, cell: Cell) -> list[float]:
         """Returns the sparsities that the choice of a cell's units serves."""
-        return [cell.target_sparsity] if cell.method in PER_TARGET else sorted(self.args.sparsities)
+        return [cell.target_sparsity] if cell.method in (VIB, *PER_TARGET) else sorted(self.args.sparsities)
 
     def training(self, cell: Cell) -> dict[str, float]:
         """Returns what vib_once trains its one set of gates to: the largest target, as ``--target_sparsity`` does."""
@@ -122,7 +121,7 @@ class Grid:
         if not path.exists():
             return None
         try:
-            content = dict(json.loads(path.read_text(encoding="utf-8")))
+            content = dict(read_json(path))
             other = [name for name, value in settings.items() if content[name] != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(

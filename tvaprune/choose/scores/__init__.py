@@ -31,6 +31,8 @@ SCORES: dict[str, Callable[[Calibration], PerUnit]] = {
     "bonsai": bonsai_scores,
     "random": random_scores,
 }
+# What ranks within each layer: its number of heads is for one target alone. The others' choice serves every target.
+PER_TARGET = frozenset({"magnitude", "wanda_sp", "taylor", "random"})
 
 
 def check_scored(method: str, shape: ModelShape) -> None:
@@ -55,9 +57,8 @@ def score_masks(
     Args:
         method: One of `SCORES`.
         blocks: Calibration windows.
-        target: The sparsity that the masks are for. What ranks within each layer (magnitude, wanda_sp, taylor, random)
-            has its number of heads for this target alone; of several, Bonsai's order for the largest serves the
-            smaller ones too.
+        target: The sparsity that the masks are for, those of `PER_TARGET` for this alone; of several targets, Bonsai's
+            order for the largest serves the smaller ones too.
         seed: Of the draws of ``random`` and ``bonsai``.
         batch_size: Windows per forward pass.
 
