@@ -237,6 +237,8 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
         (("--models", "nowhere"), "--model_name_or_path nowhere: cannot be loaded"),
         (("--dataset", "python_docs", "--other_texts", "python_docs"), "is the --dataset too"),
         (("--sparsities", 1.5), "--sparsities is 1.5: give a number between 0 and 1"),
+        (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is given twice; give each once"),
+        (("--methods", "flap", "flap"), "--methods flap flap: one is given twice"),
         (("--seeds", -1), "--seeds is -1: give a whole number from 0"),
         (("--methods", "melt"), "--methods melt: give some of vib"),
         (("--lora_r", 4), "--lora_r acts in finetune, not in prune"),
@@ -248,6 +250,11 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
     assert words in refusal(command, [*flags, *change], tmp_path)
     assert files_of(tmp_path) == []
+
+
+def test_a_comparison_may_have_no_other_text(tmp_path):
+    assert parse_comparison(["--other_texts", "--output", str(tmp_path)]).other_texts == []
+    assert parse_comparison(["--output", str(tmp_path)]).other_texts == ["package_readmes"]  # control
 
 
 def test_nothing_that_a_cell_is_can_be_said_to_all_cells_at_once(flags, tmp_path, monkeypatch):

@@ -206,7 +206,7 @@ def parse_comparison(arguments: list[str]) -> CompareSettings:
         (CompareSettings,), prog="tvaprune compare", description=str(CompareSettings.__doc__).split("\n")[0]
     )
     for action in parser._actions:
-        if action.dest in ("zero_eval_sparsities", "zero_eval_seeds"):
+        if action.dest in ("zero_eval_sparsities", "zero_eval_seeds", "other_texts"):
             action.nargs = "*"
     settings, flags = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     check_flags("prune", flags)

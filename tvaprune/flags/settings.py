@@ -95,7 +95,7 @@ class PruneSettings:
         default_factory=lambda: [0.5],
         metadata={
             "help": "Share of the decoder layers' parameters to remove, between 0 and 1. Several: one choice of units, "
-            "its gates trained to the largest, is cut at each."
+            "for the largest, is cut at each; scores within each layer are made for each."
         },
     )
     target_params: str | None = _flag(
@@ -384,6 +384,10 @@ class CompareSettings:
         """Checks the ranges, and that nothing is compared with itself."""
         check_ranges(self)
         known = (*METHODS, VIB_ONCE)
+        for name in ("methods", "weight_updates", "sparsities", "seeds"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise InputError(f"--{name} {' '.join(map(str, given))}: one is given twice; give each once")
         wrong = [method for method in self.methods if method not in known]
         if wrong:
             raise InputError(f"--methods {' '.join(wrong)}: give some of {', '.join(known)}")
