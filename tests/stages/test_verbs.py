@@ -113,6 +113,26 @@ def scoring(monkeypatch):
     return names
 
 
+def test_a_new_measurement_of_a_whole_model_is_told_with_its_own_run(source, scoring, tmp_path):
+    model, text = source[0][:2], source[0][2:4]
+    assert (model[0], text[0]) == ("--model_name_or_path", "--dataset_name")
+    scoring[:] = ["a"]
+    first = do("apply", *model, "--do_zero_eval", "True", "--output_dir", tmp_path)
+    scoring[:] = ["b"]
+    flags = (*source[0], "--do_zero_eval", "True", "--do_eval", "True", "--seed", 7, "--output_dir", tmp_path)
+    do("apply", *flags)
+    found = Results.read(tmp_path)
+    assert found.model_perplexity is not None and sorted(found.zero_shot.tasks) == ["a", "b"]
+    assert (
+        (found.seed, found.dataset_name) == (7, str(text[1])) and first.seed != 7 and first.dataset_name != str(text[1])
+    )
+    scoring[:] = ["c"]  # control: what is not measured anew stays as it was told
+    do("apply", *model, "--do_zero_eval", "True", "--output_dir", tmp_path)
+    again = Results.read(tmp_path)
+    assert again.seed == 7 and again.model_perplexity == found.model_perplexity
+    assert sorted(again.zero_shot.tasks) == ["a", "b", "c"]
+
+
 def test_zero_shot_scores_of_the_same_model_and_mask_join(source, scoring, tmp_path, capsys):
     flags = (*source[0], "--weight_update", "fold", "--output_dir", tmp_path, "--mask_loc")
     measured = do("apply", "--do_eval", "True", *flags, source[1])

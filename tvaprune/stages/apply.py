@@ -76,7 +76,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     results = Results.begin(run, plan, args.prune.mask_loc)
     earlier = ranks.on_main(_joined, args, results) if measures else None
     if plan is None:
-        return _as_it_is(run, tasks, earlier or results)
+        return _as_it_is(run, tasks, results, earlier)
     windows = dense = None
     if training.do_eval:
         phases.begin(DENSE_MODEL)
@@ -109,8 +109,8 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     return results
 
 
-def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results) -> Results:
-    """Measures and scores a model that nothing is cut of."""
+def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results, earlier: Results | None) -> Results:
+    """Measures and scores a model that nothing is cut of; what an earlier run measured stays where this does not."""
     args = run.args
     if args.training.do_eval and (tasks is None or "dataset_name" in args.recipe):  # C4 is no text to fetch unasked
         run.phases.begin(DENSE_MODEL)
@@ -118,7 +118,10 @@ def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results) -> Results:
         loss = run.dense_loss(windows)
         results.protocol = run.evaluation_text(windows)
         results.model_perplexity = Perplexity(loss.perplexity, loss.perplexity_stderr)
+        results.zero_shot = None if earlier is None else earlier.zero_shot
         tell(args, results)
+    elif earlier is not None:
+        results = earlier
     zero_shot(run, tasks, {"model": run.model}, results)
     return results
 
