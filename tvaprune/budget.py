@@ -75,6 +75,8 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         compare_dense=args.evaluation.compare_dense,
         lora_r=0 if finetune.full_ft else finetune.lora_r,
         train_lm_head=not shape.tie_word_embeddings if asked is None else asked,
+        measures=args.recipe["verb"] != "apply" or training.do_eval,
+        targets=len(set(args.prune.target_sparsity)),
     )
 
 

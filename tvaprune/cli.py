@@ -98,8 +98,8 @@ def main() -> int:
 def _run(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         raise InputError(f"'{verb}' is no verb: give one of {', '.join(VERBS)}; --help says what each does")
-    measures = verb == "apply" and not {"--help", "-h"} & set(arguments)
-    run_verb(verb, ["--do_eval", "True", *arguments] if measures else arguments)
+    asks = {"--help", "-h"} & set(arguments)
+    run_verb(verb, arguments if asks else [*VERBS[verb].given, *arguments])
 
 
 def _usage() -> str:

@@ -55,11 +55,11 @@ class Estimate:
     @property
     def flops(self) -> float:
         """Floating-point operations of the whole run."""
-        return sum(phase.flops for phase in self.phases)
+        return sum(phase.times * phase.flops for phase in self.phases)
 
     @property
     def counted(self) -> dict[str, float]:
-        """The operations of each phase's parts, by their names."""
+        """The operations of each phase's parts, by their names; of what is done once for each target, of one."""
         return {part: flops for phase in self.phases for part, flops in phase.parts.items()}
 
     def minutes(self, tflops: float = TFLOPS) -> float:

@@ -20,6 +20,7 @@ from tvaprune.flags.settings import (
     PruneSettings,
     SampleSettings,
 )
+from tvaprune.flags.verbs import VERBS
 from tvaprune.report.results import Results
 from tvaprune.stages.describe import Description
 from tvaprune.stages.describe import describe as _describe
@@ -56,7 +57,7 @@ def apply(model: str | Path, mask: str | Path | None, *settings: Settings, **tra
     Raises:
         InputError: If something that was given cannot be used, or does not act here.
     """
-    found: Results = run_verb("apply", [*_mask(mask), *words(model, settings, {"do_eval": True} | training)])
+    found: Results = run_verb("apply", [*VERBS["apply"].given, *_mask(mask), *words(model, settings, training)])
     return found
 
 

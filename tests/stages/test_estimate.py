@@ -132,6 +132,28 @@ def test_on_a_cpu_nothing_is_there_twice(large):
     assert timed["cut"].device > 1.4 * weights  # control: both stay, to be timed
 
 
+def test_what_is_done_for_each_target_is_counted_for_each(large, capsys):
+    one, three = (estimate(large, "prune", PruneSettings(target_sparsity=ts)) for ts in ([0.2], [0.2, 0.35, 0.5]))
+    cut = sum(phases(one)[name].flops for name in ("refit", "pruned perplexity"))
+    assert three.flops - one.flops == pytest.approx(2 * cut)
+    assert three.counted == one.counted  # control: each target's own phases are as long as ever
+    flags = ["--model_name_or_path", str(large), "--verb", "prune", "--target_sparsity", "0.2", "0.5", "--json"]
+    run_verb("estimate", flags)
+    told = {phase["name"]: phase["times"] for phase in json.loads(capsys.readouterr().out)["phases"]}
+    assert told == {"dense perplexity": 1, "rotation": 1, "gate training": 1, "refit": 2, "pruned perplexity": 2}
+    run_verb("estimate", flags[:-1])
+    assert "refit, 2 times" in capsys.readouterr().out
+
+
+def test_what_apply_does_not_measure_is_not_counted(large):
+    flags = ["--model_name_or_path", str(large), "--verb", "apply", "--weight_update", "fold"]
+    measured = run_verb("estimate", [*flags, "--prompt_tokens", "8"])  # by default, as apply does
+    cut = run_verb("estimate", [*flags, "--do_eval", "False"])
+    assert list(phases(measured)) == ["dense perplexity", "cut", "pruned perplexity"]
+    assert list(phases(cut)) == ["cut"] and cut.largest.device < measured.largest.device
+    assert cut.host == measured.host > 0  # the model is loaded all the same
+
+
 def test_a_mask_gives_the_widths(small, make_masks):
     flags, mask = small
     found = run_verb("estimate", ["--verb", "apply", *flags, "--mask_loc", str(mask), "--dim_multiple", "4"])

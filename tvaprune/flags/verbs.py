@@ -55,6 +55,7 @@ class Verb:
         expert: Flags that few need.
         training: transformers' training arguments that act.
         goes_on: What an interrupted user is told.
+        given: Words before the user's own; the released scripts, which call the verb too, say theirs.
     """
 
     help: str
@@ -63,6 +64,7 @@ class Verb:
     expert: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     goes_on: str = "--resume_from_checkpoint True goes on from the last checkpoint"
+    given: tuple[str, ...] = ()
 
     @property
     def flags(self) -> frozenset[str]:
@@ -70,8 +72,12 @@ class Verb:
         return frozenset((*self.first, *self.expert, *self.training, *ALWAYS))
 
 
-def _verb(help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...], training: tuple[str, ...]) -> Verb:
-    return Verb(help, entry, first, tuple(dict.fromkeys(name for name in every if name not in first)), training)
+def _verb(
+    help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...], training: tuple[str, ...],
+    given: tuple[str, ...] = (),
+) -> Verb:  # fmt: skip
+    expert = tuple(dict.fromkeys(name for name in every if name not in first))
+    return Verb(help, entry, first, expert, training, given=given)
 
 
 _SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
@@ -94,6 +100,7 @@ VERBS = {
         (*_SEEN_FIRST, "mask_loc", "plan", "block_size", "ctx_length", "do_eval", "do_zero_eval"),
         (*(name for name in _MEASURED if name not in _NOT_APPLIED), "prune_method", "stream"),
         (),
+        given=("--do_eval", "True"),
     ),
     "finetune": _verb(
         "recover what a mask cost: LoRA, or all weights, distilled from the dense model",

@@ -47,6 +47,7 @@ class Phase:
         flops: Floating-point operations of its matrix products; a multiply and an add are two.
         helps: What makes it need less, in the words of the flags.
         last: The name and operations of its last part, where that has one.
+        times: How often a run does it: once for each target.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Phase:
     flops: float
     helps: str
     last: tuple[str, float] = ("", 0.0)
+    times: int = 1
 
     @property
     def parts(self) -> dict[str, float]:
@@ -277,9 +279,7 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
     Args:
         on_card: Else the host's memory is the device's, and what is loaded is not copied there.
     """
-    found = [_evaluated(DENSE_PERPLEXITY, work, work.dense, 0)]
-    if on_card:
-        found[0] = replace(found[0], host=weights(work.dense, work))
+    found = [_evaluated(DENSE_PERPLEXITY, work, work.dense, 0)] if work.measures else []
     if verb == "prune":
         if work.rotation_batch:
             found.append(_rotation(work))
@@ -287,16 +287,18 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
             found.append(Phase(GATE_TRAINING, gate_step(work), 0, flops, _SMALLER_STEP))
-    found += _cut(work)
     beside = weights(work.dense, work) if work.keep_dense else 0
-    found.append(_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside))
+    measured = [_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside)] if work.measures else []
+    found += [replace(phase, times=work.targets) for phase in (*_cut(work), *measured)]
     if verb == "finetune":
         scored = work.scorings * forward_flops(work.pruned, work.choice_blocks * work.block, work.block)
         scored += forward_flops(work.pruned, work.windows * work.window, work.window)  # of what was tuned
         flops = work.steps * finetuning_flops(work) + scored
         helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"
         found.append(Phase(FINE_TUNING, finetuning_step(work), 0, flops, helps))
-    if not on_card:
+    if on_card:  # what is loaded passes the host
+        found[0] = replace(found[0], host=max(found[0].host, weights(work.dense, work)))
+    else:
         return [replace(phase, device=phase.device + phase.host, host=0) for phase in found]
     return found
 

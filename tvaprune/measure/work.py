@@ -39,6 +39,7 @@ class Work:
             that is tuned, too.
         rotation_batch: Blocks of a pass of what learns a rotation; 0: nothing is turned.
         lora_r: Rank of LoRA; 0: all weights are trained.
+        measures: Whether perplexities are measured; ``targets``: how often it is cut, and what is left measured.
     """
 
     dense: ModelShape
@@ -67,6 +68,8 @@ class Work:
     rotation_batch: int = 0
     lora_r: int = 128
     train_lm_head: bool = True
+    measures: bool = True
+    targets: int = 1
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from tvaprune.files import as_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.conditions import parse
 from tvaprune.flags.recipes import expand
-from tvaprune.flags.verbs import check_flags
+from tvaprune.flags.verbs import VERBS, check_flags
 from tvaprune.given import given_units
 from tvaprune.measure import cost
 from tvaprune.measure.work import GIB
@@ -30,7 +30,7 @@ def estimate(verb: str, flags: list[str]) -> Estimate:
     """
     if verb not in RUNS:
         raise InputError(f"--verb {verb}: give one of {', '.join(RUNS)}")
-    flags = expand(verb, flags)
+    flags = expand(verb, [*VERBS[verb].given, *flags])
     check_flags(verb, flags)
     args = parse(verb, flags)
     if args.prune.stream:
@@ -99,9 +99,10 @@ def _told(found: Estimate, tflops: float) -> str:
     where = ("GPUs" if found.is_spread else "GPU") if found.on_card else "memory"
     rows = [("phase", f"{where:>10}  {'host':>9}  {'PFLOP':>8}  {'min':>6}")]
     for phase in found.phases:
-        minutes = phase.flops / tflops / 1e12 / 60
-        figures = f"{in_gib(phase.device):>10}  {in_gib(phase.host):>9}  {phase.flops / 1e15:>8.4g}  {minutes:>6.1f}"
-        rows.append((phase.name, figures))
+        flops = phase.times * phase.flops
+        figures = f"{in_gib(phase.device):>10}  {in_gib(phase.host):>9}  {flops / 1e15:>8.4g}  "
+        figures += f"{flops / tflops / 1e12 / 60:>6.1f}"
+        rows.append((phase.name if phase.times == 1 else f"{phase.name}, {phase.times} times", figures))
     rows.append(("all", f"{in_gib(found.largest.device):>10}  {in_gib(found.host):>9}  {found.flops / 1e15:>8.4g}  "
                         f"{found.minutes(tflops):>6.1f}"))  # fmt: skip
     if found.on_card:
