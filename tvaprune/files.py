@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -57,6 +58,19 @@ def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON, or nested too deep for any file of ours.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def write_text(content: str, path: Path) -> None:
@@ -246,7 +260,7 @@ def foreign_files(folder: Path) -> list[str]:
 def _marked(folder: Path) -> set[str]:
     """Returns the files that a folder's mark names, and the mark; none where it cannot be read."""
     try:
-        return {*json.loads((folder / MARK_NAME).read_text(encoding="utf-8"))["files"], MARK_NAME}
+        return {*read_json(folder / MARK_NAME)["files"], MARK_NAME}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

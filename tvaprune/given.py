@@ -1,7 +1,6 @@
 """What the flags name, read before the model: masks or a plan, their rotation, a checkpoint to go on from, tasks."""
 
 import copy
-import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tvaprune import ranks
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
+from tvaprune.files import read_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.ranges import AUTO
 from tvaprune.identity import IDENTITY_NAME
@@ -126,7 +126,7 @@ def _begun_with(args: Arguments) -> int | None:
     files = [] if checkpoint is None else [checkpoint / IDENTITY_NAME]
     for path in (*files, args.save_loc / "plan.json"):
         with suppress(OSError, ValueError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             number = content.get("dim_multiple", content.get("settings", {}).get("dim_multiple"))
             if isinstance(number, int):
                 return number
@@ -175,7 +175,7 @@ def _check_best(checkpoint: Path, output_dir: Path) -> None:
     if not path.is_file():
         return
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         best = state.get("best_model_checkpoint")
         folders = output_dir.resolve(), checkpoint.resolve().parent
         if best is None or any(Path(best).resolve().is_relative_to(folder) for folder in folders):

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tvaprune.errors import InputError
-from tvaprune.files import write_json
+from tvaprune.files import read_json, write_json
 
 IDENTITY_NAME = "identity.json"  # written last into a checkpoint or an adapter: it says what they belong to
 Identity = dict[str, dict[str, Any]]
@@ -48,7 +48,7 @@ def read_identity(name: str, folder: Path) -> Identity:
         InputError: If nothing says what it belongs to.
     """
     try:
-        found: Identity = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+        found: Identity = read_json(folder / IDENTITY_NAME)
         if not all(isinstance(found[part], dict) for part in ("flags", "contents", "settings")):
             raise TypeError("a part is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:

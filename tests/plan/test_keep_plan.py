@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -227,6 +228,14 @@ def edit(path, change):
         lambda path: edit(path, lambda content: content["hidden"]["kept"].reverse()),
         lambda path: edit(path, lambda content: content.update(keeps_norm_width=47)),
         lambda path: edit(path, lambda content: content.update(prune_method=3)),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: edit(path, lambda content: content.update(shape=[48])),
+        lambda path: edit(path, lambda content: content["hidden"]["kept"].__setitem__(0, 0.5)),
+        lambda path: edit(path, lambda content: content["hidden"]["kept"].__setitem__(-1, 10**300)),
+        lambda path: edit(path, lambda content: content["hidden"].update(kept=[[0]], scale=[[1.0]])),
+        lambda path: edit(path, lambda content: content["hidden"].update(kept=[], scale=[])),
+        lambda path: edit(path, lambda content: content["hidden"]["scale"].__setitem__(0, math.inf)),
+        lambda path: edit(path, lambda content: content.update(dim_multiple="eight")),
     ],
     ids=[
         "missing",
@@ -243,6 +252,14 @@ def edit(path, change):
         "descending",
         "norms of some width",
         "a method without a name",
+        "nested too deep",
+        "sizes without names",
+        "half an index",
+        "an endless index",
+        "rows of indices",
+        "no hidden dims",
+        "an infinite factor",
+        "a multiple in words",
     ],
 )
 def test_a_broken_plan_is_refused(breaks, make_masks, tmp_path):

@@ -18,7 +18,7 @@ from tvaprune.checkpoint.card import model_card
 from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.weights import write_weights
 from tvaprune.errors import InputError, reason
-from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, write_json
+from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, read_json, write_json
 from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX, family_of
 from tvaprune.models.layers import Streamed
@@ -91,7 +91,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     if not path.is_file():
         raise InputError(f"{folder}: not a pruned checkpoint (no {CONFIG_NAME}); give a folder of --save_pruned")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        model_type = read_json(path)["model_type"]
         if model_type.removeprefix(PREFIX) in FAMILIES:
             return load.read_config(folder)
     except Exception as error:  # a broken config raises nearly anything
@@ -173,7 +173,7 @@ def _complete_config(path: Path, config: PretrainedConfig) -> None:
 
     transformers 4 and readers of the raw JSON know the rotary settings by two keys at the top, transformers 5 by one.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     rope = {"rope_parameters": dict(config.rope_parameters)}
     content |= rope | rope_of_transformers_4(config.rope_parameters)
     for key in ("head_dim", "tie_word_embeddings", "sliding_window", "num_experts"):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import write_json
+from tvaprune.files import read_json, write_json
 from tvaprune.models.families import FAMILIES, PREFIX, ModelFamily
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -106,7 +106,7 @@ def shards(path: str | Path, named: str) -> list[Path]:
     if not (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():  # one file goes before an index
         return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
     try:
-        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(folder / INDEX)["weight_map"].values())
     except Exception as error:  # a broken index raises nearly anything
         raise InputError(f"{named}: {INDEX} cannot be read ({reason(error)}); mend it") from error
     for name in names:
@@ -233,7 +233,7 @@ def drop_code(file: Path) -> None:
     """
     if not file.is_file():
         return
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     if any(key in content for key in CODE_KEYS) or not _is_json(content):
         plain = {key: value for key, value in content.items() if key not in CODE_KEYS}
         write_json(plain, file)

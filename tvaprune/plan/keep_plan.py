@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError
-from tvaprune.files import write_text
+from tvaprune.files import read_json, write_text
 from tvaprune.models.parameters import decoder_sparsity, total_parameters
 from tvaprune.models.shape import ModelShape, in_words
 from tvaprune.models.units import PerUnit
@@ -132,6 +132,12 @@ class KeepPlan:
             inside = not len(kept) or (kept[0] >= 0 and kept[-1] < len(units))
             if len(kept) != len(scale) or not inside or not bool((kept.diff() > 0).all()):
                 raise ValueError("indices are not those of the model's units")
+            if not bool(scale.isfinite().all()):
+                raise ValueError("a factor is no number")
+        if not len(self.kept.hidden):
+            raise ValueError("no hidden dim is kept")
+        if type(self.dim_multiple) is not int or self.dim_multiple < 1:
+            raise ValueError("dim_multiple is no multiple")
         if not isinstance(self.keeps_norm_width, bool):
             raise ValueError("keeps_norm_width is neither true nor false")
         if not isinstance(self.prune_method, str | None):
@@ -159,11 +165,11 @@ class KeepPlan:
             InputError: If the file is no plan.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
 
             def units(name: str, dtype: torch.dtype) -> PerUnit:
-                attn, inter = ([torch.tensor(row[name], dtype=dtype) for row in content[k]] for k in ("attn", "inter"))
-                return PerUnit(torch.tensor(content["hidden"][name], dtype=dtype), tuple(attn), tuple(inter))
+                attn, inter = ([_numbers(row[name], dtype) for row in content[k]] for k in ("attn", "inter"))
+                return PerUnit(_numbers(content["hidden"][name], dtype), tuple(attn), tuple(inter))
 
             sizes: dict[str, Any] = content["shape"]
             per_layer = {name: tuple(value) for name, value in sizes.items() if isinstance(value, list)}
@@ -174,10 +180,18 @@ class KeepPlan:
             plan = cls(kept, scale, shape, content["dim_multiple"], rotation, keeps_norm_width, method)
             plan._check()
             return plan
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run"
             ) from error
+
+
+def _numbers(values: object, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a list of a plan's file as a tensor; `ValueError` where it holds anything but numbers of this kind."""
+    kinds = (int, float) if dtype.is_floating_point else (int,)
+    if not isinstance(values, list) or any(type(value) not in kinds for value in values):
+        raise ValueError("a list holds something else than numbers")
+    return torch.tensor(values, dtype=dtype)
 
 
 def plan_from_masks(

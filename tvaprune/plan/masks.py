@@ -4,7 +4,6 @@ A mask file is a pickled ``dict`` of float32 tensors (docs/formats.md). A pickle
 written here, and read by `mask_pickle` as data.
 """
 
-import json
 import math
 import pickle
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import clear_leftovers, replacing, write_json
+from tvaprune.files import clear_leftovers, read_json, replacing, write_json
 from tvaprune.identity import Identity, differences
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
@@ -165,8 +164,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not beside.is_file():
         return {}
     try:
-        record = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = read_json(beside)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{beside}: the mask's record is not readable JSON ({type(error).__name__}); mend it, or move it away and "
             "give the mask's flags"

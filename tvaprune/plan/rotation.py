@@ -1,6 +1,5 @@
 """The rotation that a mask was learned under: a file beside the mask or the plan, which name it by its digest."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import replacing
+from tvaprune.files import read_json, replacing
 from tvaprune.models.rotate import Rotation, check_rotation
 
 _KEY, _STRETCH = "rotation", "stretch"
@@ -67,8 +66,8 @@ def drop_rotations(folder: Path) -> None:
     named = set()
     for path in folder.glob("*.json"):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            content = read_json(path)
+        except (OSError, ValueError):
             return  # it may name any
         if isinstance(content, dict):
             named.add(rotation_name(str(content.get("rotation"))))

@@ -1,13 +1,12 @@
 """What a run left in a folder, read back for the page; a folder that a run did not leave is refused in one line."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.files import write_json
+from tvaprune.files import read_json, write_json
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import PROMPTS, Answers
 from tvaprune.report.results import RESULTS_NAME, Results
@@ -135,6 +134,6 @@ def _generations(path: Path, command: str) -> Generations | None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({type(error).__name__}); {_ANEW}") from error

@@ -4,7 +4,6 @@ A part that no stage filled is left out of the file; a number that is none (NaN,
 results whole: of an older file nothing stays but zero-shot scores of the same model and mask, where a stage reads them.
 """
 
-import json
 import math
 import types
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.cut.refit import RefitReport
 from tvaprune.errors import InputError, reason
-from tvaprune.files import write_json
+from tvaprune.files import read_json, write_json
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
@@ -287,7 +286,7 @@ class Results:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
             return _read(cls, content)

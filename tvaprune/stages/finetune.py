@@ -6,7 +6,6 @@ and stays zero).
 """
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import CONFIG_NAME, holding_folders, write_json
+from tvaprune.files import CONFIG_NAME, holding_folders, read_json, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.cost import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY
@@ -143,7 +142,7 @@ def _written_before(job: Job, results: Results) -> dict[str, Any] | None:
     if not path.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
         results.note_update(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -1,12 +1,12 @@
 """The page of a comparison, from its ``compare.json``: every method's gap over the sparsity, and the tables."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tvaprune.errors import InputError
+from tvaprune.files import read_json
 from tvaprune.report.charts import BARS, Chart, Point, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
 from tvaprune.study.contents import (
@@ -35,7 +35,7 @@ def comparison_page(folder: Path) -> Page:
     """
     path = folder / COMPARISON_NAME
     try:
-        cells = Cells(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        cells = Cells(read_json(path)["cells"])
         return _page(cells)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
