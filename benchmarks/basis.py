@@ -84,7 +84,7 @@ def main() -> None:
         if run.shape.tie_word_embeddings:
             tell_tie(run, path)
             continue
-        size, blocks = run.shape.hidden_size, run.choice_blocks()
+        size, blocks = run.shape.hidden_size, run.selection_blocks()
         kept = [round(share * size) for share in SHARES]
         print(f"\n| {path}: hidden dims kept of {size} | {' | '.join(map(str, kept))} |\n|---|{'---|' * len(kept)}")
         for name, basis in bases(run).items():

@@ -257,8 +257,8 @@ MUTATIONS = [
     Mutation(
         "selection blocks from the training split",
         RUN,
-        'return self.blocks("validation", self.args.data.block_size, CHOICE_SAMPLES)',
-        'return self.blocks("train", self.args.data.block_size, CHOICE_SAMPLES)',
+        'return self.blocks("validation", self.args.data.block_size, SELECTION_SAMPLES)',
+        'return self.blocks("train", self.args.data.block_size, SELECTION_SAMPLES)',
         RUNS,
     ),
     Mutation(

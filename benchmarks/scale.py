@@ -92,7 +92,7 @@ class Setting:
         flags = ["--refit_samples", "8"] if self.name == "small" else []
         work = self.estimate(verb, DEFAULT_MEMORY, *flags).work
         return replace(
-            work, pruned=plan.shape_stored, redraws=self.on_card, choice_blocks=8 if flags else work.choice_blocks
+            work, pruned=plan.shape_stored, redraws=self.on_card, selection_blocks=8 if flags else work.selection_blocks
         )
 
     def estimate(self, verb: str, memory: float, *flags: str) -> Estimate:

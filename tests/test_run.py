@@ -10,7 +10,7 @@ import tvaprune.cut.narrow as narrowing
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.settings import PruneSettings
 from tvaprune.phases import Phases
-from tvaprune.run import CHOICE_SAMPLES, Run
+from tvaprune.run import SELECTION_SAMPLES, Run
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def test_the_refit_fits_the_training_split(asked):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_choices_are_made_on_validation_whatever_is_reported(split, asked):
     flags = ["--eval_split", split, "--max_eval_samples", "3", "--seed", "5"]
-    assert asked(flags, Run.choice_blocks) == ("validation", 16, CHOICE_SAMPLES, 0)
-    for fitted, held_out in ((1, 1), (9, 4), (128, 64), (256, CHOICE_SAMPLES), (1024, CHOICE_SAMPLES)):
+    assert asked(flags, Run.selection_blocks) == ("validation", 16, SELECTION_SAMPLES, 0)
+    for fitted, held_out in ((1, 1), (9, 4), (128, 64), (256, SELECTION_SAMPLES), (1024, SELECTION_SAMPLES)):
         more = [*flags, "--refit_samples", str(fitted)]
         assert asked(more, Run.held_out_blocks) == ("validation", 16, held_out, 0)
 

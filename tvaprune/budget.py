@@ -20,7 +20,7 @@ from tvaprune.models.load import load_config, precision
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
-from tvaprune.run import CHOICE_SAMPLES, held_out_samples, window_of
+from tvaprune.run import SELECTION_SAMPLES, held_out_samples, window_of
 from tvaprune.text.protocols import C4_WINDOWS
 
 DEFAULT_MEMORY = 40.0  # GiB
@@ -66,7 +66,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         window=window_of(args, config),
         windows=args.data.max_eval_samples or C4_WINDOWS,
         eval_batch=training.per_device_eval_batch_size,
-        choice_blocks=CHOICE_SAMPLES,
+        selection_blocks=SELECTION_SAMPLES,
         held_blocks=held_out_samples(args.prune.refit_samples),
         refits=args.prune.refits,
         reconstructs=args.prune.reconstructs,

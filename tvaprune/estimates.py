@@ -109,7 +109,7 @@ def _counted(args: Arguments, work: Work) -> Work:
         return replace(work, steps=0, scorings=1)  # units are scored in a pass or some, which are not counted
     training = args.training
     epochs, blocks = args.finetune.epoch_f or training.num_train_epochs, args.data.max_train_samples
-    cadence = Cadence.of(args, epochs, blocks or DEFAULT_TRAIN_SAMPLES, work.choice_blocks)
+    cadence = Cadence.of(args, epochs, blocks or DEFAULT_TRAIN_SAMPLES, work.selection_blocks)
     given = training.eval_steps if training.eval_steps_given else None
     scorings = 0 if training.eval_strategy == "no" else math.ceil(cadence.num_steps / cadence.steps(given, EVAL_STEPS))
     return replace(work, steps=cadence.num_tokens // work.tokens, scorings=scorings)

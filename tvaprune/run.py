@@ -48,7 +48,7 @@ from tvaprune.text.sources import is_streamed
 
 _CPU = torch.device("cpu")
 MANY_PARAMETERS = 10**8  # from where half the bytes are quicker than float32 on a CPU that computes with them
-CHOICE_SAMPLES = 128  # validation blocks: enough to tell masks apart
+SELECTION_SAMPLES = 128  # validation blocks: enough to tell masks apart
 
 
 # transformers' own flags that change what a training ends with; where masks or checkpoints are compared is among them.
@@ -225,9 +225,9 @@ class Run:
             )
         return blocks
 
-    def choice_blocks(self) -> Dataset:
+    def selection_blocks(self) -> Dataset:
         """Returns the validation blocks that masks are compared on, whatever split is reported in the end."""
-        return self.blocks("validation", self.args.data.block_size, CHOICE_SAMPLES)
+        return self.blocks("validation", self.args.data.block_size, SELECTION_SAMPLES)
 
     def refit_blocks(self) -> Dataset:
         """Returns the training blocks whose statistics the refit fits."""
@@ -346,4 +346,4 @@ def _tell_another_model(run: Run) -> None:
 
 def held_out_samples(fitted: int) -> int:
     """Returns how many blocks choose among fits of some others: half as many, at most those that tell masks apart."""
-    return max(1, min(CHOICE_SAMPLES, fitted // 2))
+    return max(1, min(SELECTION_SAMPLES, fitted // 2))

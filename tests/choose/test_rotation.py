@@ -69,7 +69,7 @@ def test_the_last_dims_of_the_learned_basis_carry_least(source):
                 values[:, size // 2 :] *= 1e-3
     hidden = Rotation(torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(3))).Q)
     rotate(run.model, hidden)
-    ids = run.choice_blocks()[:4]["input_ids"]
+    ids = run.selection_blocks()[:4]["input_ids"]
     lost = lost_by_cutting(copy.deepcopy(run.model), size // 2, ids)  # control: in the basis as it came
     learned = learn_rotation(run)
     assert all(parameter.requires_grad for parameter in run.model.parameters())

@@ -242,7 +242,9 @@ def test_a_disk_that_is_too_small_is_told_before_the_walk(dense, text, tmp_path,
 
 def test_a_disk_that_holds_a_refit_alone_is_told_before_a_reconstruction(dense, text, tmp_path, monkeypatch):
     free = []
-    monkeypatch.setattr("tvaprune.run.CHOICE_SAMPLES", 4)  # else the shares of a refit are more than weights this small
+    monkeypatch.setattr(
+        "tvaprune.run.SELECTION_SAMPLES", 4
+    )  # else the shares of a refit are more than weights this small
     monkeypatch.setattr(stream, "disk_needed", lambda *args: free.append(disk_needed(*args[:4])) or disk_needed(*args))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[-1]))
     flags = (*flags_of(dense, text, tmp_path), *STREAM, "--do_eval", "False")

@@ -13,10 +13,8 @@ from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
 from tvaprune.cut.reconstruct import EPOCHS, WINDOW
 from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
 from tvaprune.cut.refit import SHARES, STRENGTHS
-from tvaprune.cut.ridge import ROWS
 from tvaprune.measure import cost, update_cost
 from tvaprune.measure.work import GIB, Work, narrower, weights
-from tvaprune.models import layers
 from tvaprune.models.shape import shape_of
 
 MIB = 2**20
@@ -132,17 +130,12 @@ def test_the_simulation_counts_what_is_alive_and_where():
 
 
 def test_the_refits_constants_are_those_of_the_code():
-    assert (update_cost.STRENGTHS, update_cost.SHARES, update_cost.ROWS) == (
-        sum(map(math.isfinite, STRENGTHS)),
-        len(SHARES),
-        ROWS,
-    )
+    assert (update_cost.STRENGTHS, update_cost.SHARES) == (sum(map(math.isfinite, STRENGTHS)), len(SHARES))
     assert (2 * update_cost.WINDOW_LAYERS, update_cost.EPOCHS, update_cost.NEW_SHARES) == (
         WINDOW,
         EPOCHS,
         len(AFTER_REFIT),
     )
-    assert layers.ROWS == ROWS
 
 
 def test_of_a_parallel_model_a_layers_input_waits_beside_each_stream():

@@ -117,8 +117,8 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     """Trains the gates and returns the best mask's file and the log."""
     args, training = run.args, run.args.training
     train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True)
-    choice_blocks = run.choice_blocks()
-    cadence = Cadence.of(args, training.num_train_epochs, len(train_blocks), len(choice_blocks))
+    selection_blocks = run.selection_blocks()
+    cadence = Cadence.of(args, training.num_train_epochs, len(train_blocks), len(selection_blocks))
     steps_per_epoch = math.ceil(len(train_blocks) * args.data.block_size / cadence.step_tokens)
     num_steps = cadence.num_steps
     beta = family_of(run.model.config).beta
@@ -128,13 +128,13 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
         print(cadence.describe(training.eval_steps if training.eval_steps_given else None, EVAL_STEPS))
         if not training.eval_steps_given:
             training.eval_steps = cadence.interval(EVAL_STEPS)
-    identity = _gate_identity(run, settings, train_blocks, choice_blocks)
+    identity = _gate_identity(run, settings, train_blocks, selection_blocks)
     if checkpoint is not None:
         check_identity("checkpoint", Path(checkpoint), identity)
     keeps_norm_width = settings.norm_width == "dense"
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise, keeps_norm_width)
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
-    trainer = GateTrainer(gated, settings, training, train_blocks, choice_blocks, record, run.phases)
+    trainer = GateTrainer(gated, settings, training, train_blocks, selection_blocks, record, run.phases)
     with running_out_in(TRAINING):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.score_last_mask()
@@ -152,7 +152,7 @@ def _score_units(run: Run) -> Path:
     masks = scored(run, blocks, target)
     flags = {"prune_method": run.args.prune.prune_method, "max_train_samples": len(blocks)}
     identity = run.identity(
-        flags | {"target_sparsity": target}, (blocks, run.choice_blocks()), rules_as_flags(run.rules)
+        flags | {"target_sparsity": target}, (blocks, run.selection_blocks()), rules_as_flags(run.rules)
     )
     return _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
 
@@ -171,7 +171,7 @@ def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:
     plan = plan_from_masks(masks, run.shape, run.rules)
     gated = GatedModel(run.model)
     with gated.applying(plan):
-        value = perplexity(gated, run.choice_blocks(), batch_size)
+        value = perplexity(gated, run.selection_blocks(), batch_size)
     gated.detach_gates()
     record = run.record() | record | describe_widths(plan) | {"rules": asdict(run.rules)}
     return ranks.on_main(_replace_masks, run, masks, value, record)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-ROWS = 8192  # output rows solved at a time: an lm_head has 128,000
+from tvaprune.models.layers import ROWS
 
 
 @dataclass

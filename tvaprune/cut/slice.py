@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.models.families import family_of
-from tvaprune.models.pruned import config_of_widths, empty_model, put, shared_names
+from tvaprune.models.pruned import config_of_widths, empty_model, set_parameter, shared_names
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -30,7 +30,7 @@ def apply_plan(model: PreTrainedModel, plan: KeepPlan, device: torch.device | No
         weight = _cut(model, names, edits.get(names[0], Edit()), device)
         for name in names:
             check_size(name, weight, narrow.get_parameter(name).shape)
-            put(narrow, name, weight)
+            set_parameter(narrow, name, weight)
     return narrow
 
 
@@ -61,7 +61,7 @@ def _cut(model: nn.Module, names: list[str], edit: Edit, device: torch.device | 
     """Takes a parameter out of the model and returns a copy of what is kept; nothing holds the dense one here."""
     dense = model.get_parameter(names[0])
     for name in names:
-        put(model, name, None)
+        set_parameter(model, name, None)
     moved = dense if device is None else dense.to(device)
     kept = edit.on(moved.device).kept(moved)
     return nn.Parameter(kept.clone() if kept is dense else kept, requires_grad=dense.requires_grad)

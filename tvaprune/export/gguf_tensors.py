@@ -48,7 +48,7 @@ def gguf_tensors(model: PreTrainedModel, architecture: Architecture) -> list[Ggu
         parts.setdefault(name, []).append((module, kind, values))
 
     def values_of(name: str) -> torch.Tensor:
-        found = [_changed(*part, values.float(), model, architecture) for *part, values in parts[name]]
+        found = [_changed(module, kind, values.float(), model, architecture) for module, kind, values in parts[name]]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     shapes = {name: (sum(len(values) for *_, values in rows), *rows[0][-1].shape[1:]) for name, rows in parts.items()}

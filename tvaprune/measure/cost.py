@@ -283,7 +283,7 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
     if verb == "prune":
         if work.rotation_batch:
             found.append(_rotation(work))
-        scored = work.scorings * forward_flops(work.dense, work.choice_blocks * work.block, work.block)
+        scored = work.scorings * forward_flops(work.dense, work.selection_blocks * work.block, work.block)
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
             found.append(Phase(GATE_TRAINING, gate_step(work), 0, flops, _SMALLER_STEP))
@@ -291,7 +291,7 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
     measured = [_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside)] if work.measures else []
     found += [replace(phase, times=work.targets) for phase in (*_cut(work), *measured)]
     if verb == "finetune":
-        scored = work.scorings * forward_flops(work.pruned, work.choice_blocks * work.block, work.block)
+        scored = work.scorings * forward_flops(work.pruned, work.selection_blocks * work.block, work.block)
         scored += forward_flops(work.pruned, work.windows * work.window, work.window)  # of what was tuned
         flops = work.steps * finetuning_flops(work) + scored
         helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"

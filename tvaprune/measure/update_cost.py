@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from tvaprune.losses import chunk_tokens
 from tvaprune.measure.work import Work, copies, forward_flops, head_flops, layer_sizes, layer_widths, weights
+from tvaprune.models.layers import ROWS
 from tvaprune.models.shape import ModelShape
 
-STRENGTHS, SHARES, ROWS = 5, 6, 8192  # of `tvaprune.cut`: finite strengths, shares, rows at a time
+STRENGTHS, SHARES = 5, 6  # of `tvaprune.cut.refit`, the finite ones
 WINDOW_LAYERS, EPOCHS, NEW_SHARES = 2, 4, 3  # of `tvaprune.cut.reconstruct`
 
 
@@ -19,7 +20,7 @@ class Fit:
     """One least-squares fit of the refit: ``linears`` of n features each, whose moments with m targets are summed.
 
     Attributes:
-        outputs: Rows of every linear; `tvaprune.cut.ridge.ROWS` are solved at a time.
+        outputs: Rows of every linear; `tvaprune.models.layers.ROWS` are solved at a time.
         reads: Whether the targets are a dense linear's inputs, and the rows' cross moments are to be computed.
     """
 

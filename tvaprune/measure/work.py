@@ -30,7 +30,7 @@ class Work:
         distill: Whether the dense model teaches.
         window: Tokens of an evaluation window; ``windows`` are measured.
         eval_batch: Windows of a pass; 0: as `tvaprune.measure.perplexity.windows_of_pass` says.
-        scorings: How often masks, or checkpoints, are compared in training, on ``choice_blocks`` blocks.
+        scorings: How often masks, or checkpoints, are compared in training, on ``selection_blocks`` blocks.
         refit_blocks: Blocks that the refit fits.
         held_blocks: Blocks on which it compares what it chooses among.
         refit_offload: Whether the dense model and the streams are on the host meanwhile.
@@ -57,7 +57,7 @@ class Work:
     windows: int = 256
     eval_batch: int = 0
     scorings: int = 60
-    choice_blocks: int = 128
+    selection_blocks: int = 128
     held_blocks: int = 64
     refits: bool = True
     reconstructs: bool = False

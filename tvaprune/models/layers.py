@@ -20,10 +20,10 @@ from tvaprune.files import reserve
 from tvaprune.models.families import embedding_factor, family_of, residual_factor
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.logits import head_of
-from tvaprune.models.pruned import put
+from tvaprune.models.pruned import set_parameter
 from tvaprune.models.shape import shape_of
 
-ROWS = 8192  # of a weight that are computed in float32 at a time: a head has 128,000
+ROWS = 8192  # of a weight that are computed in float32 or float64 at a time: a head has 128,000
 
 
 class Layers:
@@ -191,11 +191,11 @@ class Streamed(Layers):
         return found
 
     def _put(self, name: str, weight: torch.Tensor) -> None:
-        put(self.model, name, nn.Parameter(weight.to(self.device), requires_grad=False))
+        set_parameter(self.model, name, nn.Parameter(weight.to(self.device), requires_grad=False))
 
     def _let_go(self, *paths: str) -> None:
         for name in self.weights(*paths):
-            put(self.model, name, self._empty[name])  # what is tied is so again
+            set_parameter(self.model, name, self._empty[name])  # what is tied is so again
 
 
 def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:

@@ -124,7 +124,7 @@ def shared_names(model: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def put(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """Sets one of a model's parameters by its full name."""
     path, _, kind = name.rpartition(".")
     setattr(model.get_submodule(path), kind, parameter)

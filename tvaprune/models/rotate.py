@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from tvaprune.errors import InputError
 from tvaprune.models.families import ModelFamily, base_type, family_of
+from tvaprune.models.layers import ROWS
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.shape import ModelShape, shape_of
 
-ROWS = 8192  # turned at a time
 TOLERANCE = 1e-3  # of ``Q^T Q`` from the identity: float32's rounding at 8,192 dims is 1e-5
 
 

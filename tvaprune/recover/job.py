@@ -28,7 +28,7 @@ class Job:
     Attributes:
         windows: Those that are reported on.
         train_blocks: Those that are trained on.
-        choice_blocks: Those that checkpoints are compared on.
+        selection_blocks: Those that checkpoints are compared on.
         dtype: The run's precision; ``run.model`` is given up in the end.
         stored: The precision that the narrower model is saved in, tuned or not.
     """
@@ -38,7 +38,7 @@ class Job:
     checkpoint: Path | None
     windows: Dataset
     train_blocks: Dataset
-    choice_blocks: Dataset
+    selection_blocks: Dataset
     dtype: torch.dtype
     stored: torch.dtype
     identity: Identity = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Job:
         if args.finetune.full_ft and run.model.dtype == torch.float16:
             raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
         windows = run.windows()
-        blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True), run.choice_blocks()
+        blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True), run.selection_blocks()
         job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype, run.stored_dtype)
         fit(run.args, job.plan)
         job.identity = _identity(job)
@@ -160,7 +160,7 @@ def _identity(job: Job) -> Identity:
             "distill_temp": args.distill.distill_temp,
             "teacher_top_k": None if finetune.teacher_cache is None else finetune.teacher_top_k,
         }
-    identity = job.run.identity(flags, (job.train_blocks, job.choice_blocks), {})
+    identity = job.run.identity(flags, (job.train_blocks, job.selection_blocks), {})
     kept = [values.tolist() for values in (*job.plan.kept, *job.plan.scale)]
     identity["contents"]["mask_loc"] = content(args.prune.mask_loc, digest_of(kept))
     return identity

@@ -90,7 +90,7 @@ def train(job: Job, student: Student) -> tuple[Tuning, list[dict[str, float]]]:
     args = job.run.args
     weights = LossWeights(args.finetune.distill_ce_loss_alpha, args.finetune.distill_hidden_alpha)
     trainer = FinetuneTrainer(
-        student, args.training, job.train_blocks, job.choice_blocks, _teacher(job), weights, job.identity,
+        student, args.training, job.train_blocks, job.selection_blocks, _teacher(job), weights, job.identity,
         args.finetune.early_stopping_patience, job.run.phases,
     )  # fmt: skip
     begin = time.perf_counter()
