@@ -3,7 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
@@ -21,6 +21,8 @@ from benchmarks.card import CARD, Counter, Taken, simulated
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.rotation import _Moments
+from tvaprune.choose.scores.calibration import Calibration
+from tvaprune.choose.scores.taylor import group_importance
 from tvaprune.choose.settings import gate_settings
 from tvaprune.cut import narrow, reconstruct
 from tvaprune.flags.settings import DistillSettings, PruneSettings
@@ -123,6 +125,13 @@ class Scene:
         moments.add(ids, draws)
         return self.card.taken
 
+    def scoring_pass(self) -> Taken:
+        """A pass of Taylor's scores, and one before it, whose gradients are there."""
+        blocks: Any = Blocks(2 * self.work.scored_batch, self.work.block)
+        self.card.restart()
+        group_importance(Calibration(self.dense, blocks, 0.5, 0, self.work.scored_batch))
+        return replace(self.card.taken, flops=self.card.taken.flops / 2)
+
     def gate_step(self) -> Taken:
         """The second step of gate training: the optimiser's state is there."""
         work = self.work
@@ -188,7 +197,8 @@ class Scene:
 
 
 PHASES = (
-    "dense_perplexity", "pruned_perplexity", "gradient_pass", "gate_step", "refit", "reconstruct", "finetuning_step",
+    "dense_perplexity", "pruned_perplexity", "gradient_pass", "scoring_pass", "gate_step", "refit", "reconstruct",
+    "finetuning_step",
 )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import psutil
 import torch
 
 from tvaprune.budget import fitted, rotation_batch, work_of
-from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
+from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, DEFAULT_TRAIN_SAMPLES, scored_windows
 from tvaprune.choose.rotation import wants_rotation
+from tvaprune.choose.scores import BACKWARD
 from tvaprune.choose.settings import Cadence
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
@@ -105,10 +106,12 @@ def estimate_of(
 
 def _counted(args: Arguments, work: Work) -> Work:
     """Returns a work with the passes of its training, and how often what is trained is scored."""
-    if args.recipe["verb"] == "prune" and args.prune.prune_method != "vib":
-        return replace(work, steps=0, scorings=1)  # units are scored in a pass or some, which are not counted
-    training = args.training
-    epochs, blocks = args.finetune.epoch_f or training.num_train_epochs, args.data.max_train_samples
+    training, method, blocks = args.training, args.prune.prune_method, args.data.max_train_samples
+    if args.recipe["verb"] == "prune" and method != "vib":  # what goes forward alone to score units is not counted
+        batch = scored_windows(work.block, work.eval_batch) if method in BACKWARD else 0
+        scored = blocks or DEFAULT_CALIBRATION_SAMPLES
+        return replace(work, steps=0, scorings=1, scored_batch=batch, scored_blocks=scored)
+    epochs = args.finetune.epoch_f or training.num_train_epochs
     cadence = Cadence.of(args, epochs, blocks or DEFAULT_TRAIN_SAMPLES, work.selection_blocks)
     given = training.eval_steps if training.eval_steps_given else None
     scorings = 0 if training.eval_strategy == "no" else math.ceil(cadence.num_steps / cadence.steps(given, EVAL_STEPS))

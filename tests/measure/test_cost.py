@@ -37,6 +37,8 @@ def is_near(estimate, measured):
 CASES = [
     ("Llama-2-7B", "dense_perplexity", {}),
     ("Llama-2-7B", "gradient_pass", {"rotation_batch": 8}),
+    ("Llama-2-7B", "scoring_pass", {"scored_batch": 4}),
+    ("Llama-3-8B", "scoring_pass", {"scored_batch": 1}),
     ("Llama-2-7B", "gate_step", {}),
     ("Llama-2-7B", "gate_step", {"batch": 4, "checkpointing": True}),
     ("Llama-2-7B", "refit", {}),
@@ -86,7 +88,7 @@ def test_so_they_do_of_what_settings_alone_ask_for(name, phase, settings):
 @pytest.mark.parametrize(("name", "phase"), [(name, phase) for name in CONFIGS for phase in PHASES if tiny.EVERY
                                              or (name, phase) == ("Llama-2-7B", "gate_step")])  # fmt: skip
 def test_they_do_at_full_depth(name, phase):
-    config, work = work_of(name, 32, refit_blocks=32, held_blocks=32, rotation_batch=4)
+    config, work = work_of(name, 32, refit_blocks=32, held_blocks=32, rotation_batch=4, scored_batch=4)
     taken = simulate(config, work, phase)
     size, flops = cost.of_pass(phase, work)
     assert is_near(size, taken.card) and is_near(flops, taken.flops)

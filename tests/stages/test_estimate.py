@@ -145,6 +145,18 @@ def test_what_is_done_for_each_target_is_counted_for_each(large, capsys):
     assert "refit, 2 times" in capsys.readouterr().out
 
 
+def test_scores_that_go_backward_are_counted(large):
+    flap, taylor, fewer = (
+        phases(estimate(large, "prune", PruneSettings(prune_method=method), per_device_eval_batch_size=batch))
+        for method, batch in (("flap", 8), ("taylor_global", 8), ("taylor_global", 1))
+    )
+    assert list(flap) == ["dense perplexity", "refit", "pruned perplexity"]  # control
+    assert list(taylor) == ["dense perplexity", "scores", "refit", "pruned perplexity"]
+    assert taylor["scores"].device > 2 * 6_400_000_000 * 2  # weights and gradients
+    assert fewer["scores"].device < taylor["scores"].device
+    assert fewer["scores"].flops == pytest.approx(taylor["scores"].flops)
+
+
 def test_what_apply_does_not_measure_is_not_counted(large):
     flags = ["--model_name_or_path", str(large), "--verb", "apply", "--weight_update", "fold"]
     measured = run_verb("estimate", [*flags, "--prompt_tokens", "8"])  # by default, as apply does

@@ -20,7 +20,7 @@ from tvaprune.files import discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, read_identity
-from tvaprune.measure.perplexity import perplexity, windows_per_pass
+from tvaprune.measure.perplexity import perplexity, windows_of_pass
 from tvaprune.models.families import family_of
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
@@ -157,9 +157,14 @@ def _score_units(run: Run) -> Path:
     return _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
 
 
+def scored_windows(block_size: int, asked: int) -> int:
+    """Returns how many blocks a pass of the scores takes; ``asked``: ``--per_device_eval_batch_size``."""
+    return min(SCORED_WINDOWS, windows_of_pass(block_size, asked))
+
+
 def scored(run: Run, blocks: Dataset, target: float) -> Masks:
     """Scores units for a target, as ``--prune_method`` says; ``--per_device_eval_batch_size`` makes passes smaller."""
-    batch_size = min(SCORED_WINDOWS, windows_per_pass(blocks, run.args.training.per_device_eval_batch_size))
+    batch_size = scored_windows(run.args.data.block_size, run.args.training.per_device_eval_batch_size)
     with running_out_in(SCORING):
         return score_masks(run.model, run.args.prune.prune_method, blocks, target, run.args.training.seed, batch_size)
 

@@ -31,6 +31,7 @@ ROTATION_BLOCKS = 128  # that a rotation is learned of
 # The phases by name, as `phases` has them.
 DENSE_PERPLEXITY, PRUNED_PERPLEXITY = "dense perplexity", "pruned perplexity"
 ROTATION, GATE_TRAINING, FINE_TUNING = "rotation", "gate training", "fine-tuning"
+SCORING = "scores"
 CUT, REFIT, RECONSTRUCT = "cut", "refit", "reconstruct"
 # The parts of both at whose end a share of the way is chosen.
 REFIT_CHOICE, RECONSTRUCT_CHOICE = "choice after refit", "choice after reconstruct"
@@ -178,6 +179,34 @@ def _rotating(work: Work) -> Work:
     return replace(work, batch=work.rotation_batch, checkpointing=False)
 
 
+def scoring_pass(work: Work) -> float:
+    """Returns the bytes of a pass of Taylor's scores: all projections have gradients, those of earlier passes too."""
+    work = replace(work, batch=work.scored_batch, checkpointing=False)
+    b, shape = work.weight_bytes, work.dense
+    loss = (12 + b) * shape.vocab_size * min(chunk_tokens(shape.vocab_size), work.tokens)
+    gradients = b * dense_layers(shape)
+    return weights(shape, work) + gradients + _training(work, shape, _all_kept(shape, b), loss, 0)
+
+
+def scoring_flops(work: Work) -> float:
+    """Returns the operations of such a pass: forward, backward, and the gradients of the projections."""
+    shape, tokens = work.dense, work.scored_batch * work.block
+    passes = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(
+        shape, replace(work, batch=work.scored_batch, checkpointing=False)
+    )
+    return passes + 2 * (dense_layers(shape) - _idle(shape)) * tokens + 2 * head_flops(shape, tokens)
+
+
+def _all_kept(shape: ModelShape, b: int) -> list[int]:
+    """Returns the bytes a token that each layer of a stock model keeps where all its projections have gradients.
+
+    What the norms, the rotation, the attention and the activation keep, and what each projection reads: the norms'
+    outputs, the attention's, the product.
+    """
+    h = shape.hidden_size
+    return [8 * h + b * (2 * h + 3 * q + 2 * k + 4 * f + copies(shape)) for q, k, f in layer_widths(shape)]
+
+
 def lora_parameters(work: Work) -> int:
     """Returns the numbers that LoRA trains, the lm_head not counted; of a mixture of experts the attention's alone."""
     h, r = work.pruned.hidden_size, work.lora_r
@@ -214,14 +243,11 @@ def finetuning_step(work: Work) -> float:
     keeps its input after dropout in float32 and the dropout's mask.
     """
     b, shape, h, r = work.weight_bytes, work.pruned, work.pruned.hidden_size, work.lora_r
-    own = [8 * h + b * (2 * q + 2 * k + 3 * f + copies(shape)) for q, k, f in layer_widths(shape)]
+    per_layer = _all_kept(shape, b)
     if r:
-        each = [5 * (5 * h + q + f) + 7 * 4 * r for q, _, f in layer_widths(shape)]
-    else:
-        each = [
-            b * (2 * h + q + f) for q, _, f in layer_widths(shape)
-        ]  # what a linear reads: norms', attention's, product
-    per_layer = [mine + more for mine, more in zip(own, each, strict=True)]
+        own = [8 * h + b * (2 * q + 2 * k + 3 * f + copies(shape)) for q, k, f in layer_widths(shape)]
+        more = [5 * (5 * h + q + f) + 7 * 4 * r for q, _, f in layer_widths(shape)]
+        per_layer = list(map(sum, zip(own, more, strict=True)))
     number = 4 if r else b  # of what is trained
     head = number * (work.train_lm_head or not r) * h * shape.vocab_size  # its gradient of this pass
     chunk, logits = chunk_tokens(shape.vocab_size), shape.vocab_size * work.tokens
@@ -255,7 +281,7 @@ def of_pass(phase: str, work: Work) -> tuple[float, float]:
 
     Args:
         phase: ``dense_perplexity``, ``pruned_perplexity`` (both models there), ``gradient_pass``,
-            ``gate_step``, ``refit``, ``reconstruct`` (after a refit) or ``finetuning_step``.
+            ``scoring_pass``, ``gate_step``, ``refit``, ``reconstruct`` (after a refit) or ``finetuning_step``.
     """
     if phase == "gradient_pass":
         return gradient_pass(work), gradient_flops(work)
@@ -263,6 +289,8 @@ def of_pass(phase: str, work: Work) -> tuple[float, float]:
         return refit(work), refit_flops(work)
     if phase == "reconstruct":
         return max(refit(work), reconstruct(work)), refit_flops(work) + reconstruct_flops(work)
+    if phase == "scoring_pass":
+        return scoring_pass(work), scoring_flops(work)
     if phase == "gate_step":
         return gate_step(work), gate_flops(work)
     if phase == "finetuning_step":
@@ -287,6 +315,10 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
             found.append(Phase(GATE_TRAINING, gate_step(work), 0, flops, _SMALLER_STEP))
+        if work.scored_batch:
+            passes = -(-work.scored_blocks // work.scored_batch)
+            helps = "a smaller --per_device_eval_batch_size or --block_size"
+            found.append(Phase(SCORING, scoring_pass(work), 0, passes * scoring_flops(work), helps))
     beside = weights(work.dense, work) if work.keep_dense else 0
     measured = [_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside)] if work.measures else []
     found += [replace(phase, times=work.targets) for phase in (*_cut(work), *measured)]

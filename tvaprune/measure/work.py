@@ -38,6 +38,7 @@ class Work:
         keep_dense: Whether the dense model is on the card while the narrower one is measured; ``compare_dense``: while
             that is tuned, too.
         rotation_batch: Blocks of a pass of what learns a rotation; 0: nothing is turned.
+        scored_batch: Blocks of a pass of scores that go backward, of ``scored_blocks``; 0: there are none.
         lora_r: Rank of LoRA; 0: all weights are trained.
         measures: Whether perplexities are measured; ``targets``: how often it is cut, and what is left measured.
     """
@@ -66,6 +67,8 @@ class Work:
     keep_dense: bool = True
     compare_dense: bool = False
     rotation_batch: int = 0
+    scored_batch: int = 0
+    scored_blocks: int = 128
     lora_r: int = 128
     train_lm_head: bool = True
     measures: bool = True

@@ -33,6 +33,7 @@ SCORES: dict[str, Callable[[Calibration], PerUnit]] = {
 }
 # What ranks within each layer: its number of heads is for one target alone. The others' choice serves every target.
 PER_TARGET = frozenset({"magnitude", "wanda_sp", "taylor", "random"})
+BACKWARD = frozenset({"taylor", "taylor_global"})  # what asks for gradients of all projections
 
 
 def check_scored(method: str, shape: ModelShape) -> None:
