@@ -91,13 +91,15 @@ EVEN = {"hidden_size": 32, "head_dim": 8, "num_attention_heads": 4, "num_key_val
 @pytest.mark.parametrize(
     ("target", "last", "expected"),
     [
-        # 5 layers alike lose 0.5 * 10,304 / 10,240 = 0.503 of their units: 1.99 of 4 heads stay
+        # 5 layers alike lose 0.5 * 10,304 / 10,240 = 0.503 of their units: 2.01 of 4 heads go
         (0.5, [], [2, 2, 2, 2, 2]),
-        # 4 of 5 layers lose 0.629: 1.48 heads stay
-        (0.5, [0], [4, 1, 1, 1, 1]),
-        # 0.59: 1.65 stay
+        # 4 of 5 layers lose 0.629, 2.52 of 4 heads: two go
+        (0.5, [0], [4, 2, 2, 2, 2]),
+        # 0.77: 3.08 go
+        (0.61, [0], [4, 1, 1, 1, 1]),
+        # 0.59: 2.36 go
         (0.47, [0], [4, 2, 2, 2, 2]),
-        # 4 layers lose all of theirs, 0.8 * 10,240; the first 0.56 of its own: 1.75 of 4 stay
+        # 4 layers lose all of theirs, 0.8 * 10,240; the first 0.56 of its own: 2.25 of 4 go
         (0.907, [0], [2, 0, 0, 0, 0]),
         (0.05, [], [4, 4, 4, 4, 4]),
     ],
@@ -121,7 +123,7 @@ def test_channels_must_be_able_to_make_up_for_the_heads(make_model):
     sizes = EVEN | {"num_key_value_heads": 1, "num_attention_heads": 8, "intermediate_size": 24}
     shape = shape_of(make_model("llama", num_hidden_layers=5, **sizes).config)
     # The head and its 8 query heads 18 * 8 * 32 = 4,608 parameters, the channels 2,304, norms 64: to lose 0.4 * 6,976 =
-    # 2,790 of 6,912, without the head, is more than the channels have, though 0.6 of a head is nearest to 1.
+    # 2,790 of 6,912, without the head, is more than the channels have, though 0.4 of a head is rounded down to none.
     assert heads_kept(shape, 0.4) == [0] * 5
     assert heads_kept(shape, 0.3) == [1] * 5  # control: 2,093 of the channels' 2,304
 
@@ -319,6 +321,23 @@ def one_token(make_model, monkeypatch):
     monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 32)
     model = make_model("llama", num_hidden_layers=1, intermediate_size=40, mlp_bias=True)
     return model, Dataset.from_dict({"input_ids": torch.full((4, 12), 5).tolist()}).with_format("torch")
+
+
+def test_bonsai_tells_the_only_heads_of_several_layers_apart(make_model, monkeypatch):
+    """Of three or four KV heads one is looked at: dropped by a coin in each layer, so that no two columns are alike."""
+    monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 32)
+    drawn = []
+
+    def regress(present, utility):
+        drawn.append(present)
+        return coefficients(present, utility)
+
+    monkeypatch.setattr("tvaprune.choose.scores.bonsai.coefficients", regress)
+    model = make_model("llama", num_hidden_layers=5, **EVEN)
+    bonsai_scores(Calibration(model, BLOCKS, 0.05, 0, 4))
+    heads = drawn[0][:, :5]
+    assert heads.shape == (32, 5) and torch.linalg.matrix_rank(heads - heads.mean(0)) == 5
+    assert torch.equal(heads[0::2] + heads[1::2], torch.ones(16, 5))  # each sub-model's complement follows it
 
 
 def test_bonsai_keeps_a_planted_unit_against_its_prior(one_token, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvaprune.choose.gates import Gates, drawn, multiply
 from tvaprune.choose.norms import KeptDims, centred_on_kept, kept_rms_norm
@@ -101,6 +102,15 @@ class GatedModel(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """Calls the stock model under the gates."""
         return self.model(**inputs)
+
+    def train(self, mode: bool = True) -> "GatedModel":
+        """Leaves the frozen model as it computes: of gates the only noise is theirs, dropout and the like stay off."""
+        super().train(mode)
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # which computes again only where it is said to train
+                module.training = mode
+        return self
 
     def masks(self) -> Masks:
         """Returns the gates as they stand: the parameters themselves, with gradients."""

@@ -27,8 +27,7 @@ def wanda_sp_scores(calibration: Calibration) -> PerUnit:
     Source: Wanda (Sun et al., ICLR 2024, eq. 1) in the structured form of An et al. (FLAP, AAAI 2024): averaged over
     the rows of a column and the columns of a head. The same share of units goes in every layer. As in Wanda's
     procedure (section 3), layers are walked in order: each is scored on what comes out of the layers before it, pruned.
-    The code released with FLAP rounds the number of units that go down; here the number of heads is the nearest, and
-    the channels meet the target.
+    As in the code released with FLAP the number of heads that go is rounded down; here the channels meet the target.
     """
     shape = calibration.shape
     values, kept_heads = PerUnit.full(shape, 1.0), heads_kept(shape, calibration.target)

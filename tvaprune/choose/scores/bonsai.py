@@ -127,6 +127,8 @@ class _Rounds:
         """Draws what a sub-model drops of a module: 1 where a unit goes."""
         available = int(considered.sum())
         dropped = torch.zeros_like(present)
+        if available == 1:  # half of one, such as of three KV heads: a coin for each module, or all would go together
+            return considered * float(torch.rand((), generator=self.generator) < 0.5)
         if available:
             chances = (prior.max() - prior).clamp(min=float(prior.max()) * 1e-6 + 1e-30) * considered
             count = min(int(PRUNED_PER_ROUND * float(present.sum())) + 1, available)
@@ -172,8 +174,8 @@ def coefficients(present: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
     best, fitted = math.inf, projected
     for ridge in RIDGES:
         shrunk = 1 / (values + ridge * scale)
-        # Residual over (1 - leverage), in the dual: alpha_i over the i-th diagonal entry of the inverse.
-        left_out = (vectors @ (shrunk * projected)) / (vectors.square() @ shrunk)
+        # Residual over (1 - leverage), the mean's 1 / n in it; in the dual: alpha_i over the inverse's diagonal.
+        left_out = (vectors @ (shrunk * projected)) / (vectors.square() @ shrunk - 1 / (len(y) * ridge * scale))
         error = float(left_out.square().mean())
         if error < best:
             best, fitted = error, shrunk * projected

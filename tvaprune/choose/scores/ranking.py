@@ -71,8 +71,8 @@ def layerwise(
 def heads_kept(shape: ModelShape, target: float, last: Sequence[int] = ()) -> list[int]:
     """Returns how many KV heads each layer keeps where the same share of parameters goes in all of them.
 
-    The nearest number to that share for which the channels can meet the rest of it: one for the layers in ``last``,
-    one for all others, which go first.
+    What goes of that share is rounded down, as in the released codes of FLAP and LLM-Pruner, but never so far that the
+    channels cannot meet the rest of it: one number for the layers in ``last``, one for all others, which go first.
     """
     layers = range(shape.num_hidden_layers)
     widths = zip(shape.num_key_value_heads, shape.intermediate_size, strict=True)
@@ -90,7 +90,8 @@ def _heads_at(shape: ModelShape, layer: int, share: float) -> int:
     channels = shape.intermediate_size[layer] * channel_parameters(shape)
     left = (1 - share) * (heads * head + channels)
     most, least = math.floor(left / head), math.ceil((left - channels) / head)  # the channels make up for the rest
-    return max(0, min(max(math.floor(heads * (1 - share) + 0.5), least), most, heads))
+    kept = heads - math.floor(heads * share + 1e-9)
+    return max(0, min(max(kept, least), most, heads))
 
 
 def random_scores(calibration: Calibration) -> PerUnit:
