@@ -13,6 +13,23 @@ from support import tiny
 
 from tvaprune import endings, ranks
 from tvaprune.cli import run_command
+from tvaprune.flags.verbs import goes_on
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "words"),
+    [
+        ("prune", [], "--resume_from_checkpoint True"),
+        ("prune", ["--prune_method", "vib"], "--resume_from_checkpoint True"),
+        ("prune", ["--prune-method=taylor"], "the same command does it again"),
+        ("finetune", ["--prune_method", "flap"], "--resume_from_checkpoint True"),
+        ("apply", [], "the same command does it again"),
+        ("export", ["--format", "gguf"], "the same command does it again"),
+        ("compare", [], "the same command goes on where it was"),
+    ],
+)
+def test_an_interrupted_user_is_told_what_the_command_takes(verb, flags, words):
+    assert goes_on(verb, flags).startswith(words)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

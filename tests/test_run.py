@@ -47,8 +47,11 @@ def test_a_text_with_fewer_blocks_than_were_asked_for_is_told_of(asked, capsys):
     assert "has 1 blocks of 16 tokens to train on, not 64: so many fewer steps" in capsys.readouterr().out
 
 
-def test_the_refit_fits_the_training_split(asked):
+def test_the_refit_fits_the_training_split(asked, capsys):
+    asked(["--refit_samples", "1"], Run.refit_blocks)
+    assert capsys.readouterr().out == ""  # control
     assert asked(["--refit_samples", "9"], Run.refit_blocks) == ("train", 16, 9, 42)
+    assert "has 1 blocks of 16 tokens to fit, not the 9 of --refit_samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -111,6 +111,13 @@ class CheckpointedTrainer(Trainer):
             self._rotate(Path(str(self.args.output_dir)), self.args.save_total_limit)
         return result
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Trains no further where the checkpoint is of the last step: `Trainer` looks at that after a step alone."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
     def _save_checkpoint(self, model: Any, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:

@@ -17,18 +17,18 @@ from typing import Any
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
 from tvaprune.flags.recipes import expand
-from tvaprune.flags.verbs import MODES, VERBS, check_flags, underscored
+from tvaprune.flags.verbs import MODES, VERBS, check_flags, goes_on, underscored
 
 EXIT_INPUT = 2
 EXIT_SIGNAL = 128  # plus the signal's number
 EXIT_LOST = 1  # an error of the program, or another process of the run that was killed
 
 
-def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goes_on) -> int:
+def run_command(command: Callable[[], object], advice: str = VERBS["prune"].goes_on) -> int:
     """Runs a command and returns its exit code; a user's mistake, or memory that ran out, ends in one line.
 
     Args:
-        goes_on: What an interrupted user is told.
+        advice: What an interrupted user is told.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of a hub that is away it would tell at every try
     name = Path(program()[-1]).name
@@ -39,13 +39,13 @@ def run_command(command: Callable[[], object], goes_on: str = VERBS["prune"].goe
     except InputError as error:
         return _end(EXIT_INPUT, f"{name}: {one_line(str(error))}")
     except KeyboardInterrupt as error:
-        return _end(EXIT_SIGNAL + getattr(error, "number", signal.SIGINT), f"interrupted; {goes_on}")
+        return _end(EXIT_SIGNAL + getattr(error, "number", signal.SIGINT), f"interrupted; {advice}")
     except Exception as error:
         full, memory = endings.full_disk(error), out_of_memory(error)
         if full is not None or memory is not None:
-            return _end(EXIT_INPUT, f"{name}: {memory if full is None else f'{full}; {goes_on}'}")
+            return _end(EXIT_INPUT, f"{name}: {memory if full is None else f'{full}; {advice}'}")
         if ranks.lost(error):
-            return _end(EXIT_LOST, f"{name}: another process of the run is gone ({reason(error)}); {goes_on}")
+            return _end(EXIT_LOST, f"{name}: another process of the run is gone ({reason(error)}); {advice}")
         if ranks.launched() == 1:
             raise
         return _end(EXIT_LOST, "".join(traceback.format_exception(error)))
@@ -92,7 +92,7 @@ def main() -> int:
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         return run_command(lambda: print(_usage()))
-    return run_command(lambda: _run(words[0], words[1:]), VERBS.get(words[0], VERBS["prune"]).goes_on)
+    return run_command(lambda: _run(words[0], words[1:]), goes_on(words[0], words[1:]))
 
 
 def _run(verb: str, arguments: list[str]) -> None:

@@ -44,7 +44,7 @@ from tvaprune.text.protocols import (
     evaluation_text,
     protocol_windows,
 )
-from tvaprune.text.sources import is_streamed
+from tvaprune.text.sources import check_named, is_streamed
 
 _CPU = torch.device("cpu")
 MANY_PARAMETERS = 10**8  # from where half the bytes are quicker than float32 on a CPU that computes with them
@@ -96,6 +96,8 @@ class Run:
             phases: Of the command.
         """
         check_protocol(args)
+        if args.data.protocol == OWN:
+            check_named(args.data.dataset_name)
         args = with_recorded_flags(args)
         set_seed(args.training.seed)
         device, streamed = args.training.device, None
@@ -230,8 +232,13 @@ class Run:
         return self.blocks("validation", self.args.data.block_size, SELECTION_SAMPLES)
 
     def refit_blocks(self) -> Dataset:
-        """Returns the training blocks whose statistics the refit fits."""
-        return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)
+        """Returns the training blocks whose statistics the refit fits; says where there are fewer than were asked."""
+        data, asked = self.args.data, self.args.prune.refit_samples
+        blocks = self.blocks("train", data.block_size, asked)
+        if len(blocks) < asked:
+            print(f"note: --dataset_name {data.dataset_name} has {len(blocks):,} blocks of {data.block_size} tokens to "
+                  f"fit, not the {asked:,} of --refit_samples")  # fmt: skip
+        return blocks
 
     def held_out_blocks(self) -> Dataset:
         """Returns the validation blocks that choose among fits."""

@@ -388,6 +388,8 @@ def test_what_is_in_use_or_missing_is_said_in_one_line(make_folder, tmp_path, mo
         export("GGUF", folder, tmp_path / "new.gguf")
     with pytest.raises(InputError, match="--outtype f8: give "):
         export("gguf", folder, tmp_path / "new.gguf", "f8")
+    with pytest.raises(InputError, match="--outtype bf16: acts in --format gguf alone"):
+        export("vanilla", folder, tmp_path / "new", "bf16")
     with pytest.raises(InputError, match="not a pruned checkpoint"):
         export("vanilla", tmp_path, tmp_path / "vanilla")
     with pytest.raises(InputError, match=r"--format onnx needs not_there: pip install 'tvaprune\[onnx\]'"):

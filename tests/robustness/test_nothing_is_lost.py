@@ -252,6 +252,35 @@ def test_save_pruned_is_a_folder_of_its_own(saved, words, kind, models, request,
     assert not (tmp_path / "out").exists() and tree(copied) == tree(models)
 
 
+def test_a_fine_tuning_does_not_replace_the_model_that_it_is_of(models, one_shot, tmp_path, command):
+    """Pruned in steps, the second begins with what the first merged."""
+    (tmp_path / "out").mkdir()
+    source = shutil.copytree(models / "model", tmp_path / "out" / "merged")
+    before = tree(source)
+    flags = (*one_shot, *GATES_ALONE, *TUNE, "--mask_loc", models / "mask_info_1.0.pkl", "--overwrite_output_dir")
+    code, _, error = command(*flags, "--model_name_or_path", source, "--output_dir", tmp_path / "out")
+    assert "merged: is --model_name_or_path" in tiny.refusal(code, error)
+    assert tree(source) == before
+
+
+@pytest.mark.parametrize("kind", ["gates", "tuned"])
+def test_a_training_that_is_at_its_end_goes_no_further(kind, models, one_shot, tmp_path, command):
+    """As where the disk was full at the cut: four of six steps of an epoch, at a rate that does not fall."""
+    tuning = ("--gradient_accumulation_steps", 1, "--lora_r", 2, "--mask_loc", models / "mask_info_1.0.pkl")
+    flags = (*one_shot, *GATES_ALONE, *(tuning if kind == "tuned" else ()), "--lr_scheduler_type", "constant",
+             "--max_steps", 4, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert command(*flags)[0] == 0
+    name = "merged/model.safetensors" if kind == "tuned" else "best"
+    path = tmp_path / "out" / name
+    before = tree(path) if path.is_dir() else path.read_bytes()
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-4"
+    code, _, error = command(*flags, *RESUME)
+    assert code == 0, error
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-4"
+    assert before == (tree(path) if path.is_dir() else path.read_bytes())
+    assert "resume_from_checkpoint" not in (tmp_path / "out" / "recipe.yaml").read_text()  # so it repeats the run
+
+
 @pytest.mark.parametrize("kind", ["gates", "tuned"])
 @pytest.mark.parametrize(
     "lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "identity.json"]

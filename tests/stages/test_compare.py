@@ -234,7 +234,7 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
         (("--weight_updates", "melt"), "invalid choice: 'melt'"),
         (("--no_such_flag", 1), "no_such_flag"),
         (("--models", "a/tiny", "b/tiny"), "two have the same name"),
-        (("--models", "nowhere"), "--model_name_or_path nowhere: cannot be loaded"),
+        (("--models", "nowhere"), "--models nowhere: cannot be loaded"),
         (("--dataset", "python_docs", "--other_texts", "python_docs"), "is the --dataset too"),
         (("--sparsities", 1.5), "--sparsities is 1.5: give a number between 0 and 1"),
         (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is given twice; give each once"),
@@ -249,6 +249,13 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
 )
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
     assert words in refusal(command, [*flags, *change], tmp_path)
+    assert files_of(tmp_path) == []
+
+
+def test_a_model_that_is_not_there_ends_it_before_the_first_is_measured(flags, tmp_path, command):
+    models = [flags[1], "nowhere"]
+    line = refusal(command, ["--models", *models, *flags[2:]], tmp_path)
+    assert line.startswith("tvaprune: --models nowhere: cannot be loaded")
     assert files_of(tmp_path) == []
 
 

@@ -120,15 +120,32 @@ def test_an_empty_text_is_refused(tmp_path):
         load_documents(str(tmp_path / "text.txt"), "train")
 
 
+@pytest.mark.parametrize("line", ['{"text": ', "[1]", "3", '"text"', "[" * 100_000])
+def test_a_line_that_is_no_row_is_named(line, tmp_path):
+    (tmp_path / "text.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n')
+    with pytest.raises(InputError, match=r"text.jsonl: line 3 is no JSON object \(\w+\); mend it, or leave it out"):
+        load_documents(str(tmp_path / "text.jsonl"), "train")
+
+
+def test_an_editors_mark_is_no_part_of_the_rows(tmp_path):
+    rows = [{"text": document} for document in DOCUMENTS[:40]]
+    text = "".join(json.dumps(one) + "\n" for one in rows)
+    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8-sig")
+    assert load_documents(str(tmp_path / "text.jsonl"), "train") == DOCUMENTS[:36]
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="empty.jsonl: is empty; give a text"):
+        load_documents(str(tmp_path / "empty.jsonl"), "train")
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda path: (path.mkdir(), path / "notes.md")[1].write_text("a"),
-        lambda path: path.with_suffix(".jsonl").write_text('{"text": "a"}\n{"text": '),
+        lambda path: path.with_suffix(".jsonl").write_bytes(b'{"text": "caf\xe9"}\n'),
         lambda path: path.with_suffix(".parquet").write_bytes(b"PAR1 no more"),
         lambda path: path.with_suffix(".txt").write_bytes(b"caf\xe9"),
     ],
-    ids=["a folder of something else", "broken jsonl", "broken parquet", "not UTF-8"],
+    ids=["a folder of something else", "jsonl that is not UTF-8", "broken parquet", "not UTF-8"],
 )
 def test_a_text_that_cannot_be_read_is_one_clear_line(make, tmp_path):
     make(tmp_path / "mine")

@@ -25,7 +25,7 @@ transformers ({version} or later{remote_note}):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}"{remote_argument})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{remote_argument})
 ```
 
 - PEFT, Trainer: as any model; name LoRA's `target_modules` or use `"all-linear"`.

@@ -83,6 +83,11 @@ CONDITIONS = (
     Condition(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
               "without --activation_checkpointing True",
               lambda args: bool(args.training.activation_checkpointing or args.training.gradient_checkpointing)),
+    Condition(("num_train_epochs",), "beside --max_steps, which says how long the training is",
+              lambda args: args.training.max_steps <= 0),
+    Condition(("eval_steps",), "beside --eval_strategy no", lambda args: args.training.eval_strategy != "no"),
+    Condition(("save_steps", "save_total_limit"), "beside --save_strategy no",
+              lambda args: args.training.save_strategy != "no"),
     Condition(("dataloader_prefetch_factor", "dataloader_persistent_workers"), "without --dataloader_num_workers",
               lambda args: args.training.dataloader_num_workers > 0),
 )  # fmt: skip

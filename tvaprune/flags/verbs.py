@@ -63,7 +63,7 @@ class Verb:
     first: tuple[str, ...] = ()
     expert: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
-    goes_on: str = "--resume_from_checkpoint True goes on from the last checkpoint"
+    goes_on: str = "the same command does it again"
     given: tuple[str, ...] = ()
 
     @property
@@ -74,10 +74,13 @@ class Verb:
 
 def _verb(
     help: str, entry: str, first: tuple[str, ...], every: tuple[str, ...], training: tuple[str, ...],
-    given: tuple[str, ...] = (),
+    **rest: Any,
 ) -> Verb:  # fmt: skip
     expert = tuple(dict.fromkeys(name for name in every if name not in first))
-    return Verb(help, entry, first, expert, training, given=given)
+    return Verb(help, entry, first, expert, training, **rest)
+
+
+_FROM_CHECKPOINT = "--resume_from_checkpoint True goes on from the last checkpoint"
 
 
 _SEEN_FIRST = ("model_name_or_path", "dataset_name", "output_dir", "overwrite_output_dir", "save_pruned")
@@ -93,6 +96,7 @@ VERBS = {
         (*_SEEN_FIRST, *TARGETS, "prune_method", "block_size", "ctx_length", "max_train_samples"),
         (*_LEARNED, *_WITHOUT_MASK, *_names(DistillSettings)),
         _TRAINING,
+        goes_on=_FROM_CHECKPOINT,
     ),
     "apply": _verb(
         "apply a mask or a plan: measure the narrower model, score it zero-shot, save it",
@@ -108,6 +112,7 @@ VERBS = {
         (*_SEEN_FIRST, "mask_loc", "plan", "learning_rate", "num_train_epochs", "lora_r", "max_train_samples"),
         (*_LEARNED, *_TUNED, "prune_method"),
         tuple(name for name in (*_TRAINING, *_TUNING) if name not in ("learning_rate", "num_train_epochs")),
+        goes_on=_FROM_CHECKPOINT,
     ),
     "compare": Verb(
         "compare all methods on a model and two texts, at several sparsities and seeds: a table, a picture, JSON",
@@ -133,6 +138,13 @@ VERBS = {
     "estimate": Verb("say what a run would take: memory, operations, minutes", "tvaprune.stages.estimate:main"),
     "describe": Verb("say what a mask keeps, from the model's config alone", "tvaprune.stages.describe:main"),
 }
+
+
+def goes_on(verb: str, arguments: list[str]) -> str:
+    """Returns what the user of an interrupted command is told; scores have no checkpoints."""
+    words = [part for word in arguments for part in underscored(word).split("=", 1)]
+    scored = verb == "prune" and "--prune_method" in words[:-1] and words[words.index("--prune_method") + 1] != "vib"
+    return Verb.goes_on if scored else VERBS.get(verb, VERBS["prune"]).goes_on
 
 
 def given_names(arguments: list[str]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from tvaprune.files import check_output, holds_files, prepare_folder
+from tvaprune.files import check_apart, check_output, holds_files, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_checkpoint, goes_on
+from tvaprune.models.published import located
 from tvaprune.refusals import check_results, check_save
 
 
@@ -26,7 +27,10 @@ def prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
     overwrite = args.training.overwrite_output_dir
     if checkpoint is None:
         check_save(args)
+    source = args.source.model_name_or_path
     for name in ("adapter", "merged", "pruned"):
+        read = None if source is None else located(source)
+        check_apart("output_dir", args.output_dir / name, "--model_name_or_path", read)
         check_output("output_dir", args.output_dir / name, overwrite=True)
     prepare_folder("output_dir", args.output_dir, overwrite or goes_on(args))
     prepare_folder("save_loc", args.save_loc, may_hold_files=True)

@@ -128,9 +128,13 @@ def write_page(folders: Sequence[Path], place: Path) -> None:
     page_of(read_runs(folders)).write(place / PAGE_NAME)
 
 
+_OF_THE_FOLDER = ("resume_from_checkpoint", "overwrite_output_dir")  # what another folder needs not
+
+
 def write_recipe(args: Arguments) -> None:
-    """Writes the flags that repeat the run: ``tvaprune VERB --config recipe.yaml``."""
-    write_text(yaml.safe_dump(args.recipe, sort_keys=False), args.save_loc / RECIPE_NAME)
+    """Writes the flags that repeat the run: ``tvaprune VERB --config recipe.yaml``; not what its folder held before."""
+    recipe = {name: value for name, value in args.recipe.items() if name not in _OF_THE_FOLDER}
+    write_text(yaml.safe_dump(recipe, sort_keys=False), args.save_loc / RECIPE_NAME)
 
 
 def tell(args: Arguments, results: Results) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from tvaprune.errors import InputError
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
+from tvaprune.models.load import load_config
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Grid
@@ -28,6 +30,9 @@ def run_compare(settings: CompareSettings) -> Path:
     output = Path(settings.output)
     prepare_folder("output", output, may_hold_files=True)
     grids = [Grid(settings, model) for model in settings.models]
+    for grid in grids:
+        if grid.missing:  # the last model's name is wrong before the first is measured, or not at all
+            _check_model(grid.model)
     with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
         for grid in grids:
             if grid.missing:
@@ -38,3 +43,10 @@ def run_compare(settings: CompareSettings) -> Path:
     print(f"in {output}: compare.json compare.md compare.png {PAGE_NAME}")
     print(f"page: {output / PAGE_NAME}")
     return output
+
+
+def _check_model(model: str) -> None:
+    try:
+        load_config(model)
+    except InputError as error:
+        raise InputError(str(error).replace("--model_name_or_path", "--models")) from error

@@ -14,6 +14,8 @@ from tvaprune.models.load import load_tokenizer
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime"), "vanilla": ()}
 
+OUTTYPE = "f16"
+
 
 def export(
     format_name: str, folder: Path, out: Path, outtype: str = "f16", overwrite: bool = False, verify: bool = True
@@ -33,6 +35,9 @@ def export(
     for name, value, known in (("format", format_name, PACKAGES), ("outtype", outtype, QUANTIZATIONS)):
         if value not in known:
             raise InputError(f"--{name} {value}: give {', '.join(sorted(known))}")
+    if format_name != "gguf" and outtype != OUTTYPE:
+        raise InputError(f"--outtype {outtype}: acts in --format gguf alone, the others are as the checkpoint; leave "
+                         "it out")  # fmt: skip
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InputError(f"{out}: is the checkpoint, or holds it, which an export would replace; give another place")
     require(format_name, *PACKAGES[format_name])
@@ -58,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--format", required=True, choices=sorted(PACKAGES), help="what to write")
     parser.add_argument("checkpoint", type=Path, help="a folder of --save_pruned")
     parser.add_argument("out", type=Path, help="the .gguf file, or the folder of the other formats")
-    parser.add_argument("--outtype", default="f16", choices=list(QUANTIZATIONS), help="gguf: precision of matrices")
+    parser.add_argument("--outtype", default=OUTTYPE, choices=list(QUANTIZATIONS), help="gguf: precision of matrices")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
     parser.add_argument("--no_verify", action="store_true", help="do not compare the result with the checkpoint")
     args = parser.parse_args(arguments)

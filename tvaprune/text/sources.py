@@ -267,13 +267,19 @@ def _hub_documents(dataset_name: str, split: str, data_dir: str | Path, enough: 
     return documents
 
 
+def check_named(dataset_name: str) -> None:
+    """Raises `InputError` where a text, or one of a mixture, is neither known nor there: before any work."""
+    for name in names_in(dataset_name):
+        if name not in DATASET_NAMES and not os.path.exists(name):  # a name may be too long for any file
+            raise InputError(
+                f"--dataset_name {name}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
+                "give a .txt, .jsonl, .parquet or save_to_disk folder"
+            )
+
+
 def _path_documents(path: Path, split: str) -> list[str]:
     """Loads a user's own text; what has no splits is cut at 90% and 95% of its documents, in order."""
-    if not os.path.exists(path):  # a name may be too long for any file
-        raise InputError(
-            f"--dataset_name {path}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
-            "give a .txt, .jsonl, .parquet or save_to_disk folder"
-        )
+    check_named(str(path))
     loaded = _read_path(path)
     own_splits = isinstance(loaded, DatasetDict)
     if own_splits and split not in loaded:
@@ -281,6 +287,8 @@ def _path_documents(path: Path, split: str) -> list[str]:
             f"--dataset_name {path}: has splits {', '.join(loaded)}, needs {split}; save it with all three"
         )
     rows = loaded[split] if own_splits else loaded
+    if not rows.column_names:
+        raise InputError(f"--dataset_name {path}: is empty; give a text")
     if "text" not in rows.column_names:
         raise InputError(f"--dataset_name {path}: has columns {', '.join(rows.column_names)}, needs a column 'text'")
     texts = rows["text"][:]
@@ -314,10 +322,18 @@ class _Rows:
     """The rows of a JSON Lines file; the JSON reader of `datasets` dies of some damaged ones, with all of Python."""
 
     def __init__(self, path: Path) -> None:
-        with path.open(encoding="utf-8") as file:
-            self.rows: list[dict[str, Any]] = [json.loads(line) for line in file if line.strip()]
-        if not all(isinstance(row, dict) for row in self.rows):
-            raise ValueError("a row is no object")
+        self.rows: list[dict[str, Any]] = []
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    self.rows.append(dict(**json.loads(line)))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise InputError(
+                        f"--dataset_name {path}: line {number} is no JSON object ({type(error).__name__}); mend it, or "
+                        "leave it out"
+                    ) from error
         self.column_names = list(dict.fromkeys(name for row in self.rows for name in row))
 
     def __getitem__(self, column: str) -> list[object]:
@@ -337,6 +353,8 @@ def _read_path(path: Path) -> Any:
         if path.suffix == ".jsonl":
             return _Rows(path)
         return load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+    except InputError:
+        raise
     except Exception as error:  # each reader raises kinds of its own
         kind = "folder of save_to_disk" if path.is_dir() else f"{path.suffix} file in UTF-8"
         raise InputError(
