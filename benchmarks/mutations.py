@@ -38,6 +38,34 @@ REFIT, TRAINER, RUN = "tvaprune/cut/refit.py", "tvaprune/choose/trainer.py", "tv
 RUNS = "tests/test_run.py"
 MUTATIONS = [
     Mutation(
+        "gates that train under the frozen model's dropout",
+        "tvaprune/choose/gated_model.py",
+        "        super().train(mode)\n        self.model.eval()\n",
+        "        super().train(mode)\n",
+        "tests/choose/test_trainer.py",
+    ),
+    Mutation(
+        "a basis learned of the beginning of the text",
+        "tvaprune/choose/rotation.py",
+        'spread(run.train_blocks(ROTATION_BLOCKS), count)[:]["input_ids"]',
+        'run.train_blocks(ROTATION_BLOCKS)[:count]["input_ids"]',
+        "tests/choose/test_rotation.py",
+    ),
+    Mutation(
+        "a finished training that goes on when it is resumed",
+        "tvaprune/checkpoints.py",
+        "if self.state.global_step >= self.state.max_steps:",
+        "if self.state.global_step > self.state.max_steps:",
+        "tests/robustness/test_nothing_is_lost.py",
+    ),
+    Mutation(
+        "a fine-tuning that may replace the model that it is of",
+        "tvaprune/recover/folders.py",
+        'check_apart("output_dir", args.output_dir / name, "--model_name_or_path", read)',
+        "",
+        "tests/robustness/test_nothing_is_lost.py",
+    ),
+    Mutation(
         "a plan that does not say how its units were chosen",
         RUN,
         "return replace(plan, rotation=basis, prune_method=self.args.prune.prune_method)",
@@ -264,8 +292,8 @@ MUTATIONS = [
     Mutation(
         "the refit on validation",
         RUN,
-        'return self.blocks("train", self.args.data.block_size, self.args.prune.refit_samples)',
-        'return self.blocks("validation", self.args.data.block_size, self.args.prune.refit_samples)',
+        'blocks = self.blocks("train", data.block_size, asked)\n        if len(blocks) < asked:',
+        'blocks = self.blocks("validation", data.block_size, asked)\n        if len(blocks) < asked:',
         RUNS,
     ),
     Mutation(
