@@ -93,8 +93,23 @@ def test_the_error_is_of_the_mean_over_windows(batch_size, chunk, monkeypatch):
     windows = [(same + other) / 2, same, other]
     assert found.windows.tolist() == pytest.approx(windows, rel=1e-6) and found.windows.dtype == torch.float64
     assert found.mean == pytest.approx(sum(windows) / 3, rel=1e-6)
-    assert found.stderr == pytest.approx(stdev(windows) / math.sqrt(3), rel=1e-6)
+    # Centred they are 0, d, -d; neighbours share 0 and -d^2, which count half: (2 d^2 - d^2) / 2 / 3.
+    assert found.stderr == pytest.approx((other - same) / 2 / math.sqrt(6), rel=1e-6)
     assert found.perplexity_stderr == pytest.approx(found.perplexity * found.stderr)
+
+
+def test_windows_of_one_document_count_for_less_than_as_many_documents():
+    documents = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alike, apart = (
+        documents.repeat_interleave(4),
+        documents.repeat(4)[torch.randperm(200, generator=torch.Generator().manual_seed(1))],
+    )
+    true = stdev(documents.tolist()) / math.sqrt(50)
+    plain = stdev(alike.tolist()) / math.sqrt(200)  # half of it, as if all were drawn by themselves
+    found = TextLoss(0.0, alike).stderr
+    assert found > 1.5 * plain and found == pytest.approx(true, rel=0.3)
+    assert TextLoss(0.0, apart).stderr == pytest.approx(plain, rel=0.3)  # control
+    assert TextLoss(0.0, torch.ones(5, dtype=torch.float64)).stderr == 0.0
 
 
 def test_a_gap_is_paired_by_window():

@@ -43,8 +43,8 @@ def windows_of_pass(window: int, batch_size: int = 0) -> int:
 class TextLoss:
     """How well a model predicts a text: negative log-likelihoods in nats.
 
-    A standard error takes the windows as a sample of independent ones, of which their text has more; it says nothing of
-    other texts, or of another training. Windows of one document are alike, which makes it somewhat too small.
+    A standard error takes the windows as a sample, of which their text has more; it says nothing of other texts, or of
+    another training. Neighbouring windows, of one document, are alike: what they have in common is counted.
 
     Attributes:
         mean: Over all predictions.
@@ -75,7 +75,16 @@ class TextLoss:
 
 
 def _stderr(values: torch.Tensor) -> float | None:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+    """Returns the standard error of a mean of values whose neighbours may be alike; None: of one there is none.
+
+    Newey and West (Econometrica 1987), with the lags of their rule of 1994.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    centred, lags = values - values.mean(), min(count - 1, int(4 * (count / 100) ** (2 / 9)))
+    shared = [(1 - lag / (lags + 1)) * float(centred[lag:] @ centred[:-lag]) for lag in range(1, lags + 1)]
+    return math.sqrt(max(0.0, float(centred @ centred) + 2 * sum(shared)) / (count - 1) / count)
 
 
 def perplexity(model: Any, blocks: Dataset, batch_size: int = 0, description: str | None = None) -> float:
