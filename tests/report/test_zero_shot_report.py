@@ -61,7 +61,7 @@ def test_averages_differences_and_their_errors(tmp_path):
     lines = table.splitlines()
     assert [line.split()[0] for line in lines] == ["zero-shot", "a", "b", "c", "average"]
     assert "0.750 ± 0.100" in lines[1] and "0.500 ± 0.100" in lines[1] and "-0.250 ± 0.250" in lines[1]
-    assert lines[-1].endswith("-0.250")
+    assert lines[-1].endswith("-0.250 ± 0.177")  # task b's error is 1/4 too: sqrt(2) / 4 / 2
 
 
 def test_fine_tuning_stands_beside_what_it_began_with(tmp_path):
@@ -70,7 +70,7 @@ def test_fine_tuning_stands_beside_what_it_began_with(tmp_path):
     record.add("a", "pruned", score([1.0, 0.0, 0.0, 1.0]))  # 0.50
     lines = record.finish({}).splitlines()
     assert lines[0].split()[-3:] == ["pruned", "finetuned", "recovered"]
-    assert lines[1].endswith("+0.250 ± 0.250") and lines[2].endswith("+0.250")
+    assert lines[1].endswith("+0.250 ± 0.250") and lines[2].endswith("+0.250 ± 0.250")
     assert results(tmp_path)["zero_shot"]["tasks"]["a"]["recovered"]["value"] == pytest.approx(0.25)
     record.add("a", "dense", score([1.0, 1.0, 1.0, 1.0]))
     lines = record.finish({}).splitlines()

@@ -85,9 +85,16 @@ class ZeroShotRecord:
             rows.append([*row, *(_signed(_difference(scores, pair)) for pair in pairs.values())])
         if averages:
             row = ["average", "", "", "", *(with_error(averages[m].value, averages[m].stderr) for m in models)]
-            gaps = (averages[after].value - averages[before].value for before, after in pairs.values())
-            rows.append([*row, *(f"{gap:+.3f}" for gap in gaps)])
+            rows.append([*row, *(_signed(self._average_difference(pair)) for pair in pairs.values())])
         return _columns(rows)
+
+    def _average_difference(self, pair: tuple[str, str]) -> Difference:
+        """Returns the mean of the tasks' differences, with the error of independent tasks."""
+        counted = [by_model for by_model in self.scores.values() if by_model[pair[0]].metric in AVERAGED]
+        each = [_difference(by_model, pair) for by_model in counted]
+        errors = [difference.stderr for difference in each if difference.stderr is not None]
+        error = math.sqrt(sum(error**2 for error in errors)) / len(each) if len(errors) == len(each) else None
+        return Difference(mean(difference.value for difference in each), error)
 
 
 def write_examples(score: Score, path: Path) -> None:
