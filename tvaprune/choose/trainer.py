@@ -57,10 +57,8 @@ class GateTrainer(CheckpointedTrainer):
         phases: Phases | None = None,
     ) -> None:
         objective = PruningObjective(gated, settings)
-        super().__init__(
-            model=objective, args=args, train_dataset=train_dataset, eval_dataset=eval_blocks,
-            identity=record.get("identity", {}),
-        )  # fmt: skip
+        identity = record.get("identity", {})
+        super().__init__(objective, args, train_dataset=train_dataset, eval_dataset=eval_blocks, identity=identity)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.gated, self.settings, self.record = gated, settings, record
         self.best_folder = Path(str(args.output_dir)) / "best"

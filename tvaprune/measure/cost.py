@@ -159,7 +159,7 @@ def gradient_pass(work: Work) -> float:
 
     These as log-probabilities, cumulated, and two gradients, in float32.
     """
-    work = _rotating(work)
+    work = _plain(work, work.rotation_batch)
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
     per_layer = [b * (4 * h + copies(shape) + 2 * q + 2 * k + 4 * f) for q, k, f in layer_widths(shape)]
     taken = _training(work, shape, per_layer, 16 * shape.vocab_size * work.tokens, 0)
@@ -168,20 +168,21 @@ def gradient_pass(work: Work) -> float:
 
 def gradient_flops(work: Work) -> float:
     """Returns the operations of such a pass: forward, backward, and the two moments at every norm."""
-    work = _rotating(work)
+    work = _plain(work, work.rotation_batch)
     shape, tokens = work.dense, work.tokens
     moments = (2 * shape.num_hidden_layers + 1) * 4 * shape.hidden_size**2 * tokens
     forward = forward_flops(shape, tokens, work.block)
     return forward + _backward_flops(shape, work) + head_flops(shape, tokens) + moments
 
 
-def _rotating(work: Work) -> Work:
-    return replace(work, batch=work.rotation_batch, checkpointing=False)
+def _plain(work: Work, batch: int) -> Work:
+    """Returns the work of a pass of so many blocks that keeps all activations."""
+    return replace(work, batch=batch, checkpointing=False)
 
 
 def scoring_pass(work: Work) -> float:
     """Returns the bytes of a pass of Taylor's scores: all projections have gradients, those of earlier passes too."""
-    work = replace(work, batch=work.scored_batch, checkpointing=False)
+    work = _plain(work, work.scored_batch)
     b, shape = work.weight_bytes, work.dense
     loss = (12 + b) * shape.vocab_size * min(chunk_tokens(shape.vocab_size), work.tokens)
     gradients = b * dense_layers(shape)
@@ -190,10 +191,9 @@ def scoring_pass(work: Work) -> float:
 
 def scoring_flops(work: Work) -> float:
     """Returns the operations of such a pass: forward, backward, and the gradients of the projections."""
-    shape, tokens = work.dense, work.scored_batch * work.block
-    passes = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(
-        shape, replace(work, batch=work.scored_batch, checkpointing=False)
-    )
+    work = _plain(work, work.scored_batch)
+    shape, tokens = work.dense, work.tokens
+    passes = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work)
     return passes + 2 * (dense_layers(shape) - _idle(shape)) * tokens + 2 * head_flops(shape, tokens)
 
 

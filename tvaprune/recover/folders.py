@@ -28,8 +28,8 @@ def prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
     if checkpoint is None:
         check_save(args)
     source = args.source.model_name_or_path
+    read = None if source is None else located(source)
     for name in ("adapter", "merged", "pruned"):
-        read = None if source is None else located(source)
         check_apart("output_dir", args.output_dir / name, "--model_name_or_path", read)
         check_output("output_dir", args.output_dir / name, overwrite=True)
     prepare_folder("output_dir", args.output_dir, overwrite or goes_on(args))

@@ -62,10 +62,7 @@ class FinetuneTrainer(CheckpointedTrainer):
         phases: Phases | None = None,
     ) -> None:
         indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
-        super().__init__(
-            model=model, args=args, train_dataset=indexed, eval_dataset=eval_blocks,
-            identity=identity,
-        )  # fmt: skip
+        super().__init__(model, args, train_dataset=indexed, eval_dataset=eval_blocks, identity=identity)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
         self.teacher, self.weights = teacher, {"ce": 1.0, "kl": weights.kl, "hidden": weights.hidden}
         self._sums: dict[str, torch.Tensor] = {}

@@ -31,7 +31,7 @@ def run_compare(settings: CompareSettings) -> Path:
     prepare_folder("output", output, may_hold_files=True)
     grids = [Grid(settings, model) for model in settings.models]
     for grid in grids:
-        if grid.missing:  # the last model's name is wrong before the first is measured, or not at all
+        if grid.missing:  # all are there before the first is measured
             _check_model(grid.model)
     with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
         for grid in grids:
