@@ -112,7 +112,11 @@ def sized(shape: ModelShape, hidden: int, heads: tuple[int, ...], channels: tupl
 def memory_rows(setting: Setting) -> list[str]:
     """Returns a row for each phase: memory and operations beside those of the formulas."""
     plan = setting.plan(128 if setting.shape.hidden_size >= 1024 else 8)
-    works = {phase: setting.work(plan, "finetune" if phase == "finetuning_step" else "prune") for phase in PHASES}
+    works = {
+        phase: setting.work(plan, "finetune" if phase == "finetuning_step" else "prune")
+        for phase in PHASES
+        if phase != "scoring_pass"
+    }
     rows = ["| phase | device, GiB | by formula | host, GiB | TFLOP a pass | by formula | s |", f"|{'---|' * 7}"]
     for phase, work in works.items():
         if phase in ("refit", "reconstruct") and work.dense.num_hidden_layers > FEW:

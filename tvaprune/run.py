@@ -96,7 +96,8 @@ class Run:
             phases: Of the command.
         """
         check_protocol(args)
-        if args.data.protocol == OWN:
+        reads_text = args.recipe["verb"] != "apply" or args.training.do_eval or args.prune.refits
+        if reads_text and args.data.protocol == OWN:
             check_named(args.data.dataset_name)
         args = with_recorded_flags(args)
         set_seed(args.training.seed)

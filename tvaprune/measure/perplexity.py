@@ -77,12 +77,12 @@ class TextLoss:
 def _stderr(values: torch.Tensor) -> float | None:
     """Returns the standard error of a mean of values whose neighbours may be alike; None: of one there is none.
 
-    Newey and West (Econometrica 1987), with the lags of their rule of 1994.
+    Newey and West (Econometrica 1987), with the lags of their rule of 1994, of few values none.
     """
     count = len(values)
     if count < 2:
         return None
-    centred, lags = values - values.mean(), min(count - 1, int(4 * (count / 100) ** (2 / 9)))
+    centred, lags = values - values.mean(), min(count // 8, int(4 * (count / 100) ** (2 / 9)))
     shared = [(1 - lag / (lags + 1)) * float(centred[lag:] @ centred[:-lag]) for lag in range(1, lags + 1)]
     return math.sqrt(max(0.0, float(centred @ centred) + 2 * sum(shared)) / (count - 1) / count)
 
