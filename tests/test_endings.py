@@ -13,7 +13,7 @@ from support import tiny
 
 from tvaprune import endings, ranks
 from tvaprune.cli import run_command
-from tvaprune.flags.verbs import goes_on
+from tvaprune.flags.verbs import advice_of
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from tvaprune.flags.verbs import goes_on
     ],
 )
 def test_an_interrupted_user_is_told_what_the_command_takes(verb, flags, words):
-    assert goes_on(verb, flags).startswith(words)
+    assert advice_of(verb, flags).startswith(words)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError
@@ -88,10 +89,15 @@ class CheckpointedTrainer(Trainer):
 
     Args:
         identity: What its checkpoints belong to.
+        bar: What shows its progress in place of transformers' own, where any is shown.
     """
 
-    def __init__(self, *args: Any, identity: Identity, **options: Any) -> None:
+    def __init__(self, *args: Any, identity: Identity, bar: TrainerCallback, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # a loss is a mean: Trainer divides it by the accumulation steps
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(bar)
         self.identity = identity
         self._resumed: str | None = None
         self.add_callback(_AtSteps())

@@ -17,7 +17,7 @@ from typing import Any
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
 from tvaprune.flags.recipes import expand
-from tvaprune.flags.verbs import MODES, VERBS, check_flags, goes_on, underscored
+from tvaprune.flags.verbs import MODES, VERBS, advice_of, check_flags, underscored
 
 EXIT_INPUT = 2
 EXIT_SIGNAL = 128  # plus the signal's number
@@ -92,7 +92,7 @@ def main() -> int:
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         return run_command(lambda: print(_usage()))
-    return run_command(lambda: _run(words[0], words[1:]), goes_on(words[0], words[1:]))
+    return run_command(lambda: _run(words[0], words[1:]), advice_of(words[0], words[1:]))
 
 
 def _run(verb: str, arguments: list[str]) -> None:

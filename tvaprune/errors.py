@@ -68,7 +68,7 @@ TRAINING = (
     "a smaller --memory, or {part} --per_device_train_batch_size or --block_size would fit; the last checkpoint is in "
     "--output_dir",
 )
-SCORING = (" while units are scored", "{part} --per_device_eval_batch_size or --block_size would fit")
+SCORING_UNITS = (" while units are scored", "{part} --per_device_eval_batch_size or --block_size would fit")
 REFITTING = (" in the refit", "--refit_offload True needs less, and --weight_update fold next to nothing")
 
 

@@ -13,7 +13,6 @@ from support.in_process import run
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tvaprune.choose.choose import _is_interrupted
-from tvaprune.choose.scores import score_masks
 from tvaprune.choose.settings import gate_settings
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.shape import shape_of
@@ -21,31 +20,6 @@ from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks, save_masks
 from tvaprune.plan.widths import WidthRules
-from tvaprune.report.folders import read_runs
-
-RUN = (
-    "--block_size",
-    16,
-    "--ctx_length",
-    16,
-    "--max_eval_samples",
-    8,
-    "--speed_batches",
-    2,
-    "--use_cpu",
-    "--dim_multiple",
-    4,
-)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(make_model, tmp_path_factory):
-    return tiny.save_checkpoint(make_model("llama"), tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +29,15 @@ def pruned(checkpoint, text, tmp_path_factory):
     flags = ("--max_train_samples", 32, "--per_device_train_batch_size", 4, "--save_steps", 4, "--target_sparsity", 0.4,
              "--logging_steps", 2)  # fmt: skip
     result = tiny.run(
-        "tva_prune.py", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output, *RUN, *flags
+        "tva_prune.py",
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset_name",
+        text,
+        "--output_dir",
+        output,
+        *tiny.SHORT,
+        *flags,
     )
     assert result.returncode == 0, result.stderr
     return output, result
@@ -100,7 +82,15 @@ def test_evaluating_the_mask_repeats_its_perplexity(pruned, checkpoint, text, tm
     (mask,) = (output / "best").glob("*.pkl")
     flags = ("--do_eval", "--overwrite_output_dir", "--save_loc", tmp_path / "results", "--output_dir", tmp_path / "o")
     result = tiny.run(
-        "lora_ft_vib.py", "--model_name_or_path", checkpoint, "--dataset_name", text, "--mask_loc", mask, *flags, *RUN
+        "lora_ft_vib.py",
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset_name",
+        text,
+        "--mask_loc",
+        mask,
+        *flags,
+        *tiny.SHORT,
     )
     assert result.returncode == 0, result.stderr
     again = tiny.read_json(tmp_path / "results" / "results.json")["perplexity"]
@@ -120,84 +110,13 @@ def test_an_interrupted_run_goes_on_to_the_same_mask(pruned, checkpoint, text, t
     flags = ("--max_train_samples", 32, "--per_device_train_batch_size", 4, "--save_steps", 4, "--target_sparsity", 0.4)
     code, _, error = command(
         "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out",
-        *RUN, *flags, "--resume_from_checkpoint", "True",
+        *tiny.SHORT, *flags, "--resume_from_checkpoint", "True",
     )  # fmt: skip
     assert code == 0, error
     (first,), (again,) = (list((folder / "best").glob("*.pkl")) for folder in (output, tmp_path / "out"))
     assert first.name == again.name
     pairs = zip(load_masks(first).log_variance, load_masks(again).log_variance, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"])
-def test_the_baselines_run_by_the_same_command(method, checkpoint, text, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 2)
-    code, out, error = command(
-        "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out",
-        *RUN, "--prune_method", method, "--max_train_samples", 8,
-    )  # fmt: skip
-    assert code == 0, error
-    assert tiny.read_json(tmp_path / "out" / "results.json")["prune_method"] == method
-    assert list((tmp_path / "out" / "best").glob("mask_info_*.pkl"))
-
-
-@pytest.mark.parametrize(("method", "times"), [("flap", 1), ("taylor", 2)])
-def test_units_are_scored_once_where_the_choice_serves_all_targets(
-    method, times, checkpoint, text, tmp_path, command, monkeypatch
-):
-    asked = []
-
-    def scores(model, method, blocks, target, seed, batch_size):
-        asked.append((target, batch_size))
-        return score_masks(model, method, blocks, target, seed, batch_size)
-
-    monkeypatch.setattr("tvaprune.choose.choose.score_masks", scores)
-    flags = ("--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, *RUN, "--prune_method", method,
-             "--max_train_samples", 8, "--weight_update", "none", "--per_device_eval_batch_size", 2)  # fmt: skip
-    code, _, error = command(*flags, "--target_sparsity", 0.2, 0.4, "--output_dir", tmp_path / "both")
-    assert code == 0, error
-    assert asked == [(0.4, 2), (0.2, 2)][:times]
-    assert command(*flags, "--target_sparsity", 0.2, "--output_dir", tmp_path / "one")[0] == 0
-    plans = [KeepPlan.load(tmp_path / folder / "plan.json") for folder in ("both/sparsity_0.2", "one")]
-    assert plans[0].intermediate_size == plans[1].intermediate_size
-    assert all(torch.equal(*pair) for pair in zip(*(plan.kept for plan in plans), strict=True))
-
-
-def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, command):
-    output = tmp_path / "out"
-    flags = (
-        "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output, *RUN,
-        "--max_train_samples", 16, "--per_device_train_batch_size", 4, "--save_pruned", tmp_path / "saved",
-        "--refit_samples", 8, "--target_sparsity",
-    )  # fmt: skip
-    assert command(*flags, 0.3, 0.2)[0] == 0
-    code, _, error = command(*flags, 0.4, 0.2)
-    assert "is not empty; replace it with --overwrite_output_dir" in tiny.refusal(code, error)
-    for name in ("results.json", "plan.json"):  # as a run of one target leaves them
-        shutil.copy(output / "sparsity_0.3" / name, output)
-    (output / "notes.txt").write_text("mine")
-    code, out, error = command(*flags, 0.4, 0.2, "--overwrite_output_dir")
-    assert code == 0, error
-    assert [run.results.target_sparsity for run in read_runs([output])] == [0.2, 0.4]
-    assert not (output / "plan.json").exists() and (output / "notes.txt").read_text() == "mine"
-    assert sorted(path.name for path in output.glob("sparsity_*")) == ["sparsity_0.2", "sparsity_0.4"]
-    assert out.count("(target 0.2)") == out.count("(target 0.4)") == 1
-    page = (output / "report.html").read_text(encoding="utf-8")  # of both targets, beside their own
-    assert "2 runs side by side" in page and "Gap over sparsity" in page
-    assert page.count("Perplexity of the masks</b>") == 1  # the training is shared
-    assert f"page of all targets: {output / 'report.html'}" in out and "phase 4 of 4: cut at 0.4" in out
-    masks = {}
-    for target in (0.2, 0.4):
-        assert "1 runs" not in (output / f"sparsity_{target}" / "report.html").read_text(encoding="utf-8")
-        results = tiny.read_json(output / f"sparsity_{target}" / "results.json")
-        assert results["widths"]["decoder_sparsity"] == pytest.approx(target, abs=0.03)
-        assert results["target_sparsity"] == target and results["weight_update"] == "refit"
-        assert results["refit"]["calibration_blocks"] == 8
-        masks[target] = load_masks(results["mask"])
-        assert (tmp_path / "saved" / f"sparsity_{target}" / "config.json").is_file()
-    assert len(list(output.rglob("mask_info_*.pkl"))) == 2
-    for low, high in zip(masks[0.2].log_alpha, masks[0.4].log_alpha, strict=True):
-        assert torch.equal(low.argsort(stable=True), high.argsort(stable=True))  # the same gates, cut elsewhere
 
 
 @pytest.mark.parametrize("options", [("--refit_offload", "True"), ()])
@@ -208,7 +127,7 @@ def test_the_update_is_the_users_choice(pruned, checkpoint, text, tmp_path, comm
     for level in ("none", "fold", "refit"):
         flags = ("--do_eval", "--weight_update", level, "--save_loc", tmp_path / level)
         flags += options if level == "refit" else ()
-        code, _, error = command(*base, *RUN, *flags)
+        code, _, error = command(*base, *tiny.SHORT, *flags)
         assert code == 0, error
         values[level] = tiny.read_json(tmp_path / level / "results.json")
     assert len({result["perplexity"]["pruned"] for result in values.values()}) == 3
@@ -225,7 +144,7 @@ def test_flap_folds_its_bias_where_the_architecture_has_one(biases, make_model, 
     for update in ("fold", "none"):
         code, _, error = command(
             "--do_train", "--model_name_or_path", model, "--dataset_name", text, "--output_dir", tmp_path / update,
-            *RUN, "--prune_method", "flap", "--max_train_samples", 8, "--weight_update", update,
+            *tiny.SHORT, "--prune_method", "flap", "--max_train_samples", 8, "--weight_update", update,
         )  # fmt: skip
         assert code == 0, error
         scores.append(tiny.read_json(tmp_path / update / "results.json")["perplexity"]["pruned"])
@@ -257,7 +176,7 @@ def test_masks_that_cannot_be_used_are_refused_in_one_line(pruned, checkpoint, t
     (good,) = (pruned[0] / "best").glob("*.pkl")
     for mask, words in masks_that_cannot_be_used(tmp_path, good):
         code, out, error = command(
-            "--do_eval", "--model_name_or_path", checkpoint, "--dataset_name", text, "--mask_loc", mask, *RUN,
+            "--do_eval", "--model_name_or_path", checkpoint, "--dataset_name", text, "--mask_loc", mask, *tiny.SHORT,
             "--output_dir", tmp_path / "out",
         )  # fmt: skip
         assert words in tiny.refusal(code, error)
@@ -291,7 +210,7 @@ def empty(folder):
 def test_bad_flags_are_refused_in_one_line(flags, words, checkpoint, text, tmp_path, command):
     base = {"--model_name_or_path": checkpoint, "--dataset_name": text, "--output_dir": tmp_path / "out"}
     base |= {flags[0]: flags[1]}
-    code, _, error = command("--do_train", *RUN, *(item for pair in base.items() for item in pair))
+    code, _, error = command("--do_train", *tiny.SHORT, *(item for pair in base.items() for item in pair))
     assert words in tiny.refusal(code, error)
     assert not (tmp_path / "out" / "best").exists()
 
@@ -339,7 +258,7 @@ def test_a_folder_in_use_is_not_touched(checkpoint, text, tmp_path, command):
     output = empty(tmp_path / "out")
     (output / "mine.txt").write_text("mine")
     base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", output)
-    code, _, error = command("--do_train", *RUN, *base)
+    code, _, error = command("--do_train", *tiny.SHORT, *base)
     assert "is not empty" in tiny.refusal(code, error)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
 
@@ -348,14 +267,14 @@ def test_a_run_goes_on_only_with_the_target_that_it_began_with(pruned, checkpoin
     shutil.copytree(pruned[0], tmp_path / "out")
     base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
     flags = ("--max_train_samples", 32, "--per_device_train_batch_size", 4, "--target_sparsity", 0.3)
-    code, _, error = command("--do_train", *base, *RUN, *flags, "--resume_from_checkpoint", "True")
+    code, _, error = command("--do_train", *base, *tiny.SHORT, *flags, "--resume_from_checkpoint", "True")
     words = "is the checkpoint of a run with --target_sparsity 0.4, not 0.3; give the flags that it was made with"
     assert words in tiny.refusal(code, error)
 
 
 def test_results_of_a_training_do_not_replace_others_unasked(pruned, checkpoint, text, tmp_path, command):
     base = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
-    code, _, error = command("--do_train", *base, *RUN, "--save_loc", pruned[0])
+    code, _, error = command("--do_train", *base, *tiny.SHORT, "--save_loc", pruned[0])
     assert "holds results.json; --overwrite_output_dir replaces it" in tiny.refusal(code, error)
 
 
@@ -380,7 +299,7 @@ def test_models_that_cannot_be_pruned_are_refused(checkpoint, text, tmp_path, co
         (no_weights, "cannot be loaded"),
     ):
         base = ("--model_name_or_path", model, "--dataset_name", text, "--output_dir", tmp_path / "out")
-        code, _, error = command("--do_train", *RUN, *base)
+        code, _, error = command("--do_train", *tiny.SHORT, *base)
         assert words in tiny.refusal(code, error)
 
 

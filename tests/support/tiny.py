@@ -16,6 +16,8 @@ from tvaprune.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = bool(os.environ.get("TVAPRUNE_EVERY"))  # the slow tests in all their cases, and not in some of each kind
+SHORT = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches", 2, "--use_cpu",
+         "--dim_multiple", 4)  # fmt: skip
 WORDS = "the gate of a unit keeps or drops what it carries while narrow models answer nearly as well".split()
 
 

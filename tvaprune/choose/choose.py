@@ -15,7 +15,7 @@ from tvaprune.choose.rotation import learn_rotation, loses_rotation, wants_rotat
 from tvaprune.choose.scores import PER_TARGET, score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
-from tvaprune.errors import SCORING, TRAINING, InputError, running_out_in
+from tvaprune.errors import SCORING_UNITS, TRAINING, InputError, running_out_in
 from tvaprune.files import discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.given import given_checkpoint
@@ -165,7 +165,7 @@ def scored_windows(block_size: int, asked: int) -> int:
 def scored(run: Run, blocks: Dataset, target: float) -> Masks:
     """Scores units for a target, as ``--prune_method`` says; ``--per_device_eval_batch_size`` makes passes smaller."""
     batch_size = scored_windows(run.args.data.block_size, run.args.training.per_device_eval_batch_size)
-    with running_out_in(SCORING):
+    with running_out_in(SCORING_UNITS):
         return score_masks(run.model, run.args.prune.prune_method, blocks, target, run.args.training.seed, batch_size)
 
 

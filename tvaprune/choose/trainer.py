@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
-from transformers.trainer_callback import ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from tvaprune import ranks
@@ -58,16 +57,15 @@ class GateTrainer(CheckpointedTrainer):
     ) -> None:
         objective = PruningObjective(gated, settings)
         identity = record.get("identity", {})
-        super().__init__(objective, args, train_dataset=train_dataset, eval_dataset=eval_blocks, identity=identity)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+        bar = _GateProgress(phases or Phases(), GATE_TRAINING)
+        super().__init__(
+            objective, args, train_dataset=train_dataset, eval_dataset=eval_blocks, identity=identity, bar=bar
+        )
         self.gated, self.settings, self.record = gated, settings, record
         self.best_folder = Path(str(args.output_dir)) / "best"
         self.best: Path | None = None  # what lies in the folder may be another run's
         with torch.no_grad():
             self.start = float(expected_sparsity(gated.log_alpha(), settings.beta_start, gated.shape))
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(_GateProgress(phases or Phases(), GATE_TRAINING))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns AdamW with two groups: the gates are minimised, the multipliers maximised."""

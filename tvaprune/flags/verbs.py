@@ -140,7 +140,7 @@ VERBS = {
 }
 
 
-def goes_on(verb: str, arguments: list[str]) -> str:
+def advice_of(verb: str, arguments: list[str]) -> str:
     """Returns what the user of an interrupted command is told; scores have no checkpoints."""
     words = [part for word in arguments for part in underscored(word).split("=", 1)]
     scored = verb == "prune" and "--prune_method" in words[:-1] and words[words.index("--prune_method") + 1] != "vib"

@@ -31,7 +31,7 @@ ROTATION_BLOCKS = 128  # that a rotation is learned of
 # The phases by name, as `phases` has them.
 DENSE_PERPLEXITY, PRUNED_PERPLEXITY = "dense perplexity", "pruned perplexity"
 ROTATION, GATE_TRAINING, FINE_TUNING = "rotation", "gate training", "fine-tuning"
-SCORING = "scores"
+UNIT_SCORES = "scores"
 CUT, REFIT, RECONSTRUCT = "cut", "refit", "reconstruct"
 # The parts of both at whose end a share of the way is chosen.
 REFIT_CHOICE, RECONSTRUCT_CHOICE = "choice after refit", "choice after reconstruct"
@@ -318,7 +318,7 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         if work.scored_batch:
             passes = -(-work.scored_blocks // work.scored_batch)
             helps = "a smaller --per_device_eval_batch_size or --block_size"
-            found.append(Phase(SCORING, scoring_pass(work), 0, passes * scoring_flops(work), helps))
+            found.append(Phase(UNIT_SCORES, scoring_pass(work), 0, passes * scoring_flops(work), helps))
     beside = weights(work.dense, work) if work.keep_dense else 0
     measured = [_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside)] if work.measures else []
     found += [replace(phase, times=work.targets) for phase in (*_cut(work), *measured)]

@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 
 from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
@@ -62,16 +61,13 @@ class FinetuneTrainer(CheckpointedTrainer):
         phases: Phases | None = None,
     ) -> None:
         indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
-        super().__init__(model, args, train_dataset=indexed, eval_dataset=eval_blocks, identity=identity)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+        bar = _FinetuneProgress(phases or Phases(), FINE_TUNING)
+        super().__init__(model, args, train_dataset=indexed, eval_dataset=eval_blocks, identity=identity, bar=bar)
         self.teacher, self.weights = teacher, {"ce": 1.0, "kl": weights.kl, "hidden": weights.hidden}
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience))
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(_FinetuneProgress(phases or Phases(), FINE_TUNING))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **options: Any) -> torch.Tensor:
         """Returns the weighted sum of the terms of a batch."""

@@ -16,7 +16,7 @@ from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import goes_on, settle_multiple, zero_shot_tasks
-from tvaprune.measure.cost import DENSE_PERPLEXITY, GATE_TRAINING, NARROWING, PRUNED_PERPLEXITY, ROTATION, SCORING
+from tvaprune.measure.cost import DENSE_PERPLEXITY, GATE_TRAINING, NARROWING, PRUNED_PERPLEXITY, ROTATION, UNIT_SCORES
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.load import load_config
@@ -71,8 +71,8 @@ def _phases(args: Arguments, tasks: ZeroShot | None, estimate: Estimate) -> Phas
     phases: dict[str, Sequence[str] | None] = {DENSE_MODEL: (DENSE_PERPLEXITY,), CHOICE: None}
     if args.prune.prune_method == "vib":
         phases[CHOICE] = (ROTATION, GATE_TRAINING)
-    elif SCORING in estimate.counted:
-        phases[CHOICE] = (SCORING,)
+    elif UNIT_SCORES in estimate.counted:
+        phases[CHOICE] = (UNIT_SCORES,)
     for target in args.each_target():
         phases[_cut(target)] = (*NARROWING, PRUNED_PERPLEXITY)
         if tasks is not None:

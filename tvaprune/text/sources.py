@@ -168,7 +168,7 @@ def _local_documents(dataset_name: str, split: str) -> list[str]:
         texts = {name: Dataset.from_dict({"text": documents}) for name, documents in module.read_splits().items()}
         DatasetDict(texts).save_to_disk(target)
 
-    documents: list[str] = _cached(folder, build)[split]["text"][:]  # at once: row by row takes twenty times as long
+    documents: list[str] = _cached(folder, build)[split]["text"][:]  # at once: row by row is far slower
     return documents
 
 
