@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from support import tiny
 from support.families import MORE_ROWS, ROWS, make_plan, sliced
 from support.folders import no_heads_in_layer_0, tokenizer, uneven
 from support.other_families import register
@@ -160,3 +161,15 @@ def uneven_folder(make_pruned, tmp_path):
     """A checkpoint whose layers differ in width, the first without attention."""
     narrow, plan = make_pruned("mistral GQA, window shorter than the input", no_heads_in_layer_0)
     return save_pruned(narrow, plan, tokenizer(), tmp_path / "pruned")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory):
+    """The folder of a tiny model."""
+    return tiny.save_checkpoint(make_model("llama"), tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The file of a text for it."""
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
