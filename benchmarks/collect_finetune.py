@@ -1,12 +1,13 @@
 """Prints a Markdown table of the fine-tunings under a folder: what was chosen by what, and the gap that each closes."""
 
 import json
-import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from tvaprune.measure.figures import log_gap
 
 HEAD = (
     "model", "chosen by", "parameters", "loss", "seeds", "dense", "pruned, each", "gap", "fine-tuned, each", "gap left",
@@ -24,7 +25,7 @@ def main(folder: Path) -> None:
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
     for (model, method, terms), found in sorted(cells.items(), key=lambda item: (item[0][0], len(item[0][2]))):
         ppl = [run["perplexity"] for run in found]
-        cut, left = ([math.log(value[of] / value["dense"]) for value in ppl] for of in ("pruned", "finetuned"))
+        cut, left = ([log_gap(value[of], value["dense"]) for value in ppl] for of in ("pruned", "finetuned"))
         closed = [1 - after / before for before, after in zip(cut, left, strict=True)]
         columns = [
             model,

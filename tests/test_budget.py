@@ -124,9 +124,9 @@ def test_the_default_is_the_gpu_where_it_has_less(arguments, monkeypatch):
     assert memory_of(args) == 80
 
 
-def test_memory_is_a_number_above_0(arguments):
-    for wrong in (0, -1, math.nan, math.inf):
-        with pytest.raises(InputError, match="--memory is .*: give a number above 0"):
+def test_memory_is_more_than_what_stays_free(arguments):
+    for wrong in (2, -1, math.nan, math.inf):
+        with pytest.raises(InputError, match="--memory is .*: give a number of GiB above 2"):
             arguments("prune", "mini", "--memory", wrong)
 
 

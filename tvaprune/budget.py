@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.ranges import RESERVED_MEMORY
 from tvaprune.given import plan_of
 from tvaprune.measure import cost, update_cost
 from tvaprune.measure.perplexity import windows_of_pass
@@ -24,7 +25,6 @@ from tvaprune.run import SELECTION_SAMPLES, held_out_samples, window_of
 from tvaprune.text.protocols import C4_WINDOWS
 
 DEFAULT_MEMORY = 40.0  # GiB
-RESERVED = 2.0  # GiB of them: what settings leave free, `cost.OVERHEAD` and fragmentation
 
 _BATCH_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing")
 
@@ -166,7 +166,7 @@ def _step(args: Arguments) -> Callable[[Work], float] | None:
 def _room(args: Arguments, memory: float | None = None) -> float:
     if args.is_spread:  # what each device holds is not told here
         return math.inf
-    return ((memory_of(args) if memory is None else memory) - RESERVED) * GIB
+    return ((memory_of(args) if memory is None else memory) - RESERVED_MEMORY) * GIB
 
 
 def _times(args: Arguments, work: Work, room: float) -> bool:

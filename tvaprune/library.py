@@ -119,12 +119,7 @@ def describe(mask: str | Path, model: str | Path, rules: PruneSettings | None = 
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
-    given = rules or PruneSettings()
-    if isinstance(given.dim_multiple, str):
-        raise InputError(f"--dim_multiple {given.dim_multiple}: is measured by the verbs that cut; give a number")
-    return _describe(
-        Path(mask), str(model), given.dim_multiple, given.keep_one_kv_head, given.uniform, given.tensor_parallel
-    )
+    return _describe(Path(mask), str(model), rules or PruneSettings())
 
 
 def export(

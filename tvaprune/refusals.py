@@ -10,6 +10,8 @@ from tvaprune.files import check_apart, check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.load import load_config
 from tvaprune.models.published import located
+from tvaprune.models.shape import shape_of
+from tvaprune.plan.widths import WidthRules, Widths
 from tvaprune.text.protocols import (
     OWN,
     PROTOCOLS,
@@ -34,6 +36,12 @@ def check_protocol(args: Arguments) -> None:
             f"--protocol {name}: has windows of {window} tokens, the model is made for {longest} at most; choose one "
             "of shorter windows, or own"
         )
+
+
+def check_widths(args: Arguments) -> None:
+    """Refuses ``--tensor_parallel`` where it divides the model's own widths as little as those of any cut."""
+    shape = shape_of(load_config(args.source.model_name_or_path))
+    Widths(shape, WidthRules(tensor_parallel=args.prune.tensor_parallel or 1))
 
 
 def check_training(args: Arguments) -> None:

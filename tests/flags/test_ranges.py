@@ -73,7 +73,7 @@ BAD = [
     ("max_train_samples", 0), ("max_eval_samples", -1), ("adam_beta1", 1), ("save_total_limit", 0),
     ("target_sparsity", 0), ("target_sparsity", 1), ("settle_share", 1), ("dim_multiple", -8), ("num_fewshot", -1),
     ("speed_batches", -1), ("sparsities", 1), ("seeds", -1), ("threads", 0), ("teacher_top_k", 0),
-    ("tokens", 0), ("page", 0), ("batch_size", -1), ("temperature", 0),
+    ("tokens", 0), ("page", 0), ("batch_size", -1), ("temperature", 0), ("memory", 2), ("memory", 0.5),
     ("lr_scheduler_type", "reduce_lr_on_plateau"), ("lr_scheduler_type", "cosine_with_min_lr"),
     ("lr_scheduler_type", "warmup_stable_decay"), ("save_strategy", "best"), ("report_to", "tensorboard_of_nobody"),
 ]  # fmt: skip
@@ -82,7 +82,7 @@ GOOD = [
     ("max_steps", 1), ("seed", 0), ("seed", 2**32 - 1), ("dataloader_num_workers", 0), ("kl_factor", 0),
     ("att_mul", 0), ("emb_mult", 0), ("block_size", 2), ("settle_share", 0), ("dim_multiple", 0), ("num_fewshot", 0),
     ("speed_batches", 0), ("lr_scheduler_type", "cosine"), ("save_strategy", "no"), ("target_sparsity", 0.999),
-    ("seeds", 0), ("initial_log_variance", -1e-5), ("report_to", "none"),
+    ("seeds", 0), ("initial_log_variance", -1e-5), ("report_to", "none"), ("memory", 2.5),
 ]  # fmt: skip
 
 

@@ -229,6 +229,14 @@ def write_gguf(file, config, architecture, tensors, **entries):
     writer.close()
 
 
+@pytest.mark.parametrize(("heads", "channels"), [([2, 0, 1], 52), (2, [52, 8, 16])])
+def test_layers_that_differ_in_width_are_refused_by_what_they_are(heads, channels, make_model, tmp_path):
+    values = vars(make_model("llama").config) | {"num_key_value_heads": heads, "intermediate_size": channels}
+    write_gguf(tmp_path / "model.gguf", SimpleNamespace(**values), "deci", {"x": torch.ones(1)})
+    with pytest.raises(InputError, match="model.gguf: its layers have widths of their own, which llama.cpp reads"):
+        load_config(str(tmp_path / "model.gguf"))
+
+
 def test_a_phi_3_has_its_window_and_a_rotary_embedding_of_a_part_is_refused(make_model, tmp_path):
     model = make_model("phi3", hidden_size=24, sliding_window=5, rope_theta=1e4, pad_token_id=0)
     tensors = {}

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import read_record, save_masks
@@ -18,6 +19,7 @@ from tvaprune.stages.describe import describe, main
 
 SMALL = ("--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 4, "--speed_batches", 0, "--use_cpu")
 RULES = {"dim_multiple": 4, "min_key_value_heads": 1, "uniform": True, "tensor_parallel": 2}
+AS_FLAGS = {"dim_multiple": 4, "keep_one_kv_head": True, "uniform": True, "tensor_parallel": 2}
 SHIPPED = sorted(path for name in ("mistral", "llama3") for path in tiny.ROOT.glob(f"{name}_saves_tva/mask_info_*.pkl"))
 
 
@@ -124,25 +126,25 @@ def test_every_verb_takes_the_record(verb, source, mask):
 
 def test_the_description_takes_the_record(source, mask, tmp_path, capsys):
     mask.with_suffix(".json").write_text(json.dumps({"rules": RULES}))
-    content = describe(mask, str(source[1]))
+    content = describe(mask, str(source[1]), PruneSettings())
     out, _ = loaded(source, mask, "apply"), capsys.readouterr()
-    assert content == describe(mask, str(source[1]), 4, True, True, 2)
+    assert content == describe(mask, str(source[1]), PruneSettings(**AS_FLAGS))
     assert len(set(content.adjusted.intermediate_size)) == 1 and out.rules == WidthRules(**RULES)
     capsys.readouterr()
     main([str(mask), "--model_name_or_path", str(source[1]), "--uniform", "False", "--json"])
     shown = capsys.readouterr()
     assert shown.err == "note: the units were chosen with --uniform True, applied with --uniform False\n"
     assert len(set(json.loads(shown.out)["adjusted"]["intermediate_size"])) > 1
-    with pytest.raises(InputError, match="--tensor_parallel is 0: give a number above 0"):
-        describe(mask, str(source[1]), tensor_parallel=0)
+    for flag in ("--tensor_parallel", "--dim_multiple"):  # a rule is refused as the verbs that cut refuse it
+        with pytest.raises(InputError, match=f"{flag} is -1: give a "):
+            main([str(mask), "--model_name_or_path", str(source[1]), flag, "-1"])
 
 
 @pytest.mark.parametrize(
     ("record", "flags"),
     [
         ({"dim_multiple": 32, "prune_method": "vib"}, {"dim_multiple": 32, "prune_method": "vib"}),
-        ({"dim_multiple": 4, "settings": {"rules": RULES}},
-         {"dim_multiple": 4, "keep_one_kv_head": True, "uniform": True, "tensor_parallel": 2}),
+        ({"dim_multiple": 4, "settings": {"rules": RULES}}, AS_FLAGS),
         ({"rules": {"uniform": True}, "dim_multiple": 8}, {"uniform": True}),
         ({}, {}),
     ],
@@ -181,3 +183,13 @@ def test_the_record_holds_the_rules(learn):
     mask, output = learn("--prune_method", "random", "--uniform", "--dim_multiple", 4)
     assert read_record(mask)["rules"] == RULES | {"min_key_value_heads": 0, "tensor_parallel": 1}
     assert len(set(KeepPlan.load(output / "plan.json").intermediate_size)) == 1
+
+
+def test_devices_that_share_no_layer_are_refused_before_the_model_is_loaded(source, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(Run, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    flags = ("--do_train", "--max_train_samples", 8, *source, *SMALL, "--output_dir", tmp_path / "out")
+    code, _, error = command(*flags, "--tensor_parallel", 3)
+    assert code == 2 and "--tensor_parallel is 3: the model's num_key_value_heads, 2, is no multiple of it" in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(pytest.fail.Exception, match="the model was loaded"):  # negative control
+        command(*flags, "--tensor_parallel", 2)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tvaprune.errors import InputError
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
@@ -21,7 +22,7 @@ def mask_and_config(make_model, make_masks, tmp_path):
 
 def test_the_description_is_the_plan(mask_and_config):
     mask, model, plan = mask_and_config
-    content = describe(mask, str(model), dim_multiple=8)
+    content = describe(mask, str(model), PruneSettings(dim_multiple=8))
     assert content.adjusted.hidden_size == plan.hidden_size
     assert content.adjusted.num_key_value_heads == list(plan.num_key_value_heads)
     assert content.adjusted.num_parameters == plan.num_parameters
@@ -30,7 +31,7 @@ def test_the_description_is_the_plan(mask_and_config):
 
 def test_zero_switches_the_adjustment_off(mask_and_config):
     mask, model, _ = mask_and_config
-    content = describe(mask, str(model), dim_multiple=0)
+    content = describe(mask, str(model), PruneSettings(dim_multiple=0))
     assert content.adjusted == content.learned
 
 
@@ -49,20 +50,20 @@ def test_json_and_table_say_the_same(mask_and_config, monkeypatch, capsys):
 
 def test_a_folder_without_config_is_refused(mask_and_config, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded"):
-        describe(mask_and_config[0], str(tmp_path / "nowhere"))
+        describe(mask_and_config[0], str(tmp_path / "nowhere"), PruneSettings())
 
 
 def test_a_plan_is_described_as_it_is(mask_and_config, tmp_path):
     mask, model, plan = mask_and_config
     plan.save(tmp_path / "plan.json")
-    content = describe(tmp_path / "plan.json", str(model))
-    assert content.adjusted == content.learned == describe(mask, str(model), dim_multiple=8).adjusted
+    content = describe(tmp_path / "plan.json", str(model), PruneSettings())
+    assert content.adjusted == content.learned == describe(mask, str(model), PruneSettings(dim_multiple=8)).adjusted
     with pytest.raises(InputError, match="--dim_multiple: acts on a mask"):
-        describe(tmp_path / "plan.json", str(model), dim_multiple=4)
+        describe(tmp_path / "plan.json", str(model), PruneSettings(dim_multiple=4))
 
 
 def test_a_plan_of_another_model_is_refused(mask_and_config, make_model, tmp_path):
     mask_and_config[2].save(tmp_path / "plan.json")
     make_model("llama", num_hidden_layers=2).config.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="is of another model"):
-        describe(tmp_path / "plan.json", str(tmp_path / "other"))
+        describe(tmp_path / "plan.json", str(tmp_path / "other"), PruneSettings())

@@ -1,6 +1,5 @@
 """The README.md of a pruned checkpoint: what it is, how it was made, how each tool loads it."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ from transformers import PretrainedConfig
 
 from tvaprune.checkpoint.card_metadata import adapter_metadata, model_metadata, published
 from tvaprune.errors import InputError
-from tvaprune.measure.figures import ERRORS, with_error
+from tvaprune.measure.figures import ERRORS, log_gap, with_error
 from tvaprune.models.families import base_type
 from tvaprune.models.formats import check_graph, gguf_architecture, vanilla_config
 from tvaprune.models.shape import in_words
@@ -140,7 +139,7 @@ def _perplexity_rows(record: dict[str, Any]) -> list[str]:
     reached = f"{tuned}, before fine-tuning {pruned}" if tuned else pruned
     rows = [f"| perplexity ({where}) | {dense} | {reached} |"]
     if values[last] is not None:
-        apart = with_error(math.log(values[last] / values["dense"]), _error(values, gap))
+        apart = with_error(log_gap(values[last], values["dense"]), _error(values, gap))
         rows.append(f"| gap in log perplexity to the dense model | | {apart} |")
     return [*rows, "", ERRORS] if values.get("stderr") else rows
 

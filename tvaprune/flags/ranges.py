@@ -35,6 +35,8 @@ TARGET = Range(
     lambda value: 0 < value < 1,
 )
 SPEED_UP = Range("a number above 1, such as 1.5: how many times as fast", lambda value: value > 1)
+RESERVED_MEMORY = 2.0  # GiB of --memory: what settings leave free, for what torch itself takes and for fragmentation
+MEMORY = Range("a number of GiB above 2, which stay free", lambda value: value > RESERVED_MEMORY)
 COUNT = _at_least(1, "a number above 0, a whole one")
 COUNT_OR_NONE = _at_least(0, "a whole number of 0 or more")
 TOKENS = _at_least(2, "at least 2 tokens: one is predicted from the other")
@@ -49,7 +51,7 @@ RANGES = {
         POSITIVE: (
             "vib_learning_rate", "reg_learning_rate", "beta", "beta_start", "distill_temp", "lora_alpha_ratio",
             "epoch_f", "num_train_epochs", "learning_rate", "adam_epsilon", "eval_steps", "save_steps",
-            "logging_steps", "memory", "temperature",
+            "logging_steps", "temperature",
         ),
         WEIGHT: (
             "kl_factor", "att_mul", "inter_mul", "emb_mult", "gate_ce_weight", "distill_ce_loss_alpha",
@@ -59,6 +61,7 @@ RANGES = {
         SHARE: ("settle_share", "lora_dropout", "adam_beta1", "adam_beta2"),
         TARGET: ("target_sparsity", "sparsities", "zero_eval_sparsities"),
         SPEED_UP: ("target_speedup",),
+        MEMORY: ("memory",),
         TOKENS: ("block_size", "ctx_length"),
         COUNT: (
             "max_train_samples", "max_eval_samples", "tensor_parallel", "refit_samples", "lora_r", "teacher_top_k",

@@ -1,6 +1,13 @@
-"""How a measured figure is told: with its standard error where it has one."""
+"""How a measured figure is told: against the dense model's, with its standard error where it has one."""
+
+import math
 
 ERRORS = "±: the standard error over the windows; of a gap, over the same windows."
+
+
+def log_gap(perplexity: float, dense: float) -> float:
+    """Returns log perplexity minus the dense model's."""
+    return math.log(perplexity / dense)
 
 
 def with_error(value: float, error: float | None, sign: str = "", digits: int = 3) -> str:

@@ -39,6 +39,7 @@ _OTHER_WEIGHTS = ("*.safetensors", "*.bin")
 _SPLITS = ("llama3", "llama-v3", "llama-bpe", "smaug-bpe", "dbrx", "falcon3", "tekken", "qwen2", "deepseek-r1-qwen")
 _GPT2 = ("gpt-2",)
 _DIGITS_FIRST = ("smollm",)
+_WIDTHS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GgufHeader:
         rotary: The entry or the tensor that scales its rotary embedding or leaves a part of the head out; None: none.
         tokenizer: llama.cpp's name of the kind of its tokenizer.
         split: llama.cpp's name of how it splits text.
+        by_layer: Whether its layers have widths of their own.
     """
 
     types: dict[str, int]
@@ -62,6 +64,7 @@ class GgufHeader:
     rotary: str | None
     tokenizer: str
     split: str
+    by_layer: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,13 +199,18 @@ def _stamp(file: Path) -> tuple[int, int]:
 @lru_cache(maxsize=4)
 def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
     raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
+    header = gguf_header(file)
+    if header.by_layer:
+        raise InputError(
+            f"{named}: its layers have widths of their own, which llama.cpp reads and transformers does not: give the "
+            "folder that it was made of"
+        )
     check_config(raw, named)
     if raw["model_type"] in FAMILIES and FAMILIES[raw["model_type"]].experts is not None:
         raise InputError(
             f"{named}: a mixture of experts is not read from GGUF: give the model as a Hugging Face folder"
         )
     raw.pop("_model_name_or_path", None)  # a title, which a saved config would name as a path
-    header = gguf_header(file)
     if header.head_dim is not None:  # transformers reads these for some architectures only
         raw["head_dim"] = header.head_dim
     if header.sliding_window:
@@ -246,6 +254,7 @@ def _header(file: Path, stamp: tuple[int, int]) -> GgufHeader:
         rotary=next(iter(rotary), None),
         tokenizer=str(entry("tokenizer.ggml.model", "")),
         split=str(entry("tokenizer.ggml.pre", "default")),
+        by_layer=any(isinstance(entry(f"{of}.{width}", None), list) for width in _WIDTHS),
     )
 
 

@@ -15,7 +15,8 @@ _RULES = {  # the flag of each rule
     "uniform": "uniform",
     "tensor_parallel": "tensor_parallel",
 }
-FLAGS = (*_RULES.values(), "prune_method")
+RULE_FLAGS = tuple(_RULES.values())
+FLAGS = (*RULE_FLAGS, "prune_method")
 
 
 def recorded_flags(mask: str | Path) -> Mapping[str, object]:
@@ -61,14 +62,8 @@ def as_recorded(given: Mapping[str, object], recorded: Mapping[str, object]) -> 
 
 
 def width_rules(flags: Mapping[str, Any], shape: ModelShape) -> WidthRules:
-    """Returns the rules that flags make, the default where one is None.
-
-    Raises:
-        InputError: If ``tensor_parallel`` is no number of devices.
-    """
+    """Returns the rules that flags make, the default where one is None."""
     multiple, parts = flags["dim_multiple"], flags["tensor_parallel"]
-    if parts is not None and parts < 1:
-        raise InputError(f"--tensor_parallel is {parts}: give a number above 0")
     return WidthRules(
         dim_multiple=default_dim_multiple(shape.hidden_size) if multiple is None else _plain("dim_multiple", multiple),
         min_key_value_heads=int(flags["keep_one_kv_head"] or False),

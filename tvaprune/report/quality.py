@@ -1,11 +1,10 @@
 """What the models of some runs are worth: perplexities and gaps, zero-shot scores, what they say."""
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from tvaprune.measure.figures import ERRORS, with_error
+from tvaprune.measure.figures import ERRORS, log_gap, with_error
 from tvaprune.measure.generations import in_a_line
 from tvaprune.report.charts import BARS, Point, Series, line_chart
 from tvaprune.report.folders import Generations, RunFolder
@@ -18,15 +17,10 @@ SCORED = ("model", DENSE, PRUNED, FINETUNED)
 MAX_PROMPTS = 8
 
 
-def gap(perplexities: Perplexities, value: float) -> float:
-    """Returns log perplexity minus the dense model's."""
-    return math.log(value / perplexities.dense)
-
-
 def gap_told(perplexities: Perplexities, name: str = PRUNED) -> str:
     """Returns the gap of the pruned model, or of another, with its error."""
     error = perplexities.error("gap" if name == PRUNED else f"{name}_gap")
-    return with_error(gap(perplexities, getattr(perplexities, name)), error)
+    return with_error(log_gap(getattr(perplexities, name), perplexities.dense), error)
 
 
 def protocol(runs: Sequence[RunFolder]) -> str:
@@ -72,9 +66,9 @@ def gaps(runs: Sequence[RunFolder]) -> list[Block]:
         if results.perplexity is not None and results.widths is not None:
             sparsity, ppl = results.widths.decoder_sparsity, results.perplexity
             name = f"{Path(results.model).name}, {results.prune_method}, {results.weight_update}"
-            lines.setdefault(name, []).append(Point(sparsity, gap(ppl, ppl.pruned), ppl.error("gap")))
+            lines.setdefault(name, []).append(Point(sparsity, log_gap(ppl.pruned, ppl.dense), ppl.error("gap")))
             if ppl.finetuned is not None:
-                tuned = Point(sparsity, gap(ppl, ppl.finetuned), ppl.error("finetuned_gap"))
+                tuned = Point(sparsity, log_gap(ppl.finetuned, ppl.dense), ppl.error("finetuned_gap"))
                 lines.setdefault(f"{name}, fine-tuned", []).append(tuned)
     if len({point.x for points in lines.values() for point in points}) < 2:
         return []

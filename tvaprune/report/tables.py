@@ -1,10 +1,9 @@
 """The closing table of a command."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvaprune.measure.figures import with_error
+from tvaprune.measure.figures import log_gap, with_error
 from tvaprune.models.shape import in_words
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Perplexities, Results
@@ -26,7 +25,7 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
         (
             f"perplexity ({text.dataset_name} {text.split}, windows of {text.window})",
             f"{_perplexity(ppl, 'dense')} dense -> {_perplexity(ppl, 'pruned')} pruned (gap in log perplexity "
-            f"{with_error(math.log(ppl.pruned / ppl.dense), ppl.error('gap'))})",
+            f"{with_error(log_gap(ppl.pruned, ppl.dense), ppl.error('gap'))})",
         ),
         ("protocol", text.line),
         ("sparsity of the decoder layers", _sparsity(widths.decoder_sparsity, results.target_sparsity)),
@@ -70,7 +69,7 @@ def finetune_rows(results: Results) -> list[tuple[str, str]]:
     """Returns the closing table's rows for what fine-tuning did."""
     ppl, told, speed = results.perplexity, results.finetune, results.training_speed_up
     assert ppl is not None and ppl.finetuned is not None and told is not None
-    before, after = math.log(ppl.pruned / ppl.dense), math.log(ppl.finetuned / ppl.dense)
+    before, after = log_gap(ppl.pruned, ppl.dense), log_gap(ppl.finetuned, ppl.dense)
     closed = f", {1 - after / before:.0%} of it closed" if before > 0 else ""
     rows = [
         (

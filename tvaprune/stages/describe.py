@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from transformers.hf_argparser import string_to_bool
 
 from tvaprune.errors import InputError
 from tvaprune.files import as_json
+from tvaprune.flags.ranges import AUTO
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import dense_parameters
 from tvaprune.models.shape import in_words, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks, read_record
-from tvaprune.plan.record import as_recorded, recorded_flags, width_rules
+from tvaprune.plan.record import RULE_FLAGS, as_recorded, recorded_flags, width_rules
 from tvaprune.plan.rotation import read_rotation
 from tvaprune.plan.widths import WidthRules
 from tvaprune.report.results import KeptWidths
@@ -36,26 +39,22 @@ class Description:
     adjusted: KeptWidths
 
 
-def describe(
-    mask: Path,
-    model: str,
-    dim_multiple: int | None = None,
-    keep_one_kv_head: bool | None = None,
-    uniform: bool | None = None,
-    tensor_parallel: int | None = None,
-) -> Description:
+def describe(mask: Path, model: str, asked: PruneSettings) -> Description:
     """Returns the widths before and after adjustment, the sparsity and the parameters.
 
-    ``mask`` may be a plan's JSON, to which no rule applies. A rule that is None is as the mask's record says; one that
-    differs from it is told on stderr.
+    ``mask`` may be a plan's JSON, to which no rule applies.
+
+    Args:
+        asked: Of it the width flags count; one that is None is as the mask's record says, one that differs is told on stderr.
 
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.
     """
+    if asked.dim_multiple == AUTO:
+        raise InputError(f"--dim_multiple {AUTO}: is measured by the verbs that cut; give a number")
     shape = shape_of(load_config(model))
     dense = dense_parameters(shape)
-    given = {"dim_multiple": dim_multiple, "keep_one_kv_head": keep_one_kv_head, "uniform": uniform,
-             "tensor_parallel": tensor_parallel}  # fmt: skip
+    given = {name: getattr(asked, name) for name in RULE_FLAGS}
     if mask.suffix == ".json":
         plan = _plan(mask, given)
         plan.check_fits(shape, str(mask))
@@ -75,7 +74,7 @@ def describe(
     return Description(str(mask), model, dense, shape.experts, learned, adjusted)
 
 
-def _plan(path: Path, rules: dict[str, int | None]) -> KeepPlan:
+def _plan(path: Path, rules: Mapping[str, object]) -> KeepPlan:
     given = [name for name, value in rules.items() if value is not None]
     if given:
         raise InputError(f"--{given[0]}: acts on a mask, and {path} is a plan, whose widths are what they are")
@@ -123,14 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
-    content = describe(
-        args.mask,
-        args.model_name_or_path,
-        args.dim_multiple,
-        args.keep_one_kv_head,
-        args.uniform,
-        args.tensor_parallel,
-    )
+    asked = PruneSettings(**{name: getattr(args, name) for name in RULE_FLAGS})
+    content = describe(args.mask, args.model_name_or_path, asked)
     if args.json:
         print(as_json(asdict(content)))
     else:

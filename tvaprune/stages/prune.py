@@ -24,7 +24,7 @@ from tvaprune.models.shape import shape_of
 from tvaprune.phases import Phases
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
-from tvaprune.refusals import check_results, check_save, check_training
+from tvaprune.refusals import check_results, check_save, check_training, check_widths
 from tvaprune.report import plots
 from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
@@ -144,6 +144,7 @@ def _prepared(args: Arguments) -> str | None:
         The checkpoint to go on from, if any.
     """
     check_scored(args.prune.prune_method, shape_of(load_config(args.source.model_name_or_path)))
+    check_widths(args)
     checkpoint = gate_checkpoint(args)
     for one in args.each_target().values():
         check_save(one)

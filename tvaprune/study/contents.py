@@ -7,7 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 from tvaprune.flags.settings import VIB_ONCE
-from tvaprune.measure.figures import ERRORS, with_error
+from tvaprune.measure.figures import ERRORS, log_gap, with_error
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.study.grid import VIB
 
@@ -50,7 +50,7 @@ class Cells:
 
 def gap(content: dict[str, Any], text: str) -> float:
     """Returns log perplexity pruned minus dense."""
-    return math.log(perplexity(content, text, PRUNED)) - math.log(perplexity(content, text, DENSE))
+    return log_gap(perplexity(content, text, PRUNED), perplexity(content, text, DENSE))
 
 
 def error(content: dict[str, Any], text: str, name: str) -> float | None:
