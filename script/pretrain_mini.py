@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from tvaprune.checkpoint.tokenizer import write_tokenizer
 from tvaprune.text.blocks import load_documents, token_blocks
 
 VOCAB_SIZE = 2048
@@ -138,7 +139,7 @@ def pretrain(family: str, output_dir: Path, work_dir: Path, args: argparse.Names
     torch.nn.Module.to(model, torch.bfloat16)
     model.config.use_cache = True  # training switched it off
     model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    write_tokenizer(tokenizer, output_dir)
 
 
 def main() -> None:

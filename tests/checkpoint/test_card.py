@@ -5,6 +5,7 @@ import shutil
 
 import huggingface_hub
 import pytest
+import torch
 import transformers.utils.hub as hub_of_transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
@@ -18,6 +19,7 @@ from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.card_metadata import source_metadata
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
 from tvaprune.errors import InputError
+from tvaprune.models.published import folder_of
 from tvaprune.stages.export import export
 
 RECORD = {
@@ -81,6 +83,17 @@ def test_what_a_loaded_pruned_model_pushes_has_our_card_and_results(narrow, push
     load_pruned(folder).save_pretrained(folder, push_to_hub=True, repo_id="pruned")  # into its own folder
     assert pushed[-1]["README.md"] == ours == (folder / "README.md").read_bytes()
     assert pushed[-1][RESULTS] == kept == (folder / RESULTS).read_bytes()
+
+
+def test_a_model_that_was_changed_is_not_pushed_with_the_figures_of_the_one_it_was(narrow, pushed, tmp_path):
+    folder = save_pruned(*narrow(no_heads_in_layer_0), tokenizer(), tmp_path / "pruned", record=RECORD)
+    model = load_pruned(folder, dtype=torch.float32)
+    model.push_to_hub("same")
+    assert RESULTS in pushed[-1]  # control
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0, 0] += 1
+    model.push_to_hub("changed")
+    assert RESULTS not in pushed[-1] and EMPTY.encode() in pushed[-1]["README.md"]
 
 
 def test_a_card_that_is_on_the_hub_already_stays(narrow, pushed, tmp_path, monkeypatch):
@@ -262,12 +275,16 @@ def test_what_is_made_of_a_fetched_model_is_under_its_licence(make_pruned, tmp_p
     monkeypatch.chdir(tmp_path)
     narrow, plan = make_pruned("gemma3_text tied")
 
-    def card(name):
-        record = {"model": "gemma3-270m"}
+    def card(name, source="gemma3-270m"):
+        record = {"model": str(source)}
         return (save_pruned(narrow, plan, None, tmp_path / name, record=record) / "README.md").read_text()
 
-    told = card("fetched")
-    assert "base_model: google/gemma-3-270m\n" in told and "license: gemma\n" in told
-    assert "Gemma Terms of Use, see `GEMMA_TERMS.html`" in told and "`tvaprune fetch gemma3-270m`" in told
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
+    folder_of("gemma3-270m").mkdir(parents=True)
+    sources = {"fetched": "gemma3-270m", "by_folder": folder_of("gemma3-270m"), "again": tmp_path / "fetched"}
+    for name, source in sources.items():
+        told = card(name, source)
+        assert "base_model: google/gemma-3-270m\n" in told and "license: gemma\n" in told
+        assert "Gemma Terms of Use, see `GEMMA_TERMS.html`" in told and "`tvaprune fetch gemma3-270m`" in told
     (tmp_path / "gemma3-270m").mkdir()  # control: a folder of that name is another model
     assert "license" not in card("own").lower()

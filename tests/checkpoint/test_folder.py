@@ -16,13 +16,16 @@ from support.folders import (
     tokenizer,
     uneven,
     uniform,
+    with_more_tokens,
     with_units,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint import folder as checkpoint
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
+from tvaprune.checkpoint.tokenizer import write_tokenizer
 from tvaprune.errors import InputError
+from tvaprune.files import read_json
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import FAMILIES
 from tvaprune.models.modeling_pruned import WIDTHS, layer_config
@@ -339,3 +342,15 @@ def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, t
     assert "- mask: mask_info_1.pkl" in (tmp_path / "pruned" / "README.md").read_text()
     with pytest.raises(InputError, match="--save_pruned pruned: is not empty"):
         stages.run_apply(Arguments.parse(flags, "apply"))
+
+
+def test_a_tokenizer_is_written_in_words_that_transformers_4_knows(tmp_path):
+    words = with_more_tokens()
+    words.save_pretrained(tmp_path / "as_it_is")
+    write_tokenizer(words, tmp_path)
+    plain, ours = (read_json(folder / "tokenizer_config.json") for folder in (tmp_path / "as_it_is", tmp_path))
+    assert plain["tokenizer_class"] == "TokenizersBackend" and plain["extra_special_tokens"] == ["w3"]  # control
+    assert ours["tokenizer_class"] == "PreTrainedTokenizerFast" and ours["additional_special_tokens"] == ["w3"]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("w5 w3 w46")["input_ids"] == words("w5 w3 w46")["input_ids"]
+    assert again.special_tokens_map == words.special_tokens_map and again.all_special_ids == words.all_special_ids

@@ -1,8 +1,10 @@
 """The exports: the tensors and fields that were written, read back independently, and the tool's own verification."""
 
+import copy
 import importlib.util
 import json
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -283,6 +285,45 @@ def test_a_tokenizer_that_llama_cpp_cannot_name_is_refused(make_folder, tmp_path
     tokenizer().save_pretrained(folder)
     with pytest.raises(InputError, match="a tokenizer of type WordLevel is not supported"):
         tokenizer_fields(folder, load_pruned(folder).config)
+
+
+def test_what_changes_a_text_before_it_is_split_is_refused(make_folder):
+    _, folder = make_folder(words=byte_level(), vocab_size=340)
+    content, config = json.loads((folder / "tokenizer.json").read_text()), load_pruned(folder).config
+    for step, taken in (("NFC", True), ("Lowercase", False)):
+        for normalizer in ({"type": step}, {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": step}]}):
+            (folder / "tokenizer.json").write_text(json.dumps(content | {"normalizer": normalizer}))
+            with nullcontext() if taken else pytest.raises(InputError, match="changes a text by 'Lowercase' before it"):
+                tokenizer_fields(folder, config)
+    sentencepiece().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer_fields(folder, config)  # control
+    content["normalizer"]["normalizers"][1]["content"] = "_"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="changes a text by 'Replace' before it"):
+        tokenizer_fields(folder, config)
+
+
+def test_a_split_that_is_followed_by_another_has_no_name(make_folder):
+    _, folder = make_folder(words=byte_level(next(iter(SPLITS))), vocab_size=310)
+    content, config = json.loads((folder / "tokenizer.json").read_text()), load_pruned(folder).config
+    tokenizer_fields(folder, config)  # control
+    for option in ("use_regex", "add_prefix_space"):
+        other = copy.deepcopy(content)
+        other["pre_tokenizer"]["pretokenizers"][-1][option] = True
+        (folder / "tokenizer.json").write_text(json.dumps(other))
+        with pytest.raises(InputError, match="llama.cpp has no name for this tokenizer's way to split text"):
+            tokenizer_fields(folder, config)
+
+
+def test_a_tokenizer_in_other_files_is_refused_and_none_is_told(make_folder, capsys):
+    _, folder = make_folder(words=byte_level(), vocab_size=310)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="is not in a tokenizer.json"):
+        tokenizer_fields(folder, None)
+    (folder / "tokenizer_config.json").unlink()
+    assert tokenizer_fields(folder, None) == {"tokenizer.ggml.model": "no_vocab"}
+    assert "has no tokenizer: the GGUF file will take tokens, and no text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("row", ["llama GQA", "llama odd widths", MISTRAL, "qwen2 tied", "qwen3 untied"])

@@ -14,6 +14,7 @@ from tvaprune.errors import InputError
 from tvaprune.export import gguf_tensors
 from tvaprune.export.in_llama_cpp import logits_in_llama_cpp
 from tvaprune.export.verify import fixed_prompt, reference_logits
+from tvaprune.files import read_json, write_json
 from tvaprune.models.families import FAMILIES
 from tvaprune.models.formats import ARCHITECTURES, gguf_architecture
 from tvaprune.stages.export import export
@@ -125,6 +126,20 @@ def shapes_of_layer(architecture, hidden, keys, channels):
         "ffn_down": (hidden, channels),
     } | (heads if architecture == "olmo2" else dict.fromkeys(HEAD_NORMS, (8,)))
     return {name: shapes.get(name, (hidden,)) for name in TENSORS.get(architecture, LLAMA)}
+
+
+@pytest.mark.parametrize("family", ["phi3", "granite"])
+def test_a_config_that_does_not_name_the_width_of_a_head(family, make_model, tmp_path):
+    folder = tmp_path / "stock"
+    make_model(family, head_dim=8, **SQUARE).save_pretrained(folder)
+    export("gguf", folder, tmp_path / "named.gguf", "f32", verify=False)
+    config = folder / "config.json"
+    named = read_json(config)
+    assert named.pop("head_dim") == 8
+    write_json(named, config)
+    assert not hasattr(load_pruned(folder).config, "head_dim")  # control
+    export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
+    assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "named.gguf").read_bytes()
 
 
 def test_every_family_has_a_row():

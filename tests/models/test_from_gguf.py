@@ -208,7 +208,7 @@ PHI3 = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "ml
         "embed_tokens": "token_embd", "lm_head": "output", "norm": "output_norm"}  # fmt: skip
 
 
-def write_gguf(file, config, architecture, tensors, **entries):
+def write_gguf(file, config, architecture, tensors, parts=1, **entries):
     """Writes what llama.cpp's converter does for families that we do not export."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -219,6 +219,7 @@ def write_gguf(file, config, architecture, tensors, **entries):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_uint16("split.count", parts)
     for name, value in entries.items():
         writer.add_uint32(f"{architecture}.{name.replace('__', '.')}", value)
     for name, tensor in tensors.items():
@@ -227,6 +228,16 @@ def write_gguf(file, config, architecture, tensors, **entries):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_part_of_a_file_is_told_from_a_whole_one(make_model, tmp_path):
+    config = make_model("llama").config
+    for name, parts in (("part", 2), ("whole", 1)):
+        file = tmp_path / f"{name}.gguf"
+        write_gguf(file, config, "llama", {"x": torch.ones(1)}, parts, attention__key_length=6)
+    with pytest.raises(InputError, match="part.gguf: is one of 2 files of a model; join them with `llama-gguf-split"):
+        load_config(str(tmp_path / "part.gguf"))
+    assert load_config(str(tmp_path / "whole.gguf")).model_type == "llama"  # control
 
 
 @pytest.mark.parametrize(("heads", "channels"), [([2, 0, 1], 52), (2, [52, 8, 16])])

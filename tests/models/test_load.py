@@ -176,6 +176,15 @@ def test_git_lfs_pointers_are_named(checkpoint):
         (folder / name).write_bytes(whole)
 
 
+def test_weights_that_are_not_read_may_be_pointers(checkpoint):
+    folder = checkpoint()
+    for name in ("pytorch_model.bin", "consolidated.safetensors"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n")
+    load(folder)
+    (folder / "model.safetensors").unlink()  # control: now they would be
+    assert "consolidated.safetensors is a git-lfs pointer" in refused(folder)
+
+
 def test_tokens_beyond_the_embedding_are_refused(checkpoint):
     folder = checkpoint()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -276,6 +285,10 @@ def test_a_link_out_of_the_folder_is_refused(checkpoint, tmp_path):
     (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
     assert "chat_template.jinja is a link out of the folder" in refused(folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template == "of mine"  # control: it would have been passed on
+    (folder / "chat_template.jinja").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").symlink_to(tmp_path / "secret")
+    assert "tool.jinja is a link out of the folder" in refused(folder)
 
 
 def test_links_of_the_hubs_cache_and_to_weights_are_followed(checkpoint, tmp_path, make_model, input_ids):

@@ -97,6 +97,7 @@ def test_the_adapter_loads_on_the_pruned_checkpoint_and_agrees_with_the_merged_m
     merged = logits(load_pruned(output / "merged"), input_ids)
     torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
     assert (merged - before).abs().max() > 1e-2  # control: fine-tuning changed the model
+    assert load_pruned(output / "merged").config.use_cache is base.config.use_cache is True  # which training is without
 
 
 def test_the_heads_that_a_layer_lost_stay_zero(tuned):

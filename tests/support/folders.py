@@ -65,6 +65,13 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1", pad_token="w2")
 
 
+def with_more_tokens():
+    """A tokenizer with a special token that has no role of its own."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["w3"]})
+    return words
+
+
 def read_config(folder):
     return json.loads((folder / "config.json").read_text())
 

@@ -10,18 +10,21 @@ import json
 import sys
 from pathlib import Path
 
-EXPECTED = "expected.safetensors"  # ``input_ids``, and the ``logits`` of the model that was saved
+EXPECTED = "expected.safetensors"  # ``input_ids``, the ``logits`` of the model that was saved, what `TEXT` is cut into
+TEXT = "w5 w3 w6"
 
 
 def difference(folder):
     """The largest difference of the logits, without a cache and of the last token with one."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     expected = load_file(folder / EXPECTED)
     ids, wanted = expected["input_ids"], expected["logits"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert tokenizer(TEXT)["input_ids"] == expected["of_text"].tolist() and "w3" in tokenizer.all_special_tokens
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 from support import opened_folders
 from support.families import MORE_ROWS, NAMED_ROWS, ROWS, logits, make_plan, sliced
-from support.folders import no_heads_in_layer_0, stock
+from support.folders import no_heads_in_layer_0, stock, with_more_tokens
 from tvaprune.checkpoint.folder import save_pruned
 
 CASES = {"own": no_heads_in_layer_0, "stock": stock}
 EVERY = [(row, case) for row in ROWS | MORE_ROWS | NAMED_ROWS for case in CASES]
 WITHIN = 1e-5
+TEXT_IDS = [5, 3, 6]  # of `opened_folders.TEXT`
 NOT_IN_4 = {  # what transformers 4.57 does not open as 5.23 does, and what it says
     ("internlm3", "own"): "transformers 4.57.6 has no 'internlm3' models",
     ("internlm3", "stock"): "does not recognize this architecture",
@@ -44,9 +45,10 @@ def write(row, case, make_model, make_masks, folder):
     model = make_model(model_type, **values)
     plan = CASES[case](make_plan(model, make_masks))
     narrow = sliced(model, plan)
-    save_pruned(narrow, plan, None, folder)
+    save_pruned(narrow, plan, with_more_tokens(), folder)
     ids = torch.randint(0, 47, (2, 11), generator=torch.Generator().manual_seed(1))
-    save_file({"input_ids": ids, "logits": logits(narrow, ids)}, folder / opened_folders.EXPECTED)
+    expected = {"input_ids": ids, "logits": logits(narrow, ids), "of_text": torch.tensor(TEXT_IDS)}
+    save_file(expected, folder / opened_folders.EXPECTED)
     return folder
 
 

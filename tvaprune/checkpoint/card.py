@@ -5,11 +5,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from tvaprune.checkpoint.card_metadata import adapter_metadata, model_metadata, published
+from tvaprune.checkpoint.card_metadata import adapter_metadata, made_of, model_metadata
 from tvaprune.errors import InputError
 from tvaprune.measure.figures import ERRORS, log_gap, with_error
 from tvaprune.models.families import base_type
 from tvaprune.models.formats import check_graph, gguf_architecture, vanilla_config
+from tvaprune.models.published import PUBLISHED
 from tvaprune.models.shape import in_words
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -32,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{remote_argument})
 - vLLM{vllm_note}: `vllm serve {name}{remote_flag}` (not run on a GPU by the authors)
 {formats}"""
 _GGUF = """- llama.cpp: `python -m tvaprune.export --format gguf {source} {name}.gguf`{made}, then
-  `llama-cli -m {name}.gguf`
+  `llama-cli -m {name}.gguf`, where llama.cpp knows the tokenizer's way to split text
 """
 _ONNX = "- ONNX Runtime: `python -m tvaprune.export --format onnx {name} {name}-onnx`\n"
 _VANILLA = """- any other engine: `python -m tvaprune.export --format vanilla {name} {name}-vanilla` pads every layer
@@ -102,11 +103,11 @@ def model_card(config: PretrainedConfig, plan: KeepPlan, record: dict[str, Any],
 
 
 def _terms(base: str | None) -> list[str]:
-    """Returns what the licence of a fetched model asks of who passes on what is made of it."""
-    fetched = published(base)
-    if fetched is None:
+    """Returns what the licence of a fetched model asks of who passes on what is made of it, or of that again."""
+    name = made_of(base)
+    if name is None:
         return []
-    where = f"What is named there is in the folder that `tvaprune fetch {base}` prints."
+    fetched, where = PUBLISHED[name], f"What is named there is in the folder that `tvaprune fetch {name}` prints."
     return ["## Licence", "", f"It is made of {fetched.title}. {fetched.terms} {where}", ""]
 
 

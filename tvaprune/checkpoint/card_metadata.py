@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
 from tvaprune.checkpoint.eval_results import HUB_ID, Perplexity
-from tvaprune.models.published import PUBLISHED, Published
+from tvaprune.models.published import PUBLISHED, folder_of
 
 TAGS = ["pruned", "tvaprune"]
 _CARD = "README.md"
@@ -21,9 +21,23 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 _LONGEST = 200  # characters of what is inherited: a licence's name or address, a language
 
 
-def published(base: str | None) -> Published | None:
-    """Returns the fetched model that a name means; a folder of that name goes first."""
-    return PUBLISHED.get(base) if base is not None and not Path(base).exists() else None
+def made_of(base: str | None) -> str | None:
+    """Returns the name of the fetched model that a checkpoint is, or was made of on this machine; None: of none.
+
+    Args:
+        base: The checkpoint as it was given.
+    """
+    if base is None or (fetched := _fetched(base)) is not None:
+        return None if base is None else fetched
+    origin = source_metadata(base).get("base_model") if Path(base).exists() else None
+    return next((name for name, model in PUBLISHED.items() if model.origin == origin), None)
+
+
+def _fetched(base: str) -> str | None:
+    """Returns the name of the fetched model that a name or a folder means; a folder of that name goes first."""
+    if not Path(base).exists():
+        return base if base in PUBLISHED else None
+    return next((name for name in PUBLISHED if folder_of(name).resolve() == Path(base).resolve()), None)
 
 
 def model_metadata(record: Mapping[str, Any], name: str) -> str:
@@ -60,8 +74,8 @@ def source_metadata(base: str | None) -> dict[str, Any]:
     """
     if base is None:
         return {}
-    if (fetched := published(base)) is not None:
-        return {"base_model": fetched.origin, "license": fetched.license}
+    if (name := _fetched(base)) is not None:
+        return {"base_model": PUBLISHED[name].origin, "license": PUBLISHED[name].license}
     if Path(base).exists():
         above = _read(Path(base, _CARD))
         is_ours = set(TAGS) <= set(_texts(above.get("tags")))

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tvaprune.checkpoint.card import model_card
 from tvaprune.checkpoint.eval_results import write_eval_results
+from tvaprune.checkpoint.tokenizer import write_tokenizer
 from tvaprune.checkpoint.weights import write_weights
 from tvaprune.errors import InputError, reason
 from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, read_json, write_json
@@ -138,8 +139,7 @@ def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dty
 def _complete(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Writes what stands beside the weights, and takes out what would run as code."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        drop_code(folder / "tokenizer_config.json")
+        write_tokenizer(tokenizer, folder)
     drop_code(folder / "generation_config.json")
     _complete_config(folder / CONFIG_NAME, config)
 

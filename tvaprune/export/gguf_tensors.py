@@ -88,7 +88,7 @@ def _changed(
     if last == ("q_proj" if family.query_norm is None else family.query_norm.rpartition(".")[-1]):
         values = values * _attention_factor(model)
     if architecture.interleaved and last in ("q_proj", "k_proj"):
-        values = interleave(values, config.head_dim)
+        values = interleave(values, shape_of(config).head_dim)
     return values
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tvaprune.checkpoint.tokenizer import TOKENIZER_CONFIG
 from tvaprune.errors import InputError, quoted
 from tvaprune.files import read_json
 
@@ -28,6 +29,12 @@ def tokenizer_fields(folder: Path, config: Any) -> dict[str, Any]:
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
+        if (folder / TOKENIZER_CONFIG).is_file():
+            raise InputError(
+                f"--format gguf: the tokenizer of {folder} is not in a tokenizer.json, all that is read here: save "
+                "it there as a fast tokenizer, or move its files away for a GGUF file that takes no text"
+            )
+        print(f"note: {folder} has no tokenizer: the GGUF file will take tokens, and no text")
         return {"tokenizer.ggml.model": "no_vocab"}
     content = read_json(path)
     model = content["model"]
@@ -40,7 +47,24 @@ def tokenizer_fields(folder: Path, config: Any) -> dict[str, Any]:
     return fields
 
 
+def _check_normalizer(content: Mapping[str, Any], known: Mapping[str, Mapping[str, object]]) -> None:
+    """Refuses what a tokenizer changes in a text before it splits it, and llama.cpp does not.
+
+    Args:
+        known: The steps that it does too, by their type: what each must say.
+    """
+    normalizer = content.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    for step in normalizer.get("normalizers", [normalizer]):
+        said = known.get(step.get("type"))
+        if said is None or any(step.get(name) != value for name, value in said.items()):
+            raise InputError(
+                f"--format gguf: the tokenizer changes a text by {quoted(step.get('type'))} before it splits it, which "
+                "llama.cpp does not: use the checkpoint itself, or another format"
+            )
+
+
 def _byte_level(content: dict[str, Any]) -> dict[str, Any]:
+    _check_normalizer(content, {"NFC": {}})  # of Qwen's, whose texts are in that form nearly always
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -58,7 +82,8 @@ def _split_name(pre_tokenizer: dict[str, Any]) -> str:
             return "gpt-2"
         if len(steps) == 2 and steps[0].get("type") == "Digits" and steps[0].get("individual_digits"):
             return "smollm"
-    if bytes_last and len(steps) == 2 and steps[0].get("type") == "Split" and steps[0].get("behavior") == "Isolated":
+    plain = bytes_last and not (steps[-1].get("use_regex", True) or steps[-1].get("add_prefix_space"))
+    if plain and len(steps) == 2 and steps[0].get("type") == "Split" and steps[0].get("behavior") == "Isolated":
         name = SPLITS.get(steps[0]["pattern"].get("Regex", ""))
         if name:
             return name
@@ -70,6 +95,7 @@ def _split_name(pre_tokenizer: dict[str, Any]) -> str:
 
 def _sentencepiece(content: Mapping[str, object]) -> dict[str, Any]:
     """Returns SentencePiece's fields; a prefix space is there where the normalizer prepends one."""
+    _check_normalizer(content, {"Prepend": {"prepend": "▁"}, "Replace": {"pattern": {"String": " "}, "content": "▁"}})
     described = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     prefix = '"Prepend"' in described or '"prepend_scheme": "first"' in described or '"always"' in described
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
@@ -118,14 +144,12 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
 
 def _special_tokens(folder: Path, content: dict[str, Any], config: Any) -> dict[str, object]:
     """Returns the ids of the special tokens, and whether texts begin or end with one."""
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     settings = read_json(path) if path.is_file() else {}
     ids = dict(content["model"]["vocab"]) | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
     fields: dict[str, Any] = {}
     for short, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = settings.get(f"{short}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        index = ids.get(token, getattr(config, f"{short}_token_id", None))
+        index = ids.get(_named(settings, short), getattr(config, f"{short}_token_id", None))
         if isinstance(index, int):
             fields[f"tokenizer.ggml.{name}_token_id"] = index
     for short in ("bos", "eos"):
@@ -137,10 +161,15 @@ def _special_tokens(folder: Path, content: dict[str, Any], config: Any) -> dict[
     return fields
 
 
+def _named(settings: Mapping[str, Any], short: str) -> Any:
+    """Returns a special token of the settings, which hold it as a text or with how it is found in one."""
+    token = settings.get(f"{short}_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _is_added(settings: Mapping[str, object], content: dict[str, Any], short: str) -> bool:
     """Tells whether the tokenizer itself puts the token around a text: by its template, or by its flag."""
-    token = settings.get(f"{short}_token")
-    token = token.get("content") if isinstance(token, dict) else token
+    token = _named(settings, short)
     processor = content.get("post_processor")
     if processor is None:
         return bool(settings.get(f"add_{short}_token", False))

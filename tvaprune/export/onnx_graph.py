@@ -14,6 +14,7 @@ from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tvaprune.checkpoint.folder import CONFIG_NAME
+from tvaprune.checkpoint.tokenizer import write_tokenizer
 from tvaprune.export.verify import NUM_CACHED, fixed_prompt, reference_logits, report_difference
 from tvaprune.files import new_folder
 from tvaprune.models.formats import check_graph
@@ -72,7 +73,7 @@ def export_onnx(
         _export_text(model, temporary / MODEL_NAME)
         _export_step(model, temporary / WITH_PAST_NAME)
         if tokenizer is not None:  # with its chat template, in whatever files it has
-            tokenizer.save_pretrained(temporary)
+            write_tokenizer(tokenizer, temporary)
         for name in (CONFIG_NAME, "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)

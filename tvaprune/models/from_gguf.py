@@ -55,6 +55,7 @@ class GgufHeader:
         tokenizer: llama.cpp's name of the kind of its tokenizer.
         split: llama.cpp's name of how it splits text.
         by_layer: Whether its layers have widths of their own.
+        files: That it is split into; 1: it is whole.
     """
 
     types: dict[str, int]
@@ -65,6 +66,7 @@ class GgufHeader:
     tokenizer: str
     split: str
     by_layer: bool
+    files: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +98,8 @@ def gguf_file(path: str, named: str) -> Path | None:
         found = sorted(place.glob(f"*{SUFFIX}"))
     if len(found) > 1:
         names = ", ".join(quoted(file.name) for file in found[:3])
-        raise InputError(f"{named}: holds {len(found)} GGUF files ({names}); name a whole one, as FOLDER/FILE.gguf")
+        raise InputError(f"{named}: holds {len(found)} GGUF files ({names}); name a whole one, as FOLDER/FILE.gguf, or "
+                         "join the parts of one with `llama-gguf-split --merge`")  # fmt: skip
     if found:
         require_gguf(named)
     return found[0] if found else None
@@ -200,6 +203,11 @@ def _stamp(file: Path) -> tuple[int, int]:
 def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
     raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
     header = gguf_header(file)
+    if header.files > 1:
+        raise InputError(
+            f"{named}: is one of {header.files} files of a model; join them with `llama-gguf-split --merge` and give "
+            "the whole one"
+        )
     if header.by_layer:
         raise InputError(
             f"{named}: its layers have widths of their own, which llama.cpp reads and transformers does not: give the "
@@ -254,6 +262,7 @@ def _header(file: Path, stamp: tuple[int, int]) -> GgufHeader:
         rotary=next(iter(rotary), None),
         tokenizer=str(entry("tokenizer.ggml.model", "")),
         split=str(entry("tokenizer.ggml.pre", "default")),
+        files=max(1, int(entry("split.count", 1))),
         by_layer=any(isinstance(entry(f"{of}.{width}", None), list) for width in _WIDTHS),
     )
 

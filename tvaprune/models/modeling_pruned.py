@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
+from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig
 
@@ -191,7 +193,7 @@ class _PrunedForCausalLM(nn.Module):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the model as any; read before, since with ``push_to_hub`` the folder's own card may be written over."""
-        self.own_files = _told_of(self.config)
+        self.own_files = _told_of(self)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -206,12 +208,26 @@ class _PrunedForCausalLM(nn.Module):
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
-def _told_of(config: Any) -> dict[str, bytes]:
-    """Returns card and evaluation results of the folder that a config was read from; none without a card."""
-    folder = Path(config._name_or_path or "/")
-    if not (folder / CARD).is_file():
+def _told_of(model: Any) -> dict[str, bytes]:
+    """Returns card and evaluation results of the folder that a model was read from.
+
+    None without a card, or where the weights are others by now, of which the card's figures are not.
+    """
+    folder = Path(model.config._name_or_path or "/")
+    if not (folder / CARD).is_file() or not _holds(folder, model.state_dict()):
         return {}
     return {str(path.relative_to(folder)): path.read_bytes() for path in (folder / CARD, *folder.glob(RESULTS))}
+
+
+def _holds(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
+    """Tells whether a folder's files hold these weights, whatever precision they were loaded in."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                stored = opened.get_tensor(name)
+                if name not in weights or not torch.equal(stored, weights[name].to("cpu", stored.dtype)):
+                    return False
+    return True
 
 
 def classes_of(model_type: str) -> tuple[Any, Any, Any]:

@@ -26,7 +26,8 @@ CODE_KEYS = ("auto_map", "custom_pipelines")  # by which a JSON file has a reade
 # What weights are stored in, in the words of safetensors and GGUF; the rest needs scales to be weights.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _POINTER = b"version https://git-lfs"  # how a file begins that git left on the server
-_READ = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin")
+_READ = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model")
+_READ_AS_WEIGHTS = ("*.safetensors", "*.bin")  # where no file of `shards` goes before them
 _MUCH = 10**8
 _SIZES = {  # the largest that can be meant: masks number layers by four digits
     "hidden_size": _MUCH,
@@ -59,11 +60,8 @@ def check_folder(path: str | Path, named: str) -> None:
         InputError: Naming the file.
     """
     folder = Path(path)
-    files = sorted(file for pattern in _READ for file in folder.glob(pattern)) if folder.is_dir() else []
-    for file in files:
-        if file.is_file():
-            _check_fetched(file, named)
-            _check_within(folder.resolve(), file, named)
+    files = _matching(folder, _READ)
+    _check_files(files, folder, named)
     for name in (file.name for file in files if file.name in QUANTISED_FILES):
         raise InputError(
             f"{named}: holds a {name}, its weights are quantised: give the unquantised checkpoint, "
@@ -74,7 +72,18 @@ def check_folder(path: str | Path, named: str) -> None:
             f"{named}: holds an {ADAPTER}, which would change the weights while they are loaded: "
             "merge the adapter first, or move it away"
         )
-    shards(path, named)
+    _check_files(shards(path, named) or _matching(folder, _READ_AS_WEIGHTS), folder, named)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []
+
+
+def _check_files(files: list[Path], folder: Path, named: str) -> None:
+    for file in files:
+        if file.is_file():
+            _check_fetched(file, named)
+            _check_within(folder.resolve(), file, named)
 
 
 def _check_fetched(file: Path, named: str) -> None:

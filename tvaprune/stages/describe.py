@@ -45,7 +45,8 @@ def describe(mask: Path, model: str, asked: PruneSettings) -> Description:
     ``mask`` may be a plan's JSON, to which no rule applies.
 
     Args:
-        asked: Of it the width flags count; one that is None is as the mask's record says, one that differs is told on stderr.
+        asked: Of it the width flags count; one that is None is as the mask's record says, one that differs is told on
+            stderr.
 
     Raises:
         InputError: If the mask or the config cannot be read, or they are not of the same model.

@@ -18,7 +18,7 @@ OUTTYPE = "f16"
 
 
 def export(
-    format_name: str, folder: Path, out: Path, outtype: str = "f16", overwrite: bool = False, verify: bool = True
+    format_name: str, folder: Path, out: Path, outtype: str = OUTTYPE, overwrite: bool = False, verify: bool = True
 ) -> None:
     """Writes a checkpoint in another format.
 
