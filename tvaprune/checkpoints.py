@@ -4,17 +4,19 @@ One is marked before anything else is in it and told what it belongs to when all
 tool's and stays, what lacks the identity, or a file, is half a checkpoint and does not count.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError
-from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark
+from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark, read_json
 from tvaprune.identity import IDENTITY_NAME, Identity, write_identity
 
 _NEEDED = (IDENTITY_NAME, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # without one, another result
@@ -100,7 +102,7 @@ class CheckpointedTrainer(Trainer):
             self.add_callback(bar)
         self.identity = identity
         self._resumed: str | None = None
-        self.add_callback(_AtSteps())
+        self.add_callback(_AtSteps(self._find_best))
         model: Any = self.model  # frozen weights and buffers are the same in all processes, or sharded
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in model.named_buffers()]
@@ -142,17 +144,24 @@ class CheckpointedTrainer(Trainer):
             self._rotate(folder.parent, limit)
         ranks.wait()
 
+    def _find_best(self) -> None:
+        """Sets the best checkpoint to where it lies now: `Trainer` forgets the path of a folder that was moved."""
+        if self._resumed is None:
+            return
+        resumed = Path(self._resumed)
+        best = read_json(resumed / TRAINER_STATE_NAME).get("best_model_checkpoint")
+        if best is not None:
+            places = [folder / Path(best).name for folder in (Path(str(self.args.output_dir)), resumed.parent)]
+            self.state.best_model_checkpoint = next((str(path) for path in places if path.is_dir()), best)
+
     def _load_best_model(self) -> None:
-        """Loads the best checkpoint where it lies now: its path in the state may be of a folder that was moved."""
-        name = Path(str(self.state.best_model_checkpoint)).name
-        places = [Path(str(self.args.output_dir)) / name, Path(str(self._resumed)).parent / name]
-        found = [path for path in places if path.is_dir()]
-        if not found:
+        """Loads the best checkpoint, if it is there."""
+        best = Path(str(self.state.best_model_checkpoint))
+        if not best.is_dir():
             raise InputError(
-                f"--load_best_model_at_end: the best checkpoint, {name}, is no longer in {self.args.output_dir}; train "
-                "again, or give --load_best_model_at_end False"
+                f"--load_best_model_at_end: the best checkpoint, {best.name}, is no longer in {self.args.output_dir}; "
+                "train again, or give --load_best_model_at_end False"
             )
-        self.state.best_model_checkpoint = str(found[0])
         super()._load_best_model()
 
     def _rotate(self, folder: Path, limit: int | None) -> None:
@@ -171,11 +180,13 @@ class _AtSteps(TrainerCallback):
     From the first step on each process draws for itself (gates, dropout): the order of the data, drawn before, is one.
     """
 
-    _draws_apart = False
+    def __init__(self, find_best: Callable[[], None]) -> None:
+        self._find_best, self._draws_apart = find_best, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        self._find_best()
         if args.should_save:
             for path in own_checkpoints(Path(str(args.output_dir))):
                 if state.global_step == 0 or missing_in(path):  # else it goes on

@@ -132,6 +132,8 @@ IDLE = [
     ("prune", "--prune_method flap", "--num_train_epochs 2", "without --prune_method vib"),
     ("prune", "--prune_method random", "--distill False", None),
     ("prune", "--max_steps 4", "--num_train_epochs 2", "beside --max_steps"),
+    ("finetune", "--max_steps 4", "--epoch_f 2", "beside --max_steps"),
+    ("finetune", "--epoch_f 2", "--num_train_epochs 2", "beside --epoch_f"),
     ("prune", "--eval_strategy no", "--eval_steps 2", "beside --eval_strategy no"),
     ("finetune", "--save_strategy no --load_best_model_at_end False", "--save_steps 2", "beside --save_strategy no"),
     ("prune", "--distill False", "--distill_temp 2", "without --distill True"),

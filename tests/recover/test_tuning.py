@@ -22,6 +22,7 @@ from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.recover.lora import LoraSettings
 from tvaprune.recover.teacher import HiddenTarget, LiveTeacher
 from tvaprune.recover.trainer import LossWeights
+from tvaprune.recover.training import kept_step
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
@@ -164,6 +165,58 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(trainer):
     assert len(scores) - 1 - scores.index(min(scores)) == 3
     found = perplexity(run.model, run.eval_dataset, 8)
     assert found == pytest.approx(min(scores)) and found < scores[-1]
+
+
+def measured_as(monkeypatch, run, *values):
+    """Lets a run find these validation perplexities, one after each step."""
+    monkeypatch.setattr("tvaprune.recover.trainer.perplexity", lambda *_: values[run.state.global_step - 1])
+
+
+def weights_of(run):
+    return torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
+
+
+EACH_STEP = {
+    "eval_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": None,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 4,
+}
+
+
+def test_the_best_weights_stay_where_the_run_was_moved(trainer, tmp_path, monkeypatch):
+    whole = trainer(**EACH_STEP)
+    measured_as(monkeypatch, whole, 9.0, 5.0, 6.0, 7.0)
+    whole.train()
+    moved = shutil.move(tmp_path / "out-0", tmp_path / "moved")
+    again = trainer(**EACH_STEP | {"output_dir": str(moved)})
+    again.train(resume_from_checkpoint=f"{moved}/checkpoint-4")
+    assert torch.equal(weights_of(again), weights_of(whole)) and kept_step(again) == 2
+    last = trainer(**EACH_STEP | {"output_dir": str(moved), "load_best_model_at_end": False})
+    last.train(resume_from_checkpoint=f"{moved}/checkpoint-4")
+    assert not torch.equal(weights_of(last), weights_of(whole))  # control: the last weights are others
+
+
+@pytest.mark.parametrize(
+    ("flags", "values", "step"),
+    [
+        ({"save_steps": 2}, (9.0, 8.0, 5.0, 7.0), 2),  # the best was not saved
+        ({"load_best_model_at_end": False}, (9.0, 5.0, 6.0, 7.0), 4),
+        ({}, (9.0, 8.0, 5.0, 7.0), 3),
+    ],
+)
+def test_the_step_that_is_told_is_that_of_the_weights(flags, values, step, trainer, tmp_path, monkeypatch):
+    run = trainer(**EACH_STEP | flags)
+    measured_as(monkeypatch, run, *values)
+    run.train()
+    assert kept_step(run) == step
+    run._load_from_checkpoint(str(tmp_path / "out-0" / f"checkpoint-{step}"), run.model)
+    kept = weights_of(run)
+    again = trainer(**EACH_STEP | flags)
+    measured_as(monkeypatch, again, *values)
+    again.train()
+    assert torch.equal(weights_of(again), kept)
 
 
 def test_gradient_checkpointing_gives_the_same_weights(trainer):

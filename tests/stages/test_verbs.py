@@ -103,7 +103,7 @@ def scoring(monkeypatch):
     names = []
 
     class Tasks:
-        def run(self, models, tokenizer, on_score, max_length):
+        def run(self, models, tokenizer, on_score):
             for name in names:
                 for model in models:
                     on_score(name, model, score([1.0, 0.0], data_set="acme/asked"))

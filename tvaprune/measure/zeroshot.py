@@ -75,15 +75,13 @@ class ZeroShot:
         self.names = list(dict.fromkeys(leaf for name in names for leaf in _leaves(self.manager.task_index, name)))
 
     def run(
-        self, models: Mapping[str, Any], tokenizer: object, on_score: Callable[[str, str, Score], None],
-        max_length: int | None = None,
-    ) -> dict[str, str]:  # fmt: skip
+        self, models: Mapping[str, Any], tokenizer: object, on_score: Callable[[str, str, Score], None]
+    ) -> dict[str, str]:
         """Scores every model on every task, a task at a time, and hands each score over as soon as it is there.
 
         Args:
             models: Name -> causal LM.
             on_score: Called with the task, the model's name and its score.
-            max_length: Tokens of the longest input; ``None``: as the model's config says.
 
         Returns:
             Tasks that could not run -> their data set.
@@ -91,7 +89,7 @@ class ZeroShot:
         Raises:
             InputError: If no task could run.
         """
-        harness = {name: _harness_model(model, tokenizer, max_length) for name, model in models.items()}
+        harness = {name: _harness_model(model, tokenizer) for name, model in models.items()}
         missing = {}
         for name in self.names:
             try:
@@ -192,7 +190,7 @@ def _leaves(index: Mapping[str, Any], name: str) -> list[str]:
     return [name]
 
 
-def _harness_model(model: nn.Module, tokenizer: object, max_length: int | None) -> object:
+def _harness_model(model: nn.Module, tokenizer: object) -> object:
     from lm_eval.models.huggingface import HFLM
 
     # A copy: the harness adds a token to pad with. Without a GPU the search for a batch size ends where it starts, and
@@ -200,7 +198,7 @@ def _harness_model(model: nn.Module, tokenizer: object, max_length: int | None) 
     batch_size = "auto" if next(model.parameters()).is_cuda else CPU_BATCH
     return HFLM(
         pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
-        max_length=max_length, trust_remote_code=False,
+        trust_remote_code=False,
     )  # fmt: skip
 
 

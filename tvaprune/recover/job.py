@@ -50,7 +50,12 @@ class Job:
         check_training(args)
         run = Run.load(args, trains=True, phases=phases)
         if args.finetune.full_ft and run.model.dtype == torch.float16:
-            raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32 or bfloat16")
+            raise InputError("--full_ft: float16 weights cannot be trained; give --dtype float32")
+        if args.finetune.full_ft and run.model.dtype == torch.bfloat16:
+            print(
+                "note: --full_ft trains the weights in bfloat16, which loses small steps; --dtype float32 --bf16 True "
+                "keeps them, in twice the memory"
+            )
         windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True), run.selection_blocks()
         job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype, run.stored_dtype)

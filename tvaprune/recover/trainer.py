@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
+from tvaprune import ranks
 from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity
@@ -104,7 +105,8 @@ class FinetuneTrainer(CheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms' means since the last log."""
         if "loss" in logs and self._count:
-            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
+            count, *sums = ranks.total(self._count, *map(float, self._sums.values()))
+            logs |= {name: value / count for name, value in zip(self._sums, sums, strict=True)}
             self._sums, self._count = {}, 0
         super().log(logs, start_time)
 

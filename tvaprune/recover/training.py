@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel, set_seed
 
 from tvaprune.budget import times_training
@@ -25,7 +26,7 @@ class Tuning:
     Attributes:
         r: Of LoRA, as ``alpha_ratio`` and ``dropout``; None: all weights were trained.
         teacher: What was distilled from; None: nothing was.
-        best_step: The step whose checkpoint was kept.
+        best_step: The step whose weights stay.
         adapter_merged_difference: The largest difference in logits of the two as they are read from disk.
     """
 
@@ -96,7 +97,9 @@ def train(job: Job, student: Student) -> tuple[Tuning, list[dict[str, float]]]:
     begin = time.perf_counter()
     with running_out_in(TRAINING):
         trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
-    return _told(job, trainer, time.perf_counter() - begin), trainer.state.log_history
+    told = _told(job, trainer, time.perf_counter() - begin)
+    extract_model_from_parallel(student, keep_fp32_wrapper=False)  # what is measured next is without its autocast
+    return told, trainer.state.log_history
 
 
 def _teacher(job: Job) -> Teacher | None:
@@ -107,6 +110,12 @@ def _teacher(job: Job) -> Teacher | None:
         return None
     hidden = HiddenTarget.of(job.plan, args.prune.weight_update) if args.finetune.distill_hidden_alpha else None
     return LiveTeacher(job.run.dense_model(), args.distill.distill_temp, hidden)
+
+
+def kept_step(trainer: FinetuneTrainer) -> int:
+    """Returns the step whose weights stay: the best of those that were saved, where that is loaded at the end."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return trainer.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
 
 
 def _told(job: Job, trainer: FinetuneTrainer, seconds: float) -> Tuning:
@@ -126,7 +135,7 @@ def _told(job: Job, trainer: FinetuneTrainer, seconds: float) -> Tuning:
         train_blocks=len(job.train_blocks),
         epochs=state.epoch,
         steps=state.global_step,
-        best_step=state.best_global_step,
+        best_step=kept_step(trainer),
         resumed_from=None if job.checkpoint is None else str(job.checkpoint),
         seconds=round(seconds, 1),
         r=None if lora is None else lora.r,

@@ -178,7 +178,7 @@ def _zero_shot(run: Run, tasks: ZeroShot, wanted: dict[str, PreTrainedModel], re
     made = run.record()
     scored_by = ScoringRun(made["seed"], made["hardware"], made["versions"], made["command"])
     record = ZeroShotRecord(results, run.args.save_loc, run.args.evaluation.write_out, scored_by)
-    missing = tasks.run(wanted, run.tokenizer, record.add, run.args.data.ctx_length)
+    missing = tasks.run(wanted, run.tokenizer, record.add)
     print("\n" + record.finish(missing))
     write_results(run.args, results)
     print(f"results: {run.args.save_loc}/")

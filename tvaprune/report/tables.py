@@ -71,6 +71,7 @@ def finetune_rows(results: Results) -> list[tuple[str, str]]:
     assert ppl is not None and ppl.finetuned is not None and told is not None
     before, after = log_gap(ppl.pruned, ppl.dense), log_gap(ppl.finetuned, ppl.dense)
     closed = f", {1 - after / before:.0%} of it closed" if before > 0 else ""
+    since = "" if told.resumed_from is None else f" since {Path(told.resumed_from).name}"
     rows = [
         (
             "perplexity, fine-tuned",
@@ -79,7 +80,7 @@ def finetune_rows(results: Results) -> list[tuple[str, str]]:
         ),
         (
             f"fine-tuning ({told.method}, {told.steps} steps of {told.blocks_per_step} blocks)",
-            f"{told.seconds:.0f} s, best step {told.best_step}",
+            f"{told.seconds:.0f} s{since}, weights of step {told.best_step}",
         ),
     ]
     if speed:

@@ -54,7 +54,7 @@ def sample(settings: SampleSettings) -> Path:
         "settings": {},
     }
     if settings.overwrite_output_dir:
-        for path in (folder / IDENTITY_NAME, file, part):
+        for path in (file, part, folder / IDENTITY_NAME):  # the last says whose the others are
             path.unlink(missing_ok=True)
     elif (folder / IDENTITY_NAME).is_file():
         check_identity("text", folder, identity)

@@ -180,7 +180,7 @@ class Measurement:
         def keep(task: str, name: str, score: Score) -> None:
             found[task] = score
 
-        missing = self.tasks.run({PRUNED: model}, self.base.tokenizer, keep, self.args.block_size)
+        missing = self.tasks.run({PRUNED: model}, self.base.tokenizer, keep)
         if missing:  # an average of fewer would stand beside others of all
             raise InputError(
                 f"--zero_eval_tasks: {', '.join(missing)} could not run (see above): a comparison averages all that it "
