@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(tuned, source, tmp_path, c
     first, again = (load_pruned(folder / "merged").state_dict() for folder in (output, tmp_path / "out"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     results, earlier = (tiny.read_json(folder / "results.json") for folder in (tmp_path / "out", output))
-    assert results["finetune"]["resumed_from"].endswith("checkpoint-9")
+    assert results["finetune"]["resumed_from"].endswith("checkpoint-9") and " s since checkpoint-9, weights of" in out
     assert results["refit"] == earlier["refit"] and "refit on" in out
 
 

@@ -27,9 +27,10 @@ def made_of(base: str | None) -> str | None:
     Args:
         base: The checkpoint as it was given.
     """
-    if base is None or (fetched := _fetched(base)) is not None:
-        return None if base is None else fetched
-    origin = source_metadata(base).get("base_model") if Path(base).exists() else None
+    name = None if base is None else _fetched(base)
+    if name is not None or base is None or not Path(base).exists():
+        return name
+    origin = source_metadata(base).get("base_model")
     return next((name for name, model in PUBLISHED.items() if model.origin == origin), None)
 
 

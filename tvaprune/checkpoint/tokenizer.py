@@ -21,7 +21,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     drop_code(path)
     content = read_json(path)
-    content[_CLASS] = _NAMES.get(content.get(_CLASS), content.get(_CLASS))
+    if content.get(_CLASS) in _NAMES:
+        content[_CLASS] = _NAMES[content[_CLASS]]
     if isinstance(content.get(_SPECIAL), list):
         content[_SPECIAL_OF_4] = content.pop(_SPECIAL)
     write_json(content, path)
