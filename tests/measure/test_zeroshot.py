@@ -173,5 +173,5 @@ def test_a_tokenizer_without_a_beginning_or_an_end_is_refused():
 def test_scoring_leaves_the_tokenizer_as_it_is_saved(tokenizer, pruned):
     own = copy.deepcopy(tokenizer)
     own.pad_token = None
-    harness = zeroshot._harness_model(pruned, own, None)
+    harness = zeroshot._harness_model(pruned, own)
     assert harness.tokenizer.pad_token is not None and own.pad_token is None

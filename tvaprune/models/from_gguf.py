@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tvaprune.errors import InputError, quoted
-from tvaprune.models.families import FAMILIES
+from tvaprune.models.families import FAMILIES, ModelFamily
 from tvaprune.models.formats import LARGEST_GEMMA
 from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import FLOATS, check_config
@@ -202,6 +202,10 @@ def _stamp(file: Path) -> tuple[int, int]:
 @lru_cache(maxsize=4)
 def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
     raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
+    if FAMILIES.get(str(raw.get("model_type")), ModelFamily()).experts is not None:
+        raise InputError(
+            f"{named}: a mixture of experts is not read from GGUF: give the model as a Hugging Face folder"
+        )
     header = gguf_header(file)
     if header.files > 1:
         raise InputError(
@@ -214,10 +218,6 @@ def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
             "folder that it was made of"
         )
     check_config(raw, named)
-    if raw["model_type"] in FAMILIES and FAMILIES[raw["model_type"]].experts is not None:
-        raise InputError(
-            f"{named}: a mixture of experts is not read from GGUF: give the model as a Hugging Face folder"
-        )
     raw.pop("_model_name_or_path", None)  # a title, which a saved config would name as a path
     if header.head_dim is not None:  # transformers reads these for some architectures only
         raw["head_dim"] = header.head_dim
