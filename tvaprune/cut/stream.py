@@ -1,7 +1,8 @@
 """Keep plan -> narrower model, out of core: weights are cut and folded as they come from the dense model's files.
 
-The same edits, the same walk and the same rounding as in memory, so the same model, bit for bit on a CPU. At its peak
-the refit holds half a layer of both models, the moments of one linear, and a batch of hidden states.
+The same edits, the same walk and the same rounding as in memory, so the same model, bit for bit on a CPU; a
+reconstruction whose passes are longer than a chunk of the loss differs by rounding. At its peak the refit holds half a
+layer of both models, the moments of one linear, and a batch of hidden states.
 """
 
 import shutil
