@@ -1,11 +1,16 @@
 """A model that is spread over devices is measured, cut, folded and refitted as one that is not."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from support import tiny
+from support.families import make_plan, sliced
+from support.updates import CALIBRATION, HELD_OUT, reconstruct, refit
+from torch.overrides import TorchFunctionMode
 
 from tvaprune.errors import InputError
-from tvaprune.models import load
+from tvaprune.models import layers, load
 from tvaprune.models.placement import check_placed, place_of, put
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
@@ -67,3 +72,41 @@ def test_a_model_over_devices_is_measured_and_cut_as_one_that_is_not(
     assert asked == [None, "auto"]
     assert found[0]["perplexity"] == found[1]["perplexity"]
     assert abs(found[0]["perplexity"]["pruned"] - found[0]["perplexity"]["dense"]) > 1  # control: it was cut
+
+
+class _Watch(TorchFunctionMode):
+    """Notes with which weights a product is made that nothing holds on the device."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.names = {id(p): name for model in models for name, p in model.named_parameters()}
+        self.held, self.missed, self.used = [], set(), set()
+
+    @contextmanager
+    def moved(self, module, device):
+        own = {id(p) for p in module.parameters()}
+        self.held.append(own)
+        yield
+        self.held.remove(own)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in {"linear", "embedding", "mul", "rms_norm"}:
+            used = {id(value) for value in args if isinstance(value, torch.nn.Parameter)} & set(self.names)
+            self.used |= {self.names[one] for one in used}
+            self.missed |= {self.names[one] for one in used.difference(*self.held)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("updates", [(refit,), (refit, reconstruct)], ids=["refit", "reconstruct"])
+def test_what_an_update_computes_with_is_on_its_device(updates, tied, make_model, make_masks, monkeypatch):
+    model = make_model(tie_word_embeddings=tied)
+    plan = make_plan(model, make_masks, 1)
+    narrow = sliced(model, plan)
+    watch = _Watch(model, narrow)
+    monkeypatch.setattr(layers, "_moved", watch.moved)
+    with watch:
+        for update in updates:
+            update(model, narrow, plan, CALIBRATION, HELD_OUT)
+    assert watch.missed == set()
+    assert watch.used >= {"model.embed_tokens.weight", "model.norm.weight", "model.layers.2.mlp.down_proj.weight"}

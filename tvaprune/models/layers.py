@@ -84,16 +84,17 @@ class Layers:
         self._after |= {name: weight.data for name, weight in self.weights(*paths).items()}
 
     def at(self, shares: Sequence[float], *paths: str) -> Iterator[float]:
-        """Yields each share of that way, the modules' weights being those there meanwhile."""
+        """Holds some modules and yields each share of that way, their weights being those there meanwhile."""
         changed = {name: weight for name, weight in self.weights(*paths).items() if name in self._after}
-        try:
-            for share in shares:
+        with self.holding(*paths):
+            try:
+                for share in shares:
+                    for name, weight in changed.items():
+                        weight.data = self._at(name, share)
+                    yield share
+            finally:
                 for name, weight in changed.items():
-                    weight.data = self._at(name, share)
-                yield share
-        finally:
-            for name, weight in changed.items():
-                weight.data = self._after[name]
+                    weight.data = self._after[name]
 
     def settle(self, share: float) -> None:
         """Leaves all weights at a share of the way, which is gone after that."""
@@ -160,7 +161,7 @@ class Streamed(Layers):
             self._changed |= dict.fromkeys(changed, file)
 
     def at(self, shares: Sequence[float], *paths: str) -> Iterator[float]:
-        """Yields each share, its weights there; they are fetched once."""
+        """Holds some modules and yields each share, their weights being those there; they are fetched once."""
         before = {name: self.fetch(name) for name in self.weights(*paths)}
         after = {name: self._later(name) for name in before if name in self._changed}
         try:
