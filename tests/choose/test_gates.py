@@ -91,18 +91,34 @@ def test_the_product_has_the_gradients_of_a_plain_one(features, per_token, redra
     assert torch.equal(torch.get_rng_state(), after)  # drawing again moves nobody's generator on
 
 
+@pytest.mark.parametrize("size", [(4,), (2, 5, 4), (2, 1, 4)], ids=["all", "token", "window"])
+@pytest.mark.parametrize("features", [1, 3])
+def test_the_product_with_given_gates_has_the_gradients_of_a_plain_one(features, size):
+    torch.manual_seed(0)
+    x, by = (torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((2, 5, 4 * features), size))
+    weights = torch.randn(2, 5, 4 * features, dtype=torch.float64)
+    found, expected = gates.multiply(x, by), x * by.repeat_interleave(features, -1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for one, wanted in zip(
+        *(torch.autograd.grad((product * weights).sum(), (x, by)) for product in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
 @pytest.mark.parametrize("recomputes", [True, False])
-def test_what_is_a_product_is_computed_again_of_its_factors_to_the_bit(recomputes):
+def test_what_is_a_product_is_computed_again_of_its_factors_to_the_bit(recomputes, given):
     torch.manual_seed(0)
     one, other = (torch.randn(2, 5, 4, requires_grad=True) for _ in range(2))
-    by = gates.Gates(*(torch.rand(4).requires_grad_() for _ in range(2)))
+    leaves = [torch.rand(4).requires_grad_() for _ in range(1 if given else 2)]
+    by = leaves[0] if given else gates.Gates(*leaves)
 
     def gradients(recomputes):
         torch.manual_seed(7)
         product = one * other
         found = gates.multiply(product, by, recomputes=recomputes)
         kept = {tensor.data_ptr() for tensor in found.grad_fn.saved_tensors if tensor is not None}
-        return product.data_ptr() in kept, torch.autograd.grad(found.sum(), (one, other, by.mu, by.deviation))
+        return product.data_ptr() in kept, torch.autograd.grad(found.sum(), (one, other, *leaves))
 
     (keeps, found), (_, expected) = gradients(recomputes), gradients(False)
     assert keeps is not recomputes

@@ -201,6 +201,17 @@ def test_flap_ignores_a_constant_input_that_wanda_keeps(make_model):
     assert int(score_masks(model, "wanda_sp", BLOCKS).log_alpha.inter[0].argmin()) == 3
 
 
+def test_flap_takes_a_layer_that_does_nothing_first(make_model):
+    model = make_model()
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.zero_()
+        layer.self_attn.o_proj.weight.zero_()
+    score = score_masks(model, "flap", BLOCKS).log_alpha
+    for kind in (score.attn, score.inter):
+        assert bool(kind[1].isfinite().all()) and kind[1].min() > max(kind[0].max(), kind[2].max())
+
+
 def without(model, attn=(), inter=()):
     """Returns a plan that removes KV heads and MLP channels of layer 0."""
     shape = shape_of(model.config)

@@ -246,10 +246,8 @@ class GatedModel(nn.Module):
         Args:
             x: Shape ``(batch, length, units * features)``, the features of a unit side by side.
         """
-        if isinstance(by, Gates):
-            assert self._pass is not None
-            return multiply(x, by, self.noise == "token", self._pass.recomputes)
-        return (x.unflatten(-1, (by.shape[-1], -1)) * by.to(x.dtype).unsqueeze(-1)).flatten(-2)
+        assert self._pass is not None
+        return multiply(x, by, self.noise == "token", self._pass.recomputes)
 
     def _replace_norm(self, path: str) -> None:
         """Lets a norm read the kept dims only."""

@@ -5,6 +5,7 @@ Source: Dutta et al., TVA-Prune (ES-FoMo @ ICML 2024), eq. 2-5; Dai et al., VIBN
 (the paper's eq. 5 writes the inverse ratio; the released code and mask files use this sign).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,25 +26,33 @@ class Gates:
     deviation: torch.Tensor
 
 
-def multiply(x: torch.Tensor, gates: Gates, per_token: bool = True, recomputes: bool = True) -> torch.Tensor:
-    """Multiplies by gates drawn anew (eq. 2).
+def multiply(
+    x: torch.Tensor, gates: Gates | torch.Tensor, per_token: bool = True, recomputes: bool = True
+) -> torch.Tensor:
+    """Multiplies by gates drawn anew (eq. 2), or by given ones.
 
     Backward it keeps ``x``, and the noise or where its generator stood, but neither the gates nor the product.
 
     Args:
         x: Shape ``(batch, length, units * features)``, the features of a unit side by side.
+        gates: Given ones: of a shape that broadcasts to ``(batch, length, units)``.
         per_token: One draw a token, else one a window.
         recomputes: Whether an ``x`` that is a product, as of an MLP with a gate, is computed again backward: its
             factors are kept anyway. They are asked of autograd, which under checkpointing would go forward for them.
 
     Returns:
-        The same shape and precision, with gradients to ``x``, means and deviations.
+        The same shape and precision, with gradients to ``x`` and the gates, or their means and deviations.
     """
-    leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
+    units = gates.shape[-1] if isinstance(gates, torch.Tensor) else len(gates.mu)
     factors = _factors(x) if recomputes else ()
-    has_features = x.shape[-1] > len(gates.mu)  # most have none: no views, for which a GPU waits as for a kernel
-    parted = x.unflatten(-1, (len(gates.mu), -1)) if has_features else x
-    product: torch.Tensor = _Product.apply(parted, gates.mu, gates.deviation, leading, *factors)
+    has_features = x.shape[-1] > units  # most have none: no views, for which a GPU waits as for a kernel
+    parted = x.unflatten(-1, (units, -1)) if has_features else x
+    product: torch.Tensor
+    if isinstance(gates, torch.Tensor):
+        product = _FixedProduct.apply(parted, gates.to(x.dtype), *factors)
+    else:
+        leading = x.shape[:-1] if per_token else torch.Size((x.shape[0], 1))
+        product = _Product.apply(parted, gates.mu, gates.deviation, leading, *factors)
     return product.flatten(-2) if has_features else product
 
 
@@ -88,7 +97,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         mu, deviation, noise, *kept = ctx.saved_tensors
-        x = kept[0] if len(kept) == 1 else (kept[0] * kept[1]).view(ctx.shape)
+        x = _multiplied(kept, ctx.shape)
         if noise is None:
             generator = torch.Generator(x.device).set_state(ctx.state)
             noise = torch.randn(ctx.size, generator=generator, device=x.device, dtype=x.dtype)
@@ -99,6 +108,29 @@ class _Product(torch.autograd.Function):
         of_deviation = of_z.mul_(noise).sum((0, 1), dtype=mu.dtype)  # noise of a window serves all its tokens
         spare = of_z if of_z.shape == noise.shape else torch.empty_like(noise)
         return _sampled_times(gradient, mu, noise, deviation, spare), of_mu, of_deviation, None, *ctx.unused
+
+
+class _FixedProduct(torch.autograd.Function):
+    """The same product for given gates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gates: torch.Tensor, *factors: Any) -> torch.Tensor:
+        ctx.shape, ctx.unused, ctx.has_features = x.shape, [None] * len(factors), x.dim() > 3
+        ctx.save_for_backward(gates, *(factors or (x,)))
+        return x * (gates.unsqueeze(-1) if ctx.has_features else gates)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gates, *kept = ctx.saved_tensors
+        of_gates, z = gradient * _multiplied(kept, ctx.shape), gates
+        if ctx.has_features:
+            of_gates, z = of_gates.sum(-1), gates.unsqueeze(-1)
+        return gradient * z, of_gates.sum_to_size(gates.shape), *ctx.unused
+
+
+def _multiplied(kept: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """Returns what was gated: it was kept, or its two factors were."""
+    return kept[0] if len(kept) == 1 else (kept[0] * kept[1]).view(shape)
 
 
 def _sampled_times(

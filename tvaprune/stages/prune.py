@@ -1,9 +1,9 @@
 """Flags -> mask for every target -> keep plan -> narrower model -> results and folder. Page one for a reader."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
+from accelerate.utils import release_memory
 from datasets import Dataset
 
 from tvaprune import ranks
@@ -63,7 +63,8 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     if not args.source.shard:
         return _measured(run, tasks, chosen, windows, dense, target)
     del run.model  # its shares go: one process cuts and measures the narrower models
-    gc.collect()
+    release_memory()
+    ranks.wait()  # the whole model goes over all devices: the others have let go of theirs
     return ranks.on_main(_measured, run, tasks, chosen, windows, dense, target)
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tvaprune.choose.scores.calibration import Calibration, InputSums, both_blocks, output_projections, read_inputs
-from tvaprune.choose.scores.ranking import by_head, per_unit
+from tvaprune.choose.scores.ranking import ALWAYS_KEPT, by_head, per_unit
 from tvaprune.models.families import family_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.edits import edits_of
@@ -22,7 +22,8 @@ def flap_scores(calibration: Calibration) -> PerUnit:
     The paper's WIFV metric and AL-AM structure: scores are standardised over the input features of each module, then
     averaged over a KV head's features, and one threshold serves all heads and channels of all layers; a head counts
     against the target with all its parameters, as everywhere here. As in the released code the metric of the output
-    projection is squared before it is standardised.
+    projection is squared before it is standardised. A module that never fluctuates has no spread to be measured by:
+    its units go before all others.
     """
     shape = calibration.shape
     linears = [linear for pair in output_projections(calibration.model) for linear in pair]
@@ -37,6 +38,8 @@ def _fluctuation(entry: InputSums) -> torch.Tensor:
 
 
 def _standardised(score: torch.Tensor) -> torch.Tensor:
+    if not bool(score.any()):
+        return torch.full_like(score, -ALWAYS_KEPT)
     return (score - score.mean()) / score.std().clamp(min=torch.finfo(score.dtype).tiny)
 
 
