@@ -88,10 +88,7 @@ class Scene:
 
     def pruned(self) -> PreTrainedModel:
         """Returns the narrower model on the card, beside the dense one."""
-        heads, channels = [*map(len, self.plan.padded.attn)], [*map(len, self.plan.padded.inter)]
-        shape = self.plan.shape
-        widths = self.plan.hidden_size, shape.head_dim, heads, channels, shape.group_size
-        return self.model(config_of_widths(self.config, *widths))
+        return self.model(config_of_widths(self.config, self.plan.shape_stored))
 
     def perplexity(self, model: Any) -> Taken:
         """One pass of an evaluation."""

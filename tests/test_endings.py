@@ -13,7 +13,7 @@ from support import tiny
 
 from tvaprune import endings, ranks
 from tvaprune.cli import run_command
-from tvaprune.flags.verbs import advice_of
+from tvaprune.flags.recipes import advice_of
 
 
 @pytest.mark.parametrize(

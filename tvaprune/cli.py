@@ -16,8 +16,8 @@ from typing import Any
 
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
-from tvaprune.flags.recipes import expand
-from tvaprune.flags.verbs import MODES, VERBS, advice_of, check_flags, underscored
+from tvaprune.flags.recipes import advice_of, expand, is_on, recipe_of
+from tvaprune.flags.verbs import MODES, VERBS, check_flags, underscored
 
 EXIT_INPUT = 2
 EXIT_SIGNAL = 128  # plus the signal's number
@@ -115,28 +115,21 @@ def released(arguments: list[str]) -> tuple[str, list[str]]:
         InputError: If it asks for nothing, or for fine-tuning without a mask.
     """
     words = [underscored(word) for word in arguments]
-    flags = {word.split("=", 1)[0]: _is_on(words, place) for place, word in enumerate(words)}
-    asks = {name for name, is_on in flags.items() if name.startswith("-") and is_on}
-    has_mask = bool({"--mask_loc", "--plan"} & asks)
+    recipe = recipe_of("finetune", [word for word in words if word != "-h"])
+    asks = {name for name in recipe if is_on(recipe, name)}
+    has_mask = bool({"mask_loc", "plan"} & asks)
     rest = _without(words, tuple(f"--{name}" for name in MODES if name != "do_eval"))
-    if "--finetune" in asks and not has_mask:
+    if "finetune" in asks and not has_mask:
         raise InputError("--finetune needs --mask_loc (or --plan): fine-tuning begins with the model that it leaves")
-    if has_mask and asks & {"--do_train", "--finetune"}:
+    if has_mask and asks & {"do_train", "finetune"}:
         return "finetune", _without(rest, ("--do_eval",))
-    if "--do_train" in asks:
+    if "do_train" in asks:
         return "prune", _without(rest, ("--do_eval",))
-    if "--do_zero_eval" in asks or (has_mask and asks & {"--do_eval", "--save_pruned"}) or asks & {"--help", "-h"}:
+    if "do_zero_eval" in asks or (has_mask and asks & {"do_eval", "save_pruned"}) or {"--help", "-h"} & set(words):
         return "apply", rest
     raise InputError(
         "nothing to do: give --do_eval, --do_zero_eval or --save_pruned with --mask_loc (or --plan), or --do_train"
     )
-
-
-def _is_on(arguments: list[str], place: int) -> bool:
-    """Tells a flag that is there from one that says False."""
-    word = arguments[place]
-    value = word.partition("=")[2] if "=" in word else next(iter(arguments[place + 1 : place + 2]), "")
-    return value.lower() != "false"
 
 
 def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:

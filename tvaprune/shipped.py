@@ -5,23 +5,14 @@ from pathlib import Path
 
 from tvaprune.errors import InputError
 from tvaprune.files import CONFIG_NAME
-from tvaprune.flags.verbs import underscored
+from tvaprune.flags.recipes import is_on, recipe_of
 from tvaprune.measure.zeroshot import OFFLINE_GROUP
 from tvaprune.models.load import load_config
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import MASK_NAME, load_masks, perplexity_of
 
 MODEL = Path("mistral_saves_tva") / "mini_mistral"
-_ASKS_FOR_MORE = (
-    "--model_name_or_path",
-    "--mask_loc",
-    "--plan",
-    "--do_train",
-    "--finetune",
-    "--do_eval",
-    "--help",
-    "-h",
-)
+_ASKS_FOR_MORE = {"model_name_or_path", "mask_loc", "plan", "do_train", "finetune", "do_eval", "help", "-h"}
 
 
 def complete(arguments: list[str], root: Path) -> list[str]:
@@ -33,9 +24,8 @@ def complete(arguments: list[str], root: Path) -> list[str]:
     Raises:
         InputError: If the shipped model or a mask that fits it is not there.
     """
-    words = [underscored(word) for word in arguments]
-    flags = {word.split("=", 1)[0] for word in words}
-    if "--do_zero_eval" not in flags or flags.intersection(_ASKS_FOR_MORE) or _is_off(words):
+    recipe = recipe_of("apply", [word for word in arguments if word != "-h"])
+    if not is_on(recipe, "do_zero_eval") or {*recipe, *arguments} & _ASKS_FOR_MORE:
         return arguments
     model = root / MODEL
     # Before the user's own: of a flag given twice the last one counts.
@@ -46,11 +36,6 @@ def complete(arguments: list[str], root: Path) -> list[str]:
     ]
     print(f"python lora_ft_vib.py {shlex.join(completed)}")
     return completed
-
-
-def _is_off(arguments: list[str]) -> bool:
-    text = " ".join(arguments).replace("=", " ").lower()
-    return "--do_zero_eval false" in text
 
 
 def _mask(model: Path) -> Path:

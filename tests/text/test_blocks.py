@@ -229,7 +229,7 @@ def test_two_processes_that_build_the_same_blocks_do_not_disturb_each_other(cach
         if not (cache / "blocks-0").exists():  # the other process is done first
             Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(cache / "blocks-0")
 
-    assert data._cached(cache / "blocks-0", build)["input_ids"][:] == [[1]]
+    assert data.cached(cache / "blocks-0", build)["input_ids"][:] == [[1]]
     assert os.listdir(cache) == ["blocks-0"]
 
 
@@ -259,7 +259,7 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(monkeypatch, tokenizer
 
     monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(InputError, match="cannot be written .No space left on device."):
-        data._cached(tmp_path / "cache" / "blocks-0", full)
+        data.cached(tmp_path / "cache" / "blocks-0", full)
     assert os.listdir(tmp_path / "cache") == []
     assert len(token_blocks(tokenizer, path, "train", 6)) == 90  # control
 

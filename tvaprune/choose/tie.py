@@ -7,7 +7,7 @@ dims that carry much and have an unlike gain. Those stay axes: neither stretched
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -101,9 +101,7 @@ def _stretched_norms(model: PreTrainedModel, stretch: torch.Tensor) -> Iterator[
         return output * torch.where(factor.isfinite(), factor, 1.0).sqrt().to(output.dtype)
 
     names = norms_of(family_of(model.config), shape_of(model.config))
-    handles = [model.get_submodule(name).register_forward_hook(rescale) for name in names]
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(model.get_submodule(name).register_forward_hook(rescale))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

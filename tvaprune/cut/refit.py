@@ -121,22 +121,17 @@ class _Refit(Walk):
     def _half(self, prefix: str, block: Block, options: dict[str, Any]) -> None:
         """Refits half a layer and moves both streams past it."""
         dense, pruned = (Half.of(layers, block, options) for layers in (self.dense, self.pruned))
-        if (
-            block.mixture is not None
-        ):  # which expert a token passes is chosen: no least-squares target, they stay folded
-            self.move(self.dense, dense)
-            self.move(self.pruned, pruned)
-            return
         name = prefix + _last(block.writer)
-        lost = not self.edits[f"{block.writer}.weight"].constant
-        if not lost:
+        # Which expert a token passes is chosen: no least-squares target, they stay folded; so does what was lost.
+        stays = block.mixture is not None or not self.edits[f"{block.writer}.weight"].constant
+        if not stays:
             self._fit_readers(prefix, dense, pruned)
-        if not lost and block.post_norm is not None:
+        if not stays and block.post_norm is not None:
             self._fit_writer(name, pruned, lambda batch: self._written(dense, batch))
         self.move(self.dense, dense)
-        if not lost and block.post_norm is not None:
+        if not stays and block.post_norm is not None:
             self.chosen[prefix + _last(block.post_norm)] = self._fit_gain(pruned)
-        elif not lost:
+        elif not stays:
             self._fit_writer(name, pruned, self._lacking)
         self.move(self.pruned, pruned)
 
@@ -222,11 +217,8 @@ class _Refit(Walk):
 def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Yields a list that a module's inputs are added to."""
     inputs: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
+    with module.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         yield inputs
-    finally:
-        handle.remove()
 
 
 def _last(path: str) -> str:

@@ -40,10 +40,7 @@ def narrow_shell(model: PreTrainedModel, plan: KeepPlan, device: torch.device | 
     Args:
         device: Where it will compute, if the dense model has no weights either.
     """
-    padded, shape = plan.padded, plan.shape
-    heads, channels = [*map(len, padded.attn)], [*map(len, padded.inter)]
-    config = config_of_widths(model.config, plan.hidden_size, shape.head_dim, heads, channels, shape.group_size)
-    return empty_model(config, model, device)
+    return empty_model(config_of_widths(model.config, plan.shape_stored), model, device)
 
 
 def check_size(name: str, weight: torch.Tensor, wanted: torch.Size) -> None:

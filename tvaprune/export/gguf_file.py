@@ -3,6 +3,7 @@
 llama.cpp's ``llama`` takes layer 0's sizes for all layers; ``deci`` is the same graph and reads every size per layer.
 """
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tvaprune.errors import InputError
 from tvaprune.export.gguf_tensors import gguf_tensors, norm_epsilon
 from tvaprune.export.gguf_tokenizer import tokenizer_fields
 from tvaprune.export.in_llama_cpp import logits_in_llama_cpp
-from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, require, tell_odd_widths
+from tvaprune.export.verify import fixed_prompt, reference_logits, report_difference, tell_odd_widths
 from tvaprune.files import clear_leftovers, replacing
 from tvaprune.models.families import family_of
 from tvaprune.models.formats import SLIDING, Architecture, gguf_architecture, rope_of, sliding_window
@@ -147,9 +148,7 @@ def _precision(shape: tuple[int, ...], outtype: str) -> str:
 
 def _verify(model: PreTrainedModel, path: Path, architecture: Architecture, outtype: str) -> None:
     """Compares prefill and token-by-token decoding in llama.cpp with the checkpoint, if its bindings are installed."""
-    try:
-        require("gguf", "llama_cpp")
-    except InputError:
+    if importlib.util.find_spec("llama_cpp") is None:
         print("not verified: llama-cpp-python is not installed")
         return
     input_ids = fixed_prompt(model.config.vocab_size)[:, : _context_length(model.config, architecture)]

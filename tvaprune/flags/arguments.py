@@ -27,6 +27,7 @@ from tvaprune.flags.settings import (
     ModelSettings,
     PruneSettings,
     SampleSettings,
+    flag,
 )
 from tvaprune.flags.verbs import ALWAYS, TARGETS, VERBS, check_flags, given_names
 
@@ -41,38 +42,26 @@ class RunArguments(TrainingArguments):
         eval_steps_given: Whether `eval_steps` is the user's own.
     """
 
-    output_dir: str = field(default="out", metadata={"help": "Folder of checkpoints, masks and the log."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace what an earlier run left in the output folder."}
+    output_dir: str = flag("out", "Folder of checkpoints, masks and the log.")
+    overwrite_output_dir: bool = flag(False, "Replace what an earlier run left in the output folder.")
+    num_train_epochs: float = flag(1.0, "Passes over the training blocks.")
+    per_device_train_batch_size: int = flag(1, "Blocks a device takes at a step.")
+    per_device_eval_batch_size: int = flag(0, "Windows of a forward pass; 0: as many as make 8,192 tokens, at most 8.")
+    eval_strategy: str = flag("steps", "When masks are scored.")
+    eval_steps: float | None = flag(
+        None,
+        f"Steps between two scorings of the mask; default: {EVAL_STEPS}, or as many more as keep "
+        "scoring to a quarter of the training's work.",
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training blocks."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Blocks a device takes at a step."})
-    per_device_eval_batch_size: int = field(
-        default=0, metadata={"help": "Windows of a forward pass; 0: as many as make 8,192 tokens, at most 8."}
+    save_steps: float = flag(100, "Steps between two checkpoints.")
+    save_total_limit: int | None = flag(2, "Checkpoints kept.")
+    logging_steps: float = flag(10, "Steps between two logs.")
+    disable_tqdm: bool | None = flag(False, "Print logs as lines in place of a progress bar.")
+    dataloader_pin_memory: bool = flag(
+        torch.cuda.is_available(), "Pin the memory of batches; default: where there is a GPU."
     )
-    eval_strategy: str = field(default="steps", metadata={"help": "When masks are scored."})
-    eval_steps: float | None = field(
-        default=None,
-        metadata={
-            "help": f"Steps between two scorings of the mask; default: {EVAL_STEPS}, or as many more as keep "
-            "scoring to a quarter of the training's work."
-        },
-    )
-    save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    disable_tqdm: bool | None = field(
-        default=False, metadata={"help": "Print logs as lines in place of a progress bar."}
-    )
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(),
-        metadata={"help": "Pin the memory of batches; default: where there is a GPU."},
-    )
-    report_to: str | None = field(default="none", metadata={"help": "Where logs go: none, tensorboard, wandb, ..."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Go on with an interrupted run: True, or a checkpoint's folder."},
-    )
+    report_to: str | None = flag("none", "Where logs go: none, tensorboard, wandb, ...")
+    resume_from_checkpoint: str | None = flag(None, "Go on with an interrupted run: True, or a checkpoint's folder.")
 
     def __post_init__(self) -> None:
         """Checks the ranges; keeps `--do_eval` as given: transformers sets it wherever `eval_strategy` is not no.
@@ -127,24 +116,18 @@ def _check_devices(args: RunArguments) -> None:
 class FinetuneRunArguments(RunArguments):
     """The same with the released defaults of fine-tuning, and the best adapter kept."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training blocks."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks a device takes at a time."})
-    gradient_accumulation_steps: int = field(
-        default=0, metadata={"help": f"Batches a step; 0: as many as make {RELEASED_BATCH} blocks."}
-    )
-    eval_strategy: str = field(default="steps", metadata={"help": "When the validation perplexity is measured."})
-    eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Steps between two validation perplexities, or share."}
-    )
-    save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or share of the run."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best adapter, not the last."})
-    metric_for_best_model: str | None = field(default="perplexity", metadata={"help": "What best means."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Go on with the count of early stopping."}
-    )
+    learning_rate: float = flag(1e-4, "Learning rate.")
+    num_train_epochs: float = flag(2.0, "Passes over the training blocks.")
+    per_device_train_batch_size: int = flag(8, "Blocks a device takes at a time.")
+    gradient_accumulation_steps: int = flag(0, f"Batches a step; 0: as many as make {RELEASED_BATCH} blocks.")
+    eval_strategy: str = flag("steps", "When the validation perplexity is measured.")
+    eval_steps: float | None = flag(0.1, "Steps between two validation perplexities, or share.")
+    save_steps: float = flag(0.1, "Steps between two checkpoints, or share of the run.")
+    logging_steps: float = flag(1, "Steps between two logs.")
+    load_best_model_at_end: bool = flag(True, "Keep the best adapter, not the last.")
+    metric_for_best_model: str | None = flag("perplexity", "What best means.")
+    greater_is_better: bool | None = flag(False, "Whether more of it is better.")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Go on with the count of early stopping.")
 
     def __post_init__(self) -> None:
         """Resolves the accumulation, once the number of devices is known."""

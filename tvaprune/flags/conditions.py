@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from tvaprune import ranks
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
+from tvaprune.flags.recipes import is_on
 from tvaprune.flags.settings import DistillSettings
 from tvaprune.flags.verbs import TARGETS, VERBS
 
@@ -106,7 +107,7 @@ def parse(verb: str, arguments: list[str]) -> Arguments:
     if len(targets) > 1:
         raise InputError(f"{' and '.join(targets)}: each says how much goes; give one of them")
     for condition in CONDITIONS:
-        given = [name for name in condition.flags if str(args.recipe.get(name, False)).lower() != "false"]
+        given = [name for name in condition.flags if is_on(args.recipe, name)]
         if verb in condition.verbs and given and not condition.holds(args):
             names = " and ".join(f"--{name}" for name in given)
             raise InputError(f"{names} would do nothing {condition.words}; leave it out")

@@ -4,13 +4,14 @@
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tvaprune.errors import InputError
-from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, given_names
+from tvaprune.flags.verbs import TARGETS, VERBS, Verb, flag_name, given_names
 
 RECIPE_NAME = "recipe.yaml"
 PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
@@ -89,6 +90,17 @@ def recipe_of(verb: str, arguments: list[str]) -> dict[str, object]:
         name, value = flag_name(word), word.partition("=")[2]
         values = [value] if value else []
     return recipe
+
+
+def is_on(recipe: Mapping[str, object], name: str) -> bool:
+    """Tells whether a flag is given, and does not say False."""
+    return str(recipe.get(name, False)).lower() != "false"
+
+
+def advice_of(verb: str, arguments: list[str]) -> str:
+    """Returns what the user of an interrupted command is told; scores have no checkpoints."""
+    scored = verb == "prune" and recipe_of(verb, arguments).get("prune_method", "vib") != "vib"
+    return Verb.goes_on if scored else VERBS.get(verb, VERBS["prune"]).goes_on
 
 
 def _is_plain(value: str) -> bool:

@@ -140,13 +140,6 @@ VERBS = {
 }
 
 
-def advice_of(verb: str, arguments: list[str]) -> str:
-    """Returns what the user of an interrupted command is told; scores have no checkpoints."""
-    words = [part for word in arguments for part in underscored(word).split("=", 1)]
-    scored = verb == "prune" and "--prune_method" in words[:-1] and words[words.index("--prune_method") + 1] != "vib"
-    return Verb.goes_on if scored else VERBS.get(verb, VERBS["prune"]).goes_on
-
-
 def given_names(arguments: list[str]) -> list[str]:
     """Returns the names of the flags on a command line, in the spelling of the settings' fields."""
     return [flag_name(word) for word in arguments if word.startswith("--") and len(word) > 2]

@@ -165,9 +165,8 @@ def vanilla_config(config: PretrainedConfig) -> PretrainedConfig:
             "--format vanilla: this family's norms of q and k average over all heads of a layer, and zeros would "
             "count: learn the mask with --uniform True, which needs no padding"
         )
-    layers, heads, channels = shape.num_hidden_layers, shape.num_key_value_heads, shape.intermediate_size
-    widest = [max(heads)] * layers, [max(channels)] * layers
-    padded = config_of_widths(config, shape.hidden_size, shape.head_dim, *widest, shape.group_size)
+    heads, channels = ((max(sizes),) * len(sizes) for sizes in (shape.num_key_value_heads, shape.intermediate_size))
+    padded = config_of_widths(config, replace(shape, num_key_value_heads=heads, intermediate_size=channels))
     if padded.model_type.startswith(PREFIX):
         raise InputError(
             f"--format vanilla: a stock {base_type(padded)} config does not take a hidden width "

@@ -60,11 +60,8 @@ def _up_to(head: nn.Module, model: Any, inputs: dict[str, Any]) -> tuple[torch.T
         seen.append(args[0])
         return (positions(args[0], -1),)
 
-    handle = head.register_forward_pre_hook(last)
-    try:
+    with head.register_forward_pre_hook(last):
         output = model(**inputs)
-    finally:
-        handle.remove()
     return (seen[0] if len(seen) == 1 else None), output
 
 

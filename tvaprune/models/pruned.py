@@ -1,7 +1,6 @@
 """The config and class of a model at given widths: stock where its layers are alike, else its family's pruned one."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,38 +11,32 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from tvaprune.models.auto_classes import auto_map
 from tvaprune.models.families import PREFIX, base_type, family_of
 from tvaprune.models.modeling_pruned import WIDTHS
-from tvaprune.models.shape import shape_of
+from tvaprune.models.shape import ModelShape, shape_of
 
 ALIGNED = 8  # numbers in half precision that are 16 bytes
 MISTRALS = ("llama", "internlm3")  # are Mistrals without a window, where they have no biases
 
 
-def config_of_widths(
-    source: PretrainedConfig,
-    hidden_size: int,
-    head_dim: int,
-    heads: Sequence[int],
-    channels: Sequence[int],
-    group_size: int,
-) -> PretrainedConfig:
+def config_of_widths(source: PretrainedConfig, widths: ModelShape) -> PretrainedConfig:
     """Returns the config of a model with these KV heads and MLP channels per layer, stock where all are equal.
 
     The globals hold the largest width, the overrides what differs from it: an engine that reads the globals alone gives
     each layer enough room.
 
     Args:
-        channels: Those of a layer of experts are none: it has them as they were.
         source: The config of the model that it is cut from: all that is no width.
+        widths: The channels of a layer of experts are none: it has them as they were.
     """
     values = source.to_dict()
-    own = max(channels) or values["intermediate_size"]
-    channels = [own if n else c for c, n in zip(channels, shape_of(source).experts, strict=True)]
+    own = max(widths.intermediate_size) or values["intermediate_size"]
+    channels = [own if n else c for c, n in zip(widths.intermediate_size, widths.experts, strict=True)]
     others = ("architectures", "auto_map", "model_type", "per_layer_config", "transformers_version", "_name_or_path")
     for key in others:
         values.pop(key, None)
-    rows = [dict(zip(WIDTHS, (k * group_size, k, f), strict=True)) for k, f in zip(heads, channels, strict=True)]
+    rows = [dict(zip(WIDTHS, (k * widths.group_size, k, f), strict=True))
+            for k, f in zip(widths.num_key_value_heads, channels, strict=True)]  # fmt: skip
     widest = {key: max(row[key] for row in rows) for key in WIDTHS}
-    values |= widest | {"hidden_size": hidden_size, "head_dim": head_dim}
+    values |= widest | {"hidden_size": widths.hidden_size, "head_dim": widths.head_dim}
     model_type = base_type(source)
     if all(row == widest for row in rows):
         model_type = _stock_type(model_type, values)

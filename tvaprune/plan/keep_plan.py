@@ -13,7 +13,7 @@ import torch
 
 from tvaprune.errors import InputError
 from tvaprune.files import read_json, write_text
-from tvaprune.models.parameters import decoder_sparsity, total_parameters
+from tvaprune.models.parameters import decoder_sparsity, dense_parameters
 from tvaprune.models.shape import ModelShape, in_words
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
@@ -94,8 +94,7 @@ class KeepPlan:
     @property
     def num_parameters(self) -> int:
         """All parameters of the narrower model: embeddings, lm_head and padding included."""
-        padded = self.padded
-        return total_parameters(self.hidden_size, [*map(len, padded.attn)], [*map(len, padded.inter)], self.shape)
+        return dense_parameters(self.shape_stored)
 
     def full_scale(self) -> PerUnit:
         """Returns the factors at the dense sizes, 0 where a unit goes: what the masked model multiplies by."""

@@ -9,10 +9,12 @@ from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Perplexities, Results
 
 
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Returns two aligned columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def summary_rows(results: Results) -> list[tuple[str, str]]:

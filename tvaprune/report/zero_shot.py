@@ -13,6 +13,7 @@ from tvaprune.files import as_json, replacing
 from tvaprune.measure.figures import with_error
 from tvaprune.measure.zeroshot import Score
 from tvaprune.report.results import Average, Difference, Results, ScoringRun, TaskResults, TaskScore, ZeroShotResults
+from tvaprune.report.tables import table
 
 AVERAGED = ("acc", "acc_norm")
 DENSE, PRUNED, FINETUNED = "dense", "pruned", "finetuned"
@@ -86,7 +87,7 @@ class ZeroShotRecord:
         if averages:
             row = ["average", "", "", "", *(with_error(averages[m].value, averages[m].stderr) for m in models)]
             rows.append([*row, *(_signed(self._average_difference(pair)) for pair in pairs.values())])
-        return _columns(rows)
+        return table(rows)
 
     def _average_difference(self, pair: tuple[str, str]) -> Difference:
         """Returns the mean of the tasks' differences, with the error of independent tasks."""
@@ -140,10 +141,3 @@ def _difference(scores: Mapping[str, Score], pair: tuple[str, str]) -> Differenc
 
 def _signed(difference: Difference) -> str:
     return with_error(difference.value, difference.stderr, sign="+")
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
@@ -105,22 +106,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model_name_or_path", required=True, help="folder or hub id of the model; config.json is enough"
     )
-    default = "default: as the mask's record says; without one:"
-    parser.add_argument(
-        "--dim_multiple",
-        type=int,
-        help=f"adjust widths to multiples of this; 0: off; {default} 128, small models 8",
-    )
-    for name, said in (
-        ("keep_one_kv_head", "keep at least one KV head in every layer"),
-        ("uniform", "keep as many KV heads and MLP channels in every layer"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=string_to_bool, nargs="?", const=True, metavar="BOOL", help=f"{said}; {default} False"
-        )
-    parser.add_argument(
-        "--tensor_parallel", type=int, help=f"keep KV heads and MLP channels in multiples of this; {default} 1"
-    )
+    said = {entry.name: entry.metadata["help"] for entry in fields(PruneSettings)}
+    said["dim_multiple"] = "Multiple that hidden and MLP widths are adjusted to; 0: off; default: as for prune."
+    switch: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    for name in RULE_FLAGS:
+        kind = switch if name in ("keep_one_kv_head", "uniform") else {"type": int}
+        parser.add_argument(f"--{name}", help=said[name], **kind)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
     asked = PruneSettings(**{name: getattr(args, name) for name in RULE_FLAGS})

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tvaprune.errors import InputError
-from tvaprune.text.sources import _cached, cache_folder, is_streamed, load_documents
+from tvaprune.text.sources import cache_folder, cached, is_streamed, load_documents
 
 _TOKENIZE_BATCH = 256  # documents a call
 WHOLE_CHARACTERS = 64 * 2**20  # a text up to this is tokenised whole: under a minute
@@ -70,7 +70,7 @@ def token_blocks(
             )
         Dataset.from_dict({"input_ids": cut}).save_to_disk(target)
 
-    blocks = _cached(cache_folder() / f"blocks-{digest}", build)
+    blocks = cached(cache_folder() / f"blocks-{digest}", build)
     if max_blocks is not None and max_blocks < len(blocks):
         chosen = np.random.default_rng(seed).permutation(len(blocks))[:max_blocks]
         blocks = blocks.select(np.sort(chosen))

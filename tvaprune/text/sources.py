@@ -168,7 +168,7 @@ def _local_documents(dataset_name: str, split: str) -> list[str]:
         texts = {name: Dataset.from_dict({"text": documents}) for name, documents in module.read_splits().items()}
         DatasetDict(texts).save_to_disk(target)
 
-    documents: list[str] = _cached(folder, build)[split]["text"][:]  # at once: row by row is far slower
+    documents: list[str] = cached(folder, build)[split]["text"][:]  # at once: row by row is far slower
     return documents
 
 
@@ -180,39 +180,28 @@ def _version(package: str) -> str:
         return package  # `read_splits` says so in one line
 
 
-def _cached(folder: Path, build: Callable[[Path], None]) -> Any:
+def cached(folder: Path, build: Callable[[Path], None]) -> Any:
     """Loads a ``save_to_disk`` folder; builds it where it is not there, or is damaged."""
-    _clear_damaged(folder)
-    if not folder.exists():
-        clear_leftovers(folder.parent)
+    if folder.exists():
         try:
-            with first_folder(folder) as temporary:
-                build(temporary)
-        except OSError as error:
-            raise _unwritable(folder.parent, error) from error
-    return load_from_disk(str(folder))
-
-
-def _clear_damaged(folder: Path) -> None:
-    """Removes a folder that cannot be loaded: it is built again."""
+            return load_from_disk(str(folder))
+        except Exception as error:  # each kind of damage raises kinds of its own: it is built again
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                raise InputError(
+                    f"the text cache {folder} is damaged ({type(error).__name__}) and cannot be removed; remove it, or "
+                    "set TVAPRUNE_CACHE to another folder"
+                ) from error
+    clear_leftovers(folder.parent)
     try:
-        if folder.exists():
-            load_from_disk(str(folder))
-    except Exception as error:  # each kind of damage raises kinds of its own
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            raise InputError(
-                f"the text cache {folder} is damaged ({type(error).__name__}) and cannot be removed; remove it, or set "
-                "TVAPRUNE_CACHE to another folder"
-            ) from error
-
-
-def _unwritable(cache: Path, error: OSError) -> InputError:
-    why = error.strerror or reason(error)
-    return InputError(
-        f"the text cache {cache} cannot be written ({why}); set TVAPRUNE_CACHE to a folder that can, with room for "
-        "the text"
-    )
+        with first_folder(folder) as temporary:
+            build(temporary)
+    except OSError as error:
+        raise InputError(
+            f"the text cache {folder.parent} cannot be written ({error.strerror or reason(error)}); set TVAPRUNE_CACHE "
+            "to a folder that can, with room for the text"
+        ) from error
+    return load_from_disk(str(folder))
 
 
 def _rows(path: str | Path) -> Iterator[dict[str, Any]]:

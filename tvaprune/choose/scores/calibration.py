@@ -4,7 +4,7 @@ KV heads and MLP channels write through the output and down projections; most sc
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,15 +121,13 @@ def read_inputs(calibration: Calibration, linears: Sequence[Any], description: s
     def stop(module: nn.Module, args: object) -> None:
         raise _AllRead
 
-    handles = [entry.linear.register_forward_pre_hook(entry.add) for entry in sums]
-    handles.append(linears[-1].register_forward_pre_hook(stop))
-    try:
+    with ExitStack() as hooks:
+        for entry in sums:
+            hooks.enter_context(entry.linear.register_forward_pre_hook(entry.add))
+        hooks.enter_context(linears[-1].register_forward_pre_hook(stop))
         for ids in calibration.batches(description):
             with suppress(_AllRead):
                 calibration.model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     for entry in sums:
         ranks.add_up(entry.total, entry.squares)
         entry.count = int(ranks.total(entry.count)[0])
