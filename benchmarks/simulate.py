@@ -28,6 +28,7 @@ from tvaprune.cut import narrow, reconstruct
 from tvaprune.flags.settings import DistillSettings, PruneSettings
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.measure.work import Work
+from tvaprune.models.families import family_of
 from tvaprune.models.pruned import config_of_widths
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
@@ -80,9 +81,10 @@ class Scene:
 
     def model(self, config: PretrainedConfig) -> PreTrainedModel:
         """Returns a frozen model on the card."""
+        kernel = family_of(config).attention_kernel
         with self.device:
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=self.dtype, attn_implementation=kernel, trust_remote_code=False
             )
         return built.requires_grad_(False).eval()
 

@@ -16,7 +16,7 @@ from tvaprune.flags.ranges import RESERVED_MEMORY
 from tvaprune.given import plan_of
 from tvaprune.measure import cost, update_cost
 from tvaprune.measure.perplexity import windows_of_pass
-from tvaprune.measure.work import GIB, Work, narrower
+from tvaprune.measure.work import GIB, Work, narrower, of_family
 from tvaprune.models.load import load_config, precision
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
@@ -56,7 +56,6 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         dense=shape,
         pruned=narrower(shape, min(args.prune.target_sparsity)) if plan is None else plan.shape_stored,
         weight_bytes=precision(args.source.dtype, device, config.dtype, trains).itemsize,
-        sliding_window=getattr(config, "sliding_window", None),
         block=args.data.block_size,
         batch=training.per_device_train_batch_size,
         accumulates=training.gradient_accumulation_steps > 1,
@@ -77,6 +76,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         train_lm_head=not shape.tie_word_embeddings if asked is None else asked,
         measures=args.recipe["verb"] != "apply" or training.do_eval,
         targets=len(set(args.prune.target_sparsity)),
+        **of_family(config),
     )
 
 

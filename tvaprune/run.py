@@ -152,6 +152,11 @@ class Run:
         return shape_of(self.model.config)
 
     @property
+    def precision(self) -> str:
+        """That of the unpruned model's weights, as ``--dtype`` names it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def rules(self) -> WidthRules:
         """What the widths must satisfy."""
         return width_rules(vars(self.args.prune), self.shape)
@@ -271,7 +276,7 @@ class Run:
         common = {name: getattr(training, name) for name in _TRAINING_FLAGS}
         if training.world_size > 1:  # a step is of so many batches
             common["num_processes"] = training.world_size
-        common |= {"dtype": str(self.model.dtype).removeprefix("torch."), "block_size": data.block_size}
+        common |= {"dtype": self.precision, "block_size": data.block_size}
         contents = {
             "model_name_or_path": content(self.args.source.model_name_or_path, self.digest),
             "dataset_name": content(data.dataset_name, blocks_digest(*texts)),

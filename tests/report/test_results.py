@@ -32,7 +32,7 @@ from tvaprune.text.protocols import EvaluationText
 def whole(make_model, tmp_path):
     """Results of which every part is filled."""
     results = made(
-        plan="p", rotation="r", calibration=Calibration("t", 8, 4, 1),
+        plan="p", rotation="r", units="u", dtype="float32", calibration=Calibration("t", 8, 4, 1),
         protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5, PerplexityErrors(0.1, 0.2, 0.01, 0.15, 0.02)),
@@ -126,4 +126,8 @@ def test_results_of_another_version_are_refused(tmp_path):
 )  # fmt: skip
 def test_results_of_another_model_are_told_apart(change):
     assert made().differing(made(**change)) == list(change)
+    both = {"units": "a", "dtype": "float32"}
+    for name, value in both.items():
+        assert made(**both).differing(made(**(both | {name: "other"}))) == [name]
+    assert made(**both).differing(made(**both, mask="j")) == []  # the same units in another file
     assert made().differing(made(seed=2, command="other", perplexity=Perplexities(1.0, 2.0))) == []  # control

@@ -10,7 +10,7 @@ from support.folders import hub_results
 from tvaprune.cli import run_command, run_verb
 from tvaprune.files import foreign_files
 from tvaprune.models.shape import shape_of
-from tvaprune.plan.masks import load_masks, save_masks
+from tvaprune.plan.masks import Masks, load_masks, save_masks
 from tvaprune.report.results import Results
 from tvaprune.stages import apply
 
@@ -150,10 +150,37 @@ def test_zero_shot_scores_of_the_same_model_and_mask_join(source, scoring, tmp_p
     assert sorted(found.zero_shot.tasks) == ["a", "b"] and found.speed_up is None
     before = (tmp_path / "results.json").read_bytes()
     line = refused(capsys, "apply", *flags, source[2], *both)
-    assert "its results.json is of another mask and widths; give another" in line
+    assert "its results.json is of another units and widths; give another" in line
     assert (tmp_path / "results.json").read_bytes() == before
     do("apply", *flags, source[2], *both, "--overwrite_output_dir")
     assert list(Results.read(tmp_path).zero_shot.tasks) == ["b"]
+
+
+def test_scores_of_another_choice_of_units_do_not_join(source, scoring, tmp_path, capsys):
+    """Of the same file and widths: it was written anew meanwhile."""
+    masks = load_masks(source[1])
+    mask = tmp_path / "mask_info_1.0.pkl"
+    save_masks(masks, mask)
+    flags = (
+        *source[0],
+        "--weight_update",
+        "fold",
+        "--mask_loc",
+        mask,
+        "--save_loc",
+        tmp_path,
+        "--do_zero_eval",
+        "True",
+    )
+    scoring[:] = ["a"]
+    before = do("apply", *flags)
+    save_masks(Masks(masks.mu, masks.log_variance), mask)  # control: the same again
+    scoring[:] = ["b"]
+    assert sorted(do("apply", *flags).zero_shot.tasks) == ["a", "b"]
+    save_masks(Masks(*(values.map(lambda one: one.flip(0)) for values in (masks.mu, masks.log_variance))), mask)
+    assert "its results.json is of another units; give another" in refused(capsys, "apply", *flags)
+    after = do("apply", *flags, "--overwrite_output_dir")
+    assert after.widths == before.widths and sorted(after.zero_shot.tasks) == ["b"]
 
 
 def test_the_dense_model_is_scored_alone(source, scoring, tmp_path):

@@ -143,9 +143,9 @@ class _Refit(Walk):
 
     def _written(self, dense: Half, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what the dense half writes on the kept dims, twice: the norm after it divides any factor out."""
-        with _captured(dense.writer) as inputs:
+        with _captured(dense.post_norm) as inputs:
             dense(batch.dense.to(self.device))
-        written = dense.writer(inputs[0]).index_select(-1, self.plan.kept.hidden.to(self.device))
+        written = inputs[0].index_select(-1, self.plan.kept.hidden.to(self.device))
         return written, written
 
     def _fit_writer(

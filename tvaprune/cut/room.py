@@ -2,7 +2,7 @@
 
 from tvaprune.cut.reconstruct import SHARES as NEW_SHARES
 from tvaprune.cut.refit import SHARES
-from tvaprune.measure.update_cost import Fit, head_share, reconstruct_streamed
+from tvaprune.measure.update_cost import Fit, compared, head_share, reconstruct_streamed
 from tvaprune.measure.work import Work
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -11,8 +11,8 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool
     """Returns the bytes of the largest step, which do not grow with the number of layers.
 
     That is half a layer of the dense model and of the pruned one, or both heads; what the fit of a linear of it holds,
-    or the head's share, as `tvaprune.measure.update_cost` says; and what a batch makes within that half. A
-    reconstruction after it holds and trains a window of both models.
+    or the head's share and what is predicted with it, as `tvaprune.measure.update_cost` says; and what a batch makes
+    within that half. A reconstruction after it holds and trains a window of both models.
 
     Args:
         itemsize: Bytes of a weight.
@@ -23,9 +23,12 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool
     wide, narrow = shape.hidden_size, plan.hidden_size
     states = tokens * (4 + 2 * shape.is_parallel) * wide  # a batch's, before and after, and what is made of it
     head = Fit(narrow, wide, (shape.vocab_size,), True).bytes
+    work = Work(shape, plan.shape_after, weight_bytes=itemsize, block=tokens, eval_batch=1)  # one pass, one batch
+    now = (2 - shape.tie_word_embeddings) * narrow  # the head at a share, and after; `compared` has it before
     steps = [
         itemsize * shape.vocab_size * (wide + narrow + 2) + head,
         itemsize * shape.vocab_size * wide + head_share(shape, narrow, itemsize),
+        itemsize * shape.vocab_size * (wide + now) + compared(work),
     ]
     for heads, kept in zip(shape.num_key_value_heads, map(len, plan.padded.attn), strict=True):
         queries, rows = shape.head_dim * shape.group_size, 2 * shape.head_dim * (1 + shape.group_size)
@@ -37,7 +40,6 @@ def memory_needed(plan: KeepPlan, itemsize: int, tokens: int, reconstructs: bool
         inside = tokens * 3 * channels + states
         steps.append(itemsize * (weights + inside) + _fits(wide, narrow, kept))
     if reconstructs:
-        work = Work(shape, plan.shape_after, weight_bytes=itemsize, block=tokens, eval_batch=1)  # one pass, one batch
         steps.append(round(reconstruct_streamed(work)))
     return max(steps)
 

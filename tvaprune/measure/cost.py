@@ -21,7 +21,7 @@ from tvaprune.measure.update_cost import (
     refit_flops,
     streams,
 )
-from tvaprune.measure.work import GIB, Work, copies, forward_flops, head_flops, layer_widths, weights
+from tvaprune.measure.work import GIB, Work, copies, forward_flops, head_flops, layer_widths, pairs_kept, weights
 from tvaprune.models.parameters import dense_layers, dense_parameters
 from tvaprune.models.shape import ModelShape
 
@@ -75,13 +75,18 @@ def _idle(shape: ModelShape) -> int:
 def evaluation(shape: ModelShape, work: Work, window: int) -> int:
     """Returns the bytes that a pass of `tvaprune.measure.perplexity` takes beside the weights.
 
-    The widest layer's MLP (gate, its activation, up: 3 f; residual stream, normed stream, buffers: 4 h), or the chunk
-    of positions whose logits are there in the model's precision, in float32 and as log-probabilities.
+    The widest layer's MLP (gate, its activation, up: 3 f; residual stream, normed stream, buffers: 4 h), or its
+    attention's pairs of tokens (scores, softmax in float32 twice) where no kernel spares them, or the chunk of
+    positions whose logits are there in the model's precision, in float32 and as log-probabilities.
     """
     b, tokens, h = work.weight_bytes, work.pass_tokens(window), shape.hidden_size
     layer = b * tokens * (3 * max(shape.channels_per_token) + 4 * h + copies(shape))
     if work.sliding_window is not None and window > work.sliding_window:
         layer += window**2  # the mask
+    if work.eager:
+        q = max(q for q, _, _ in layer_widths(shape))
+        pairs = window * ((b + 8) * q // shape.head_dim + 2 * b)  # of all heads, and two masks
+        layer = max(layer, tokens * (pairs + b * (3 * h + 4 * q)))
     return max(layer, (b + 8) * shape.vocab_size * min(CHUNK_TOKENS, tokens) + b * tokens * h)
 
 
@@ -97,6 +102,7 @@ def _training(work: Work, shape: ModelShape, per_layer: Sequence[float], loss: f
         gradients: Bytes of those of what is trained.
     """
     tokens, b = work.tokens, work.weight_bytes
+    per_layer = list(map(sum, zip(per_layer, pairs_kept(shape, work), strict=True)))
     kept = [b * shape.hidden_size] * len(per_layer) if work.checkpointing else per_layer
     again = max(per_layer) * tokens if work.checkpointing else 0.0
     stream = 3 * b * shape.hidden_size * tokens
@@ -138,16 +144,20 @@ def finetuning_flops(work: Work) -> float:
 def gate_step(work: Work) -> float:
     """Returns the bytes on the card while gates are trained.
 
-    A layer keeps for the backward pass, besides what its attention reads and writes (2 q + 2 k): its two norms' inputs,
-    two outputs that are gated, and of the MLP the gate, its activation, up and, where that is not computed again, the
-    product; and the noise of all these, where it is not drawn again. Of a chunk's logits there are the student's, the
-    teacher's, the log-probabilities of both and their gradients.
+    A layer keeps for the backward pass, besides what its attention reads and writes (2 q + 2 k; what norms there read
+    and write): its two norms' inputs, two outputs that are gated (of norms past them what these read, and one output
+    that is made as strong again), and of the MLP the gate, its activation, up and, where that is not computed again,
+    the product; and the noise of all these, where it is not drawn again. Of a chunk's logits there are the student's,
+    the teacher's, the log-probabilities of both and their gradients.
     """
     b, shape, h = work.weight_bytes, work.dense, work.dense.hidden_size
     noise = not work.redraws
-    h_own = 4 * h + copies(shape)
-    of_mlp = 4 - (shape.gated_mlp and not work.checkpointing)
-    per_layer = [b * (h_own + 2 * q + 2 * k + of_mlp * f + noise * (2 * h + f)) for q, k, f in layer_widths(shape)]
+    h_own = [(4 + 3 * work.post_norms * (norms > 2)) * h + copies(shape) for norms in shape.layer_norms]
+    of_mlp, heads = 4 - (shape.gated_mlp and not work.checkpointing), 2 + 2 * shape.head_norm
+    per_layer = [
+        b * (own + heads * (q + k) + of_mlp * f + noise * (2 * h + f))
+        for own, (q, k, f) in zip(h_own, layer_widths(shape), strict=True)
+    ]
     chunk = min(chunk_tokens(shape.vocab_size), work.tokens)
     loss = (21 + 2 * b if work.distill else 12 + b) * shape.vocab_size * chunk
     units = h + sum(shape.num_key_value_heads) + sum(shape.intermediate_size)

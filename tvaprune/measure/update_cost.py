@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvaprune.losses import chunk_tokens
-from tvaprune.measure.work import Work, copies, forward_flops, head_flops, layer_sizes, layer_widths, weights
+from tvaprune.measure.work import (
+    Work,
+    copies,
+    forward_flops,
+    head_flops,
+    layer_sizes,
+    layer_widths,
+    pairs_kept,
+    weights,
+)
 from tvaprune.models.layers import ROWS
 from tvaprune.models.shape import ModelShape
 
@@ -91,14 +100,33 @@ def refit(work: Work) -> float:
     if work.refit_offload:
         there = work.weight_bytes * max(work.dense.hidden_size * work.dense.vocab_size, *layer_sizes(work.dense))
     share = head_share(work.dense, work.pruned.hidden_size, work.weight_bytes)
-    return there + weights(work.pruned, work) + max(share, *(fit.bytes for fit in _fits(work)))
+    return there + weights(work.pruned, work) + max(share, compared(work), *(fit.bytes for fit in _fits(work)))
+
+
+def compared(work: Work) -> int:
+    """Returns the bytes of comparing predictions at a share of the way: of a window's chunk, both models'.
+
+    Logits in the models' precision, in float32, as log-probabilities, and their difference; and where the head is
+    refitted, what it was.
+    """
+    dense, b = work.dense, work.weight_bytes
+    chunk = dense.vocab_size * min(chunk_tokens(dense.vocab_size), work.block)
+    return (2 * b + 20) * chunk + (not dense.tie_word_embeddings) * b * work.pruned.hidden_size * dense.vocab_size
 
 
 def refit_flops(work: Work) -> float:
-    """Returns the operations of the refit: a pass of the dense stream, two of the pruned one, fits, the shares."""
-    tokens = _refit_tokens(work)
+    """Returns the operations of the refit: a pass of the dense stream, two of the pruned one, fits, the shares.
+
+    Before a norm past the block what the dense one writes is asked for, and the norm's gain is fitted: one pass more.
+    """
+    tokens, more = _refit_tokens(work), work.post_norms
     dense, pruned = (forward_flops(shape, tokens, work.block, head=False) for shape in (work.dense, work.pruned))
-    return dense + 2 * pruned + sum(fit.flops(tokens) for fit in _fits(work)) + choice_flops(work, SHARES)
+    return (
+        (1 + more) * dense
+        + (2 + more) * pruned
+        + sum(fit.flops(tokens) for fit in _fits(work))
+        + choice_flops(work, SHARES)
+    )
 
 
 def choice_flops(work: Work, shares: int) -> float:
@@ -146,7 +174,10 @@ def _window_training(work: Work) -> list[float]:
     copy, tokens = 4 * (b < 4), work.pass_tokens(work.block)
     sizes = layer_sizes(work.pruned)
     h_own = 4 * h + copies(work.pruned)
-    per_token = [b * (h_own + 2 * q + 2 * k + 4 * f) + 8 * h for q, k, f in layer_widths(work.pruned)]
+    per_token = [
+        b * (h_own + 2 * q + 2 * k + 4 * f) + 8 * h + pairs
+        for (q, k, f), pairs in zip(layer_widths(work.pruned), pairs_kept(work.pruned, work), strict=True)
+    ]
     predictions = (21 + 2 * b) * work.dense.vocab_size * min(chunk_tokens(work.dense.vocab_size), tokens)
     losses = [12 * h * tokens] * (len(windows) - 1) + [predictions]
     return [

@@ -6,8 +6,10 @@ of a number in the weights' precision. What trains, and moments, are float32 or 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tvaprune.measure.perplexity import windows_of_pass
+from tvaprune.models.families import family_of
 from tvaprune.models.parameters import dense_parameters, layer_parameters
 from tvaprune.models.shape import ModelShape
 
@@ -22,6 +24,8 @@ class Work:
         dense: The model's sizes; ``pruned`` are the narrower model's.
         weight_bytes: Of a number of the weights, and of what is computed with them.
         sliding_window: Tokens that attention looks back; None: all.
+        eager: Whether attention is computed step by step, all pairs of tokens there, as of families without a kernel.
+        post_norms: Whether what attention and MLP write is normalised.
         block: Tokens of a training block.
         batch: Blocks of a forward pass in training; ``steps`` passes are made.
         accumulates: Whether a step is of several passes, so that gradients of earlier ones are there.
@@ -47,6 +51,8 @@ class Work:
     pruned: ModelShape
     weight_bytes: int = 2
     sliding_window: int | None = None
+    eager: bool = False
+    post_norms: bool = False
     block: int = 512
     batch: int = 1
     steps: int = 4500
@@ -84,6 +90,16 @@ class Work:
         return window * windows_of_pass(window, self.eval_batch)
 
 
+def of_family(config: Any) -> dict[str, Any]:
+    """Returns what a work takes from a model's config beside its sizes."""
+    family = family_of(config)
+    return {
+        "sliding_window": getattr(config, "sliding_window", None),
+        "eager": family.attention_kernel == "eager",
+        "post_norms": family.attention_post_norm is not None,
+    }
+
+
 def layer_widths(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
     """Yields q, k and f of every layer; of experts f counts those that a token passes."""
     for heads, channels in zip(shape.num_key_value_heads, shape.channels_per_token, strict=True):
@@ -94,6 +110,16 @@ def layer_sizes(shape: ModelShape) -> list[int]:
     """Returns the numbers of every layer's linears and of all its experts."""
     sizes = zip(shape.num_key_value_heads, shape.intermediate_size, shape.per_dim, shape.layer_norms, strict=True)
     return [layer_parameters(shape.hidden_size, k, f, shape, per_dim - norms) for k, f, per_dim, norms in sizes]
+
+
+def pairs_kept(shape: ModelShape, work: Work) -> list[int]:
+    """Returns the bytes a token that each layer's attention keeps where no kernel spares it the pairs.
+
+    Of a pair the capped score, the softmax in float32 and in the weights' precision; and keys and values as often as
+    query heads read them.
+    """
+    b, wide = work.weight_bytes, shape.head_dim
+    return [work.eager * (2 * b * q + (2 * b + 4) * work.block * q // wide) for q, _, _ in layer_widths(shape)]
 
 
 def copies(shape: ModelShape) -> int:

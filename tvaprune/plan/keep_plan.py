@@ -13,6 +13,7 @@ import torch
 
 from tvaprune.errors import InputError
 from tvaprune.files import read_json, write_text
+from tvaprune.identity import digest_of
 from tvaprune.models.parameters import decoder_sparsity, dense_parameters
 from tvaprune.models.shape import ModelShape, in_words
 from tvaprune.models.units import PerUnit
@@ -95,6 +96,11 @@ class KeepPlan:
     def num_parameters(self) -> int:
         """All parameters of the narrower model: embeddings, lm_head and padding included."""
         return dense_parameters(self.shape_stored)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that tell what is kept, and with which factors, from any other choice."""
+        return digest_of([values.tolist() for values in (*self.kept, *self.scale)])
 
     def full_scale(self) -> PerUnit:
         """Returns the factors at the dense sizes, 0 where a unit goes: what the masked model multiplies by."""

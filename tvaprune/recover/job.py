@@ -12,7 +12,7 @@ from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.choose.choose import DEFAULT_TRAIN_SAMPLES
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
-from tvaprune.identity import Identity, check_identity, content, digest_of, weights_digest
+from tvaprune.identity import Identity, check_identity, content, weights_digest
 from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
@@ -166,8 +166,7 @@ def _identity(job: Job) -> Identity:
             "teacher_top_k": None if finetune.teacher_cache is None else finetune.teacher_top_k,
         }
     identity = job.run.identity(flags, (job.train_blocks, job.selection_blocks), {})
-    kept = [values.tolist() for values in (*job.plan.kept, *job.plan.scale)]
-    identity["contents"]["mask_loc"] = content(args.prune.mask_loc, digest_of(kept))
+    identity["contents"]["mask_loc"] = content(args.prune.mask_loc, job.plan.digest)
     return identity
 
 

@@ -201,6 +201,8 @@ class Results:
         mask: The mask file that was cut; None: a plan was given, or the dense model was scored.
         plan: The plan file that was given in its place.
         rotation: The digest of what the residual stream was turned by; None: it is as it came.
+        units: The digest of what is kept, and with which factors.
+        dtype: The precision that was computed in.
         sparsity_definition: What ``widths.decoder_sparsity`` is a share of.
     """
 
@@ -218,6 +220,8 @@ class Results:
     version: int = VERSION
     plan: str | None = None
     rotation: str | None = None
+    units: str | None = None
+    dtype: str | None = None
     weight_update: str | None = None
     widths: KeptWidths | None = None
     calibration: Calibration | None = None
@@ -243,10 +247,10 @@ class Results:
             target: The sparsity that the mask was made for, in the run that made it.
         """
         prune = run.args.prune
-        results = cls(**run.record() | {"target_sparsity": target, "mask": mask})
+        results = cls(**run.record() | {"target_sparsity": target, "mask": mask}, dtype=run.precision)
         if plan is not None:
             results.plan, results.weight_update = prune.plan, prune.weight_update
-            results.widths = KeptWidths.of(plan)
+            results.widths, results.units = KeptWidths.of(plan), plan.digest
             if prune.refits:
                 data, seed = run.args.data, run.args.training.seed
                 results.calibration = Calibration(data.dataset_name, data.block_size, prune.refit_samples, seed)
@@ -259,8 +263,13 @@ class Results:
         self.reconstruct = _read(Reconstruction, parts["reconstruct"]) if "reconstruct" in parts else None
 
     def differing(self, other: "Results") -> list[str]:
-        """Returns the fields that say that two results are not of the same pruned model."""
-        same = ("model", "model_digest", "mask", "plan", "weight_update", "calibration", "widths")
+        """Returns the fields that say that two results are not of the same pruned model.
+
+        Those of old tell their units by the file that was cut alone, and no precision.
+        """
+        known = [name for name in ("units", "dtype") if None not in (getattr(self, name), getattr(other, name))]
+        units = () if "units" in known else ("mask", "plan")
+        same = ("model", "model_digest", "rotation", *units, *known, "weight_update", "calibration", "widths")
         return [name for name in same if getattr(self, name) != getattr(other, name)]
 
     def content(self) -> dict[str, object]:
