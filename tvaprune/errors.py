@@ -65,7 +65,7 @@ _HELPS = (
 EVALUATING = (" in an evaluation", "{part} --per_device_eval_batch_size or --ctx_length would fit")
 TRAINING = (
     " in training",
-    "a smaller --memory, or {part} --per_device_train_batch_size or --block_size would fit; the last checkpoint is in "
+    "a smaller --memory, or {part} --per_device_train_batch_size or --block_size would fit; what was saved is in "
     "--output_dir",
 )
 SCORING_UNITS = (" while units are scored", "{part} --per_device_eval_batch_size or --block_size would fit")

@@ -117,7 +117,9 @@ class Run:
         _tell_idle_devices(args)
         if args.evaluation.do_zero_eval:
             check_tokenizer(tokenizer)
-        _tell_another_model(run)
+        if args.prune.mask_loc is not None:
+            record = read_record(args.prune.mask_loc)
+            run._tell_another_model("mask", record.get("model"), record.get("model_digest"))
         _tell_precision(run)
         if (rotation := given_rotation(args, run.shape.hidden_size)) is not None:
             run = run.turned(rotation)
@@ -180,11 +182,17 @@ class Run:
         """Tokens of an evaluation window."""
         return window_of(self.args, self.model.config)
 
-    def blocks(self, split: str, size: int, count: int | None) -> Dataset:
-        """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed."""
+    def blocks(self, split: str, size: int, count: int | None, flag: str = "block_size") -> Dataset:
+        """Returns token blocks of a split of the run's text; evaluation windows are the same whatever the seed.
+
+        Args:
+            flag: That says their size.
+        """
         data, seed = self.args.data, self.args.training.seed if split == "train" else 0
         with ranks.main_first():
-            blocks = token_blocks(self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir, self.bos)
+            blocks = token_blocks(
+                self.tokenizer, data.dataset_name, split, size, count, seed, data.data_dir, self.bos, flag
+            )
         return _agreed(data.dataset_name, blocks)
 
     def windows(self) -> Dataset:
@@ -195,7 +203,7 @@ class Run:
                 windows = protocol_windows(self.tokenizer, data.protocol, data.data_dir, self.bos)
             return _agreed(data.protocol, windows)
         default = C4_WINDOWS if is_streamed(data.dataset_name) else None
-        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default)
+        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default, "ctx_length")
 
     def evaluation_text(self, windows: Dataset) -> EvaluationText:
         """Returns what a perplexity on these windows may be compared by."""
@@ -287,10 +295,20 @@ class Run:
     def plan(self, units: Masks | KeepPlan) -> KeepPlan:
         """Returns what is kept: masks cut by the run's rules, a plan as it is."""
         if isinstance(units, KeepPlan):
+            self._tell_another_model("plan", "the model", units.model_digest)
             return units
         basis = None if self.rotation is None else self.rotation.digest
         plan = plan_from_masks(units, self.shape, self.rules)
-        return replace(plan, rotation=basis, prune_method=self.args.prune.prune_method)
+        return replace(plan, rotation=basis, prune_method=self.args.prune.prune_method, model_digest=self.digest)
+
+    def _tell_another_model(self, what: str, name: object, digest: object) -> None:
+        """Says so where a mask or a plan was made of other weights than it is applied to; None: it is not told."""
+        if digest not in (None, self.digest):
+            print(
+                f"note: the {what} was made of {name} [{str(digest)[:8]}], applied to "
+                f"{self.args.source.model_name_or_path} [{self.digest[:8]}], whose weights are others, or rounded "
+                "otherwise"
+            )
 
     def record(self) -> dict[str, Any]:
         """Returns what repeats the run."""
@@ -343,18 +361,6 @@ def _tell_precision(run: Run) -> None:
     many = run.model.num_parameters() >= MANY_PARAMETERS
     if run.args.training.device.type == "cpu" and many and hardware.computes_bfloat16():
         print("note: this CPU computes in bfloat16 too: --dtype bfloat16 is quicker with a model of this size")
-
-
-def _tell_another_model(run: Run) -> None:
-    """Says so where the mask was learned on other weights than those it is applied to."""
-    if run.args.prune.mask_loc is None:
-        return
-    record = read_record(run.args.prune.mask_loc)
-    if record.get("model_digest", run.digest) != run.digest:
-        print(
-            f"note: the mask was learned on {record.get('model')} [{str(record['model_digest'])[:8]}], applied to "
-            f"{run.args.source.model_name_or_path} [{run.digest[:8]}], whose weights are others"
-        )
 
 
 def held_out_samples(fitted: int) -> int:

@@ -49,7 +49,7 @@ def test_a_model_is_lent_to_the_knife_without_a_copy(values, whole, make_model, 
     with MemoryMeter(model) as meter:
         narrow = fold(apply_plan(lent(model), plan), plan)
     kept = sum(p.nbytes for p in narrow.parameters())
-    assert meter.peak - size <= kept + max(p.nbytes for p in model.parameters())
+    assert meter.peak - size <= kept + 2 * max(p.nbytes for p in model.parameters())  # one at a time, and the indices
     with torch.no_grad():
         for parameter in narrow.parameters():
             parameter.fill_(float("nan"))

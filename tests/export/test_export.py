@@ -413,17 +413,21 @@ def test_llama_cpp_gives_the_same_logits_and_tokens(row, make_folder, tmp_path, 
 def test_what_is_in_use_or_missing_is_said_in_one_line(make_folder, tmp_path, monkeypatch):
     _, folder = make_folder()
     (tmp_path / "model.gguf").write_text("mine")
+    with pytest.raises(InputError, match="is there, and no .gguf file; give a new file"):
+        export("gguf", folder, tmp_path / "model.gguf", "f32", overwrite=True, verify=False)
     with pytest.raises(InputError, match="is there; give a new .gguf file, or replace it: --overwrite_output_dir"):
         export("gguf", folder, tmp_path / "model.gguf", "f32", verify=False)
     assert (tmp_path / "model.gguf").read_text() == "mine"
+    (tmp_path / "model.gguf").write_bytes(b"GGUF, an earlier export")
     export("gguf", folder, tmp_path / "model.gguf", "f32", overwrite=True, verify=False)
     (full := tmp_path / "full").mkdir()
     (full / "mine").touch()
     with pytest.raises(InputError, match="is not empty; replace it with --overwrite_output_dir"):
         export("vanilla", folder, full)
-    for place in (folder, tmp_path):
-        with pytest.raises(InputError, match="is the checkpoint, or holds it, which an export would replace"):
-            export("vanilla", folder, place, overwrite=True)
+    for name, place in (("vanilla", folder), ("vanilla", tmp_path), ("vanilla", folder / "vanilla"),
+                        ("gguf", folder / "model.safetensors")):  # fmt: skip
+        with pytest.raises(InputError, match="is the checkpoint, holds it or is within it; give a place apart"):
+            export(name, folder, place, overwrite=True)
     assert (folder / "model.safetensors").is_file()
     with pytest.raises(InputError, match="--format GGUF: give gguf, onnx, vanilla"):
         export("GGUF", folder, tmp_path / "new.gguf")
@@ -432,6 +436,6 @@ def test_what_is_in_use_or_missing_is_said_in_one_line(make_folder, tmp_path, mo
     with pytest.raises(InputError, match="--outtype bf16: acts in --format gguf alone"):
         export("vanilla", folder, tmp_path / "new", "bf16")
     with pytest.raises(InputError, match="not a pruned checkpoint"):
-        export("vanilla", tmp_path, tmp_path / "vanilla")
+        export("vanilla", full, tmp_path / "vanilla")
     with pytest.raises(InputError, match=r"--format onnx needs not_there: pip install 'tvaprune\[onnx\]'"):
         require("onnx", "torch", "not_there")

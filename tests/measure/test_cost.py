@@ -1,12 +1,12 @@
 """The closed formulas against the simulation of the real code, and the simulation against what is known by hand."""
 
-import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from support import tiny
+from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from benchmarks.card import CARD, RealCard, simulated
 from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
@@ -14,20 +14,31 @@ from tvaprune.cut.reconstruct import EPOCHS, WINDOW
 from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
 from tvaprune.cut.refit import SHARES, STRENGTHS
 from tvaprune.measure import cost, update_cost
-from tvaprune.measure.work import GIB, Work, narrower, weights
+from tvaprune.measure.work import GIB, Work, narrower, of_family, weights
 from tvaprune.models.shape import shape_of
 
 MIB = 2**20
 TOLERANCE = 0.1
 
 
+# What other families keep: pairs of tokens where attention has no kernel, norms of heads and past blocks, large tied
+# vocabularies.
+OTHERS = {
+    "Gemma-2-9B": Gemma2Config(vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_attention_heads=16,
+                               num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256),
+    "Gemma-3-4B": Gemma3TextConfig(vocab_size=262208, hidden_size=2560, intermediate_size=10240, head_dim=256,
+                                   num_attention_heads=8, num_key_value_heads=4),
+    "Qwen3-8B": Qwen3Config(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_attention_heads=32,
+                            num_key_value_heads=8, head_dim=128),
+}  # fmt: skip
+
+
 def work_of(name, layers, **settings):
-    config = copy.deepcopy(CONFIGS[name])
-    config.num_hidden_layers = layers
+    base = (CONFIGS | OTHERS)[name]
+    config = type(base)(**base.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
     shape = shape_of(config)
     settings = {"window": min(8192, config.max_position_embeddings), "refit_blocks": 8, "held_blocks": 8} | settings
-    window = getattr(config, "sliding_window", None)
-    return config, Work(shape, narrower(shape, 0.5), sliding_window=window, **settings)
+    return config, Work(shape, narrower(shape, 0.5), **of_family(config), **settings)
 
 
 def is_near(estimate, measured):
@@ -60,6 +71,12 @@ CASES = [
     ("Llama-3-8B", "finetuning_step", {"batch": 8, "checkpointing": True}),
     ("Llama-3-8B", "finetuning_step", {"batch": 8, "checkpointing": True, "accumulates": True}),
     ("Llama-2-7B", "finetuning_step", {"accumulates": True}),
+    ("Gemma-2-9B", "dense_perplexity", {}),
+    ("Gemma-2-9B", "gate_step", {"batch": 4}),
+    ("Gemma-2-9B", "refit", {}),
+    ("Gemma-3-4B", "gate_step", {"batch": 4}),
+    ("Gemma-3-4B", "refit", {}),
+    ("Qwen3-8B", "gate_step", {"batch": 4}),
 ]
 
 
@@ -101,6 +118,15 @@ def test_a_gpu_takes_as_much(name, phase, settings):
     config, work = work_of(name, 4, redraws=True, **settings)
     scene = Scene(RealCard(), work, config, plan_to(work.dense, work.pruned), torch.device("cuda"))
     assert cost.of_pass(phase, work)[0] == pytest.approx(getattr(scene, phase)().card, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["Gemma-2-9B", "Gemma-3-4B"])
+def test_a_deep_model_of_another_family_takes_as_much(name):
+    config, work = work_of(name, 12, batch=4)
+    counted = simulate(config, work, "gate_step").card
+    assert cost.gate_step(work) == pytest.approx(counted, rel=0.04)
+    plain = replace(work, eager=False, post_norms=False, dense=replace(work.dense, head_norm=False))
+    assert cost.gate_step(plain) != pytest.approx(counted, rel=0.04)  # control: what a Llama would
 
 
 def test_gradients_of_earlier_passes_are_counted():

@@ -262,6 +262,11 @@ def test_the_verb_and_the_function_write_one_page(run, tmp_path, capsys):
     assert capsys.readouterr().out == f"page: {run / PAGE_NAME}\n"
     path = tvaprune.report(run, output=tmp_path / "other" / "page.html")
     assert path.read_bytes() == (run / PAGE_NAME).read_bytes()
+    report([run], path)  # its own is replaced
+    before = (run / "results.json").read_bytes()
+    with pytest.raises(InputError, match="is there, and no page of this tool; give a new file"):
+        report([run], run / "results.json")
+    assert (run / "results.json").read_bytes() == before
     for output, said in ((tmp_path, "is a folder"), (run / "results.json" / "page.html", "cannot be written")):
         with pytest.raises(InputError, match=said):
             report([run], output)

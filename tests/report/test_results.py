@@ -127,7 +127,7 @@ def test_results_of_another_version_are_refused(tmp_path):
 def test_results_of_another_model_are_told_apart(change):
     assert made().differing(made(**change)) == list(change)
     both = {"units": "a", "dtype": "float32"}
-    for name, value in both.items():
+    for name in both:
         assert made(**both).differing(made(**(both | {name: "other"}))) == [name]
     assert made(**both).differing(made(**both, mask="j")) == []  # the same units in another file
     assert made().differing(made(seed=2, command="other", perplexity=Perplexities(1.0, 2.0))) == []  # control

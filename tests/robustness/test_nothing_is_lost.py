@@ -352,15 +352,16 @@ def test_a_second_run_into_a_folder_is_refused(gates, base, tmp_path, command):
     assert tree(output) == tree(gates)
 
 
-def test_a_mask_that_was_learned_on_other_weights_is_told(gates, models, tmp_path, command):
+def test_a_mask_or_a_plan_of_other_weights_is_told(gates, models, tmp_path, command):
     (mask,) = (gates / "best").glob("*.pkl")
-    for name, notes in (("model", 0), ("other", 1)):
-        code, out, error = command(
-            "--mask_loc", mask, "--model_name_or_path", models / name, "--save_pruned", tmp_path / name,
-            "--weight_update", "fold", "--use_cpu",
-        )  # fmt: skip
-        assert code == 0, error
-        assert out.count("note: the mask was learned on") == notes
+    for flag, file, what in (("--mask_loc", mask, "mask"), ("--plan", gates / "plan.json", "plan")):
+        for name, notes in (("model", 0), ("other", 1)):
+            code, out, error = command(
+                flag, file, "--model_name_or_path", models / name, "--save_pruned", tmp_path / what / name,
+                "--weight_update", "fold", "--use_cpu",
+            )  # fmt: skip
+            assert code == 0, error
+            assert out.count(f"note: the {what} was made of") == notes
 
 
 def test_results_of_an_earlier_measurement_go_with_overwriting(gates, base, tmp_path, command):

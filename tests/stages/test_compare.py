@@ -228,6 +228,21 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
     assert words in refusal(command, [*flags, *change], compared[0])
 
 
+def test_cells_of_a_text_that_was_written_anew_are_not_joined(compared, flags, command, tmp_path):
+    output, second = tmp_path / "out", flags[flags.index("--other_texts") + 1]
+    shutil.copytree(compared[0], output)
+    before = second.read_text()
+    more = (*flags, "--methods", "magnitude", "--weight_updates", "none", "--seeds", 0, 1, "--sparsities", 0.3)
+    try:
+        second.write_text(before.replace(before.split()[0], "other"))
+        line = refusal(command, more, output)
+        assert "magnitude-none-0.3-0.json: made when its texts held something else; give another --output" in line
+    finally:
+        second.write_text(before)
+    assert command(more, output)[0] == 0  # control
+    assert tiny.read_json(output / "tiny" / "cells" / "magnitude-none-0.3-1.json")["contents"]["texts"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -109,6 +109,39 @@ def test_the_same_command_writes_nothing_twice_and_another_is_refused(source, wr
     assert (tmp_path / "text.jsonl").read_bytes() != before
 
 
+def test_an_old_text_stays_until_the_new_one_is_whole(source, written, tmp_path):
+    new = tmp_path / "new"
+    assert sampled(source, new, "--seed", 7).code == 0
+    assert sampled(source, tmp_path / "old").code == 0
+    before = (tmp_path / "old" / "text.jsonl").read_bytes()
+    flags = ("--seed", 7, "--overwrite_output_dir")
+    written.seen.clear()
+    written.stop = 2
+    ended = sampled(source, tmp_path / "old", *flags)
+    assert ended.code == 130 and "the same command goes on where it was" in ended.err
+    assert (tmp_path / "old" / "text.jsonl").read_bytes() == before
+    written.seen.clear()
+    written.stop = None
+    assert sampled(source, tmp_path / "old").code == 0 and written.seen == []  # the old one is whole, and itself
+    written.stop = 1
+    assert sampled(source, tmp_path / "old", *flags).code == 130
+    written.stop = None
+    assert sampled(source, tmp_path / "old", *flags).code == 0
+    assert (tmp_path / "old" / "text.jsonl").read_bytes() == (new / "text.jsonl").read_bytes() != before
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == sorted(path.name for path in new.iterdir())
+
+
+def test_logits_that_are_no_numbers_write_nothing(source, written, make_model, tmp_path):
+    other = make_model()
+    other.model.norm.weight.data.fill_(1e38)  # finite, and what it makes is not
+    other.lm_head.weight.data *= 1e10
+    tiny.save_checkpoint(other, tmp_path / "other")
+    words = "the model's logits are no finite numbers: its weights are damaged, float16 overflows"
+    refused(sampled(tmp_path / "other", tmp_path / "own"), words)
+    refused(sampled(source, tmp_path / "own", "--temperature", 1e-42), words)
+    assert not (tmp_path / "own" / "text.jsonl").exists()
+
+
 def test_more_tokens_go_on_from_what_is_there_and_fewer_leave_it(source, written, tmp_path):
     whole, grown = tmp_path / "whole", tmp_path / "grown"
     assert sampled(source, whole).code == 0

@@ -69,6 +69,8 @@ def test_a_text_shorter_than_one_block_is_refused(cache, tokenizer, tmp_path):
     for _ in range(2):  # cached or not
         with pytest.raises(InputError, match="test split is shorter than one block of 31 tokens; give a longer text"):
             token_blocks(tokenizer, path, "test", block_size=31)
+    with pytest.raises(InputError, match="a smaller --ctx_length"):
+        token_blocks(tokenizer, path, "test", block_size=31, flag="ctx_length")
 
 
 def test_max_blocks_draws_by_seed_in_the_order_of_the_text(cache, tokenizer, tmp_path):

@@ -100,7 +100,7 @@ class GateTrainer(CheckpointedTrainer):
         if not torch.isfinite(parts["loss"]):
             raise InputError(
                 f"the loss is {parts['loss'].item()} at step {self.state.global_step}; use --dtype float32 or "
-                "bfloat16, or lower --vib_learning_rate; the last checkpoint is in --output_dir"
+                "bfloat16, or lower --vib_learning_rate; what was saved is in --output_dir"
             )
         self._parts = {name: value.detach() for name, value in parts.items()}
         return parts["loss"]

@@ -17,5 +17,5 @@ def fold(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     for name, edit in edits_of(plan, family_of(model.config), model.device).items():
         if edit.folds:
             weight = model.get_parameter(name)
-            weight.copy_(edit.on(weight.device).folded(weight))
+            edit.on(weight.device).folded(weight, into=weight)
     return model

@@ -40,6 +40,8 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
     architecture = gguf_architecture(model.config)
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"--format gguf {out}: is there; give a new .gguf file, or replace it: --overwrite_output_dir")
+    if out.exists() and not _is_gguf(out):
+        raise InputError(f"--format gguf {out}: is there, and no .gguf file; give a new file")
     context = _context_length(model.config, architecture)
     if context < model.config.max_position_embeddings:
         print(f"note: llama.cpp knows no sliding window here; the file's context length is the window, {context}")
@@ -52,6 +54,11 @@ def export_gguf(model: PreTrainedModel, source: Path, out: Path, outtype: str, o
     except OSError as error:
         raise InputError(f"--format gguf {out}: cannot be written ({error}); nothing was left there") from error
     tell_odd_widths(model.config, BLOCK, FALLBACK)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _write(model: PreTrainedModel, source: Path, path: Path, architecture: Architecture, outtype: str) -> None:

@@ -8,11 +8,13 @@ would divide out what the heads' means have in common; its gain takes that.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from tvaprune.models.families import ModelFamily
+from tvaprune.models.layers import ROWS
 from tvaprune.models.layout import Block, Mixture, layout_of
 from tvaprune.models.units import head_features
 from tvaprune.plan.keep_plan import KeepPlan
@@ -65,20 +67,26 @@ class Edit:
         """Whether there are means to fold in."""
         return self.row_factors is not None or self.column_factors is not None
 
-    def folded(self, cut: torch.Tensor) -> torch.Tensor:
-        """Returns a cut parameter times its factors: rows first, and one rounding, to its own precision."""
+    def folded(self, cut: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns a cut parameter times its factors: rows first, and one rounding, to its own precision.
+
+        Args:
+            into: What is written to, perhaps the parameter itself; None: new memory.
+        """
         if not self.folds:
             return cut
-        values = cut.to(torch.float32, copy=True)  # and changed in place: a head is gigabytes
-        if self.offset:
-            values += self.offset
-        if self.row_factors is not None:
-            values *= self.row_factors if values.dim() == 1 else self.row_factors.unsqueeze(1)
-        if self.column_factors is not None:
-            values *= self.column_factors
-        if self.offset:
-            values -= self.offset
-        return values.to(cut.dtype)
+        into, dim = torch.empty_like(cut) if into is None else into, max(0, cut.dim() - 2)
+        by_rows = repeat(None) if self.row_factors is None else self.row_factors.split(ROWS)
+        for part, rows, factors in zip(into.split(ROWS, dim), cut.split(ROWS, dim), by_rows, strict=False):
+            values = rows.to(torch.float32, copy=True)  # of some rows: those of a head are gigabytes
+            if self.offset:
+                values += self.offset
+            if factors is not None:
+                values *= factors if values.dim() == 1 else factors.unsqueeze(1)
+            if self.column_factors is not None:
+                values *= self.column_factors
+            part.copy_(values - self.offset if self.offset else values)
+        return into
 
 
 def edits_of(plan: KeepPlan, family: ModelFamily, device: torch.device | str = "cpu") -> dict[str, Edit]:

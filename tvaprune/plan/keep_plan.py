@@ -36,6 +36,7 @@ class KeepPlan:
         rotation: The digest of what the model was turned by before; None: it is as it came.
         keeps_norm_width: Whether norms go on dividing the sum of the kept dims' squares by the dense width.
         prune_method: How the units were chosen; None: it is not told.
+        model_digest: Of the dense model's config and weights; None: it is not told.
     """
 
     kept: PerUnit
@@ -45,6 +46,7 @@ class KeepPlan:
     rotation: str | None = None
     keeps_norm_width: bool = False
     prune_method: str | None = None
+    model_digest: str | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -121,6 +123,7 @@ class KeepPlan:
             "rotation": self.rotation,
             "keeps_norm_width": self.keeps_norm_width,
             "prune_method": self.prune_method,
+            "model_digest": self.model_digest,
             "hidden": {"kept": self.kept.hidden.tolist(), "scale": self.scale.hidden.tolist()},
             "attn": [{"kept": self.kept.attn[i].tolist(), "scale": self.scale.attn[i].tolist()} for i in layers],
             "inter": [{"kept": self.kept.inter[i].tolist(), "scale": self.scale.inter[i].tolist()} for i in layers],
@@ -145,8 +148,9 @@ class KeepPlan:
             raise ValueError("dim_multiple is no multiple")
         if not isinstance(self.keeps_norm_width, bool):
             raise ValueError("keeps_norm_width is neither true nor false")
-        if not isinstance(self.prune_method, str | None):
-            raise ValueError("prune_method is no name")
+        for name in ("prune_method", "model_digest"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is no name")
 
     def check_fits(self, shape: ModelShape, named: str) -> None:
         """Raises `InputError`, beginning with ``named``, unless the plan is of a model of this shape."""
@@ -181,8 +185,8 @@ class KeepPlan:
             shape = ModelShape(**(sizes | per_layer))
             kept, scale = units("kept", torch.int64), units("scale", torch.float32)
             rotation, keeps_norm_width = content.get("rotation"), content.get("keeps_norm_width", False)
-            method = content.get("prune_method")
-            plan = cls(kept, scale, shape, content["dim_multiple"], rotation, keeps_norm_width, method)
+            told = content.get("prune_method"), content.get("model_digest")
+            plan = cls(kept, scale, shape, content["dim_multiple"], rotation, keeps_norm_width, *told)
             plan._check()
             return plan
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -31,6 +31,7 @@ class Job:
         selection_blocks: Those that checkpoints are compared on.
         dtype: The run's precision; ``run.model`` is given up in the end.
         stored: The precision that the narrower model is saved in, tuned or not.
+        use_cache: What the config says of it, which training switches off.
     """
 
     run: Run
@@ -41,6 +42,7 @@ class Job:
     selection_blocks: Dataset
     dtype: torch.dtype
     stored: torch.dtype
+    use_cache: bool
     identity: Identity = field(default_factory=dict)
     teacher_cache: Path | None = None
 
@@ -58,7 +60,8 @@ class Job:
             )
         windows = run.windows()
         blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True), run.selection_blocks()
-        job = cls(run, run.plan(units), checkpoint, windows, *blocks, run.model.dtype, run.stored_dtype)
+        use_cache, precisions = run.model.config.use_cache, (run.model.dtype, run.stored_dtype)
+        job = cls(run, run.plan(units), checkpoint, windows, *blocks, *precisions, use_cache)
         fit(run.args, job.plan)
         job.identity = _identity(job)
         if checkpoint is not None:

@@ -44,7 +44,7 @@ def write_merged(job: Job, merged: Any, record: dict[str, Any]) -> None:
         merged = as_stored(merge(load_adapter(job.load_pruned(), job.output / "adapter", job.identity)), job.stored)
     config = copy.deepcopy(merged.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not job.unties
-    config.use_cache = job.run.model.config.use_cache  # training switched it off
+    config.use_cache = job.use_cache
     with new_folder("output_dir", job.merged_folder, overwrite=True) as folder:
         write_checkpoint(merged, config, job.run.tokenizer, folder)
         (folder / "README.md").write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")

@@ -61,7 +61,8 @@ class FinetuneTrainer(CheckpointedTrainer):
         patience: int | None = None,
         phases: Phases | None = None,
     ) -> None:
-        indexed = train_blocks.add_column("index", list(range(len(train_blocks)))).with_format("torch")
+        drawn = train_blocks.flatten_indices(keep_in_memory=True)  # else a copy is left in the text's cache
+        indexed = drawn.add_column("index", list(range(len(drawn)))).with_format("torch")
         bar = _FinetuneProgress(phases or Phases(), FINE_TUNING)
         super().__init__(model, args, train_dataset=indexed, eval_dataset=eval_blocks, identity=identity, bar=bar)
         self.teacher, self.weights = teacher, {"ce": 1.0, "kl": weights.kl, "hidden": weights.hidden}
@@ -86,7 +87,7 @@ class FinetuneTrainer(CheckpointedTrainer):
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; lower --learning_rate, or use "
-                "--dtype float32 or bfloat16; the last checkpoint is in --output_dir"
+                "--dtype float32 or bfloat16; what was saved is in --output_dir"
             )
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()

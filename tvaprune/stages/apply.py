@@ -22,7 +22,7 @@ from tvaprune.models.layers import Streamed
 from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
-from tvaprune.refusals import check_results, check_save
+from tvaprune.refusals import check_results, check_save, check_widths
 from tvaprune.report.results import Perplexity, Results
 from tvaprune.report.steps import ask, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
@@ -136,6 +136,7 @@ def _phases(args: Arguments, tasks: ZeroShot | None, counted: Mapping[str, float
 def _prepare(args: Arguments, measures: bool) -> None:
     """Refuses folders that are in use, and makes the one of the results."""
     check_save(args)
+    check_widths(args)
     if measures:
         check_results(args, args.evaluation.do_zero_eval)
         prepare_folder("save_loc", args.save_loc, may_hold_files=True)

@@ -30,7 +30,7 @@ def export(
 
     Raises:
         InputError: If a format or precision is unknown, a package is missing, the checkpoint cannot be used, or the
-            output is in use, or is the checkpoint.
+            output is in use, or is not apart from the checkpoint.
     """
     for name, value, known in (("format", format_name, PACKAGES), ("outtype", outtype, QUANTIZATIONS)):
         if value not in known:
@@ -38,8 +38,9 @@ def export(
     if format_name != "gguf" and outtype != OUTTYPE:
         raise InputError(f"--outtype {outtype}: acts in --format gguf alone, the others are as the checkpoint; leave "
                          "it out")  # fmt: skip
-    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"{out}: is the checkpoint, or holds it, which an export would replace; give another place")
+    mine, place = folder.resolve(), out.resolve()
+    if place in (mine, *mine.parents) or mine in place.parents:
+        raise InputError(f"{out}: is the checkpoint, holds it or is within it; give a place apart from it")
     require(format_name, *PACKAGES[format_name])
     model = load_pruned(folder)
     if format_name == "gguf":

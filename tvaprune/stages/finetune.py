@@ -158,7 +158,7 @@ def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
     results.training_speed_up = ranks.on_main(training_speed, job, student)
     if not job.tunes_beside_dense:
         job.run.model = pruned  # the dense one leaves the memory
-        gc.collect()  # what timed it refers to itself
+    gc.collect()  # what timed them refers to itself
     results.finetune, history = train(job, student)
     assert results.perplexity is not None
     before = results.perplexity.dense, results.perplexity.pruned

@@ -16,7 +16,7 @@ from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import Answers, answers
 from tvaprune.models.load import load_model
 from tvaprune.report.folders import RunFolder, read_runs, write_generations
-from tvaprune.report.page import PAGE_NAME, Page
+from tvaprune.report.page import PAGE_NAME, Page, is_page
 from tvaprune.report.results import RESULTS_NAME
 from tvaprune.report.runs import page_of
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
@@ -32,7 +32,8 @@ def report(folders: Sequence[Path], output: Path | None = None, prompts: bool = 
         output: The page's file; None: ``report.html`` in the only folder, or in the working folder.
 
     Raises:
-        InputError: If a folder holds no results of this version, or the page cannot be written.
+        InputError: If a folder holds no results of this version, or the page cannot be written, or would replace
+            another file.
     """
     if not folders:
         raise InputError("report: no folder was given; give those of runs, or that of a comparison")
@@ -47,6 +48,8 @@ def report(folders: Sequence[Path], output: Path | None = None, prompts: bool = 
     path = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
     if path.is_dir():
         raise InputError(f"--output {path}: is a folder; give the page's file")
+    if output is not None and path.exists() and not is_page(path):
+        raise InputError(f"--output {path}: is there, and no page of this tool; give a new file")
     try:
         page.write(path)
     except OSError as error:

@@ -6,6 +6,7 @@ same command goes on; so does one that asks for more tokens than are there.
 
 import math
 import os
+import shutil
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from tvaprune.text.sampled import kinds_of, longest_page, pages
 
 TEXT_NAME = "text.jsonl"
 PART_NAME = f"{TEXT_NAME}.part"
+NEW_NAME = ".new"  # folder of what takes a text's place once it is whole
 _WRITING = (" in writing text", "{part} --batch_size or --page would fit; the pages that were written are kept")
 _SETTLING = ("page", "batch_size", "temperature", "seed", "dtype")  # which text it is; --tokens, how much of it
 
@@ -47,25 +49,40 @@ def sample(settings: SampleSettings) -> Path:
             f"--page {settings.page}: the model was trained on {longest} tokens at a time; give {longest} or less"
         )
     prepare_folder("output_dir", folder, may_hold_files=True)
-    file, part = folder / TEXT_NAME, folder / PART_NAME
     identity: Identity = {
         "flags": {name: value for name, value in asdict(settings).items() if name in _SETTLING},
         "contents": {"model_name_or_path": content(settings.model_name_or_path, model_digest(model))},
         "settings": {},
     }
+    place = folder / NEW_NAME if settings.overwrite_output_dir and (folder / TEXT_NAME).is_file() else folder
+    file, part = place / TEXT_NAME, place / PART_NAME
     if settings.overwrite_output_dir:
-        for path in (file, part, folder / IDENTITY_NAME):  # the last says whose the others are
-            path.unlink(missing_ok=True)
+        _begin(place, identity)
     elif (folder / IDENTITY_NAME).is_file():
         check_identity("text", folder, identity)
-    write_identity(folder, identity)
+    write_identity(place, identity)
     kinds = kinds_of(tokenizer)
     batches = math.ceil(settings.tokens / (settings.page * settings.batch_size * len(kinds))) * len(kinds)
     if len(_whole_batches(file, settings.batch_size)) < batches:
         there = _whole_batches(part if part.is_file() else file, settings.batch_size)
         _write(settings, model, tokenizer, there, batches, part)
         os.replace(part, file)
-    return file
+    if place != folder:
+        (folder / IDENTITY_NAME).unlink()
+        for name in (TEXT_NAME, IDENTITY_NAME):
+            os.replace(place / name, folder / name)
+    shutil.rmtree(folder / NEW_NAME, ignore_errors=True)
+    return folder / TEXT_NAME
+
+
+def _begin(place: Path, identity: Identity) -> None:
+    """Makes a folder for a text; what an interrupted run wrote there stays if it is of the same."""
+    place.mkdir(exist_ok=True)
+    try:
+        check_identity("text", place, identity)
+    except InputError:
+        for name in (TEXT_NAME, PART_NAME, IDENTITY_NAME):  # the last says whose the others are
+            (place / name).unlink(missing_ok=True)
 
 
 def _check_folder(folder: Path) -> None:

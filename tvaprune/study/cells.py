@@ -7,8 +7,10 @@ is measured beside what it gives. All cells run in one process: loading torch ta
 
 import copy
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
 from tvaprune.files import write_json
 from tvaprune.flags.settings import VIB_ONCE
+from tvaprune.identity import blocks_digest
 from tvaprune.measure import hardware
 from tvaprune.measure.memory import PeakMemory
 from tvaprune.measure.perplexity import TextLoss, text_loss
@@ -64,6 +67,11 @@ class Measurement:
                                data_dir=data.data_dir, bos=self.base.bos)
             for name in (self.args.dataset, *self.args.other_texts)
         }  # fmt: skip
+        texts = {name: blocks_digest(blocks) for name, blocks in self.texts.items()}
+        self.contents: dict[str, object] = {"model": self.base.digest, "texts": texts}
+        for cell in grid.cells:
+            if (content := grid.content(cell)) is not None:
+                self._check(grid.path(cell), content, cell)
 
     def run(self, progress: Any) -> None:
         """Measures every missing cell, writes it to its file and prints a line.
@@ -98,6 +106,7 @@ class Measurement:
         return {
             **self.grid.settings(cell),
             **dataclasses.asdict(cell),
+            "contents": self._contents(cell),
             "learned_on": self._learned_on(cell),
             **details,
             "sparsity": plan.sparsity,
@@ -120,10 +129,13 @@ class Measurement:
         settings = self.grid.settings() | {"method": cell.method, "seed": cell.seed} | self.grid.training(cell)
         known = self.grid.known(path.with_suffix(".json"), settings)
         if known is not None and path.is_file():
+            self._check(path, known)
             return known
+        self._last = None  # what it takes is no cost of the choice
         run, targets = self._run(cell, choosing=True), self.grid.targets(cell)
         (masks, rotation), seconds, memory = self._timed(lambda: _masks_of(run, cell.method, targets))
-        content = settings | {"targets": targets, "seconds": seconds, "peak_memory": memory}
+        content = settings | {"contents": self.contents, "targets": targets}
+        content |= {"seconds": seconds, "peak_memory": memory}
         content["rotation"] = None if rotation is None else rotation.digest
         for target, mask in masks.items():
             path = self.grid.mask_path(dataclasses.replace(cell, target_sparsity=target))
@@ -133,6 +145,22 @@ class Measurement:
             save_masks(mask, path)
             write_json(content, path.with_suffix(".json"))
         return content
+
+    def _contents(self, cell: Cell | None = None) -> dict[str, object]:
+        """Returns the digests of what is compared and measured on, whatever its name."""
+        if cell is None or not self.grid.is_given(cell):
+            return self.contents
+        return self.contents | {"mask": hashlib.sha256(self.grid.mask_path(cell).read_bytes()).hexdigest()[:16]}
+
+    def _check(self, path: Path, content: Mapping[str, object], cell: Cell | None = None) -> None:
+        """Refuses a file of an earlier run whose model, texts or mask were others; those of old do not say."""
+        found, wanted = content.get("contents"), self._contents(cell)
+        other = [name for name, value in wanted.items() if isinstance(found, dict) and found.get(name) != value]
+        if other:
+            raise InputError(
+                f"{path}: made when its {' and '.join(other)} held something else; give another --output, or remove "
+                f"{self.grid.folder}"
+            )
 
     def _learned_on(self, cell: Cell) -> dict[str, object] | None:
         """Returns what the record of a given mask tells of its training; None: the comparison's own settings do."""
@@ -145,8 +173,10 @@ class Measurement:
         """Returns what is measured of the unpruned model, from its file if an earlier run measured that part."""
         path, settings = self.grid.folder / f"{name}.json", self.grid.settings() | {"zero_eval_limit": limit}
         content = self.grid.known(path, settings)
+        if content is not None:
+            self._check(path, content)
         if content is None or part not in content:  # files of old have no windows
-            content = settings | work()
+            content = settings | {"contents": self.contents} | work()
             write_json(content, path)
         return content
 
@@ -196,14 +226,19 @@ class Measurement:
     def _run(self, cell: Cell, choosing: bool = False) -> Run:
         """Returns a run of the loaded model with a cell's flags, its draws as if it ran alone."""
         set_seed(cell.seed)
+        self.base.dense_model()  # which a refit may have left on the CPU
         return dataclasses.replace(self.base, args=self.grid.arguments(cell, choosing))
 
     def _turned(self, run: Run, rotation: Rotation | None) -> Run:
-        """Returns a run in the basis of its mask, on a copy of the model; the last one is kept."""
+        """Returns a run in the basis of its mask, on a copy of the model; the last one is kept while it serves."""
+        last, digest = self._last, None if rotation is None else rotation.digest
+        if last is None or last.rotation is None or last.rotation.digest != digest:
+            self._last = last = None  # before the next one is made
         if rotation is None:
             return run
-        if self._last is None or self._last.rotation is None or self._last.rotation.digest != rotation.digest:
+        if self._last is None:
             self._last = dataclasses.replace(run, model=copy.deepcopy(run.model)).turned(rotation)
+        self._last.dense_model()
         return dataclasses.replace(run, model=self._last.model, rotation=rotation)
 
     def _timed(self, work: Callable[[], Result]) -> tuple[Result, float, int]:

@@ -36,6 +36,7 @@ def token_blocks(
     seed: int = 0,
     data_dir: str | Path = "data",
     bos: int | None = None,
+    flag: str = "block_size",
 ) -> Dataset:
     """Returns a split as non-overlapping blocks of tokens, tokenised once and cached.
 
@@ -43,6 +44,7 @@ def token_blocks(
         max_blocks: How many blocks to draw (without repeats, by ``seed``, in the text's order, of a large text in the
             drawn documents' order); ``None`` keeps all.
         bos: The token that every block begins with, for a model that needs it; None: none does.
+        flag: That says the size of a block.
 
     Returns:
         A dataset of ``input_ids`` of shape ``(block_size,)``, formatted as torch tensors.
@@ -66,7 +68,7 @@ def token_blocks(
         if not len(cut):
             raise InputError(
                 f"--dataset_name {dataset_name}: its {split} split is shorter than one block of {block_size} tokens; "
-                "give a longer text or a smaller --block_size"
+                f"give a longer text or a smaller --{flag}"
             )
         Dataset.from_dict({"input_ids": cut}).save_to_disk(target)
 

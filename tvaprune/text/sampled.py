@@ -122,6 +122,12 @@ def _drawn(model: PreTrainedModel, ids: torch.Tensor, tokens: int, temperature: 
 
 def _draw(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Returns a token for each row of logits, shape ``(rows, 1)``: where a number below 1 falls among their shares."""
-    shares = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    scores = logits.float() / temperature
+    if not bool(scores.isfinite().all()):
+        raise InputError(
+            "the model's logits are no finite numbers: its weights are damaged, float16 overflows, or --temperature is "
+            "next to 0; mend the checkpoint, or give --dtype float32"
+        )
+    shares = scores.softmax(-1).cumsum(-1)
     drawn = torch.rand(len(logits), 1, device=logits.device) * shares[:, -1:]
     return torch.searchsorted(shares, drawn, right=True).clamp(max=shares.shape[1] - 1)
