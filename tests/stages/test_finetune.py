@@ -243,3 +243,4 @@ def test_a_cached_teacher_gives_the_live_ones_model(tuned, source, tmp_path, com
     assert cached["perplexity"]["finetuned"] == pytest.approx(live["perplexity"]["finetuned"], rel=1e-3)
     (folder,) = (tmp_path / "cache").iterdir()
     assert files_in(folder) == {"tokens.npy", "log_probs.npy", "identity.json"}
+    assert load_pruned(tmp_path / "out" / "merged").config.use_cache is True
