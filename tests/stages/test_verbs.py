@@ -156,6 +156,14 @@ def test_zero_shot_scores_of_the_same_model_and_mask_join(source, scoring, tmp_p
     assert list(Results.read(tmp_path).zero_shot.tasks) == ["b"]
 
 
+def test_a_multiple_that_no_width_reaches_is_refused(source, tmp_path, capsys):
+    flags = (*source[0], "--dim_multiple", 10_000, "--output_dir", tmp_path / "out")
+    for verb, more in (("prune", ()), ("apply", ("--mask_loc", source[1], "--do_eval", "True"))):
+        line = refused(capsys, verb, *flags, *more)
+        assert "--dim_multiple 10000: no width of the model is as large, the widest is 56; give less" in line
+    assert list(tmp_path.rglob("*.json")) == []
+
+
 def test_scores_of_another_choice_of_units_do_not_join(source, scoring, tmp_path, capsys):
     """Of the same file and widths: it was written anew meanwhile."""
     masks = load_masks(source[1])

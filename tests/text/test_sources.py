@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from support.texts import DOCUMENTS, SPLITS, write_hub_copies, write_text
 
 from tvaprune.errors import InputError
-from tvaprune.text.sources import is_streamed, load_documents
+from tvaprune.text.sources import check_named, is_streamed, load_documents
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
@@ -112,6 +112,8 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
     (tmp_path / "text.docx").write_text("a")
     with pytest.raises(InputError, match="cannot read '.docx'; give .txt, .jsonl or .parquet"):
         load_documents(str(tmp_path / "text.docx"), "train")
+    with pytest.raises(InputError, match="cannot read"):
+        check_named(str(tmp_path / "text.docx"))  # before a model is loaded
 
 
 def test_an_empty_text_is_refused(tmp_path):

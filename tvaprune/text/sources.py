@@ -257,13 +257,15 @@ def _hub_documents(dataset_name: str, split: str, data_dir: str | Path, enough: 
 
 
 def check_named(dataset_name: str) -> None:
-    """Raises `InputError` where a text, or one of a mixture, is neither known nor there: before any work."""
+    """Raises `InputError` where a text, or one of a mixture, is neither known nor there to read: before any work."""
     for name in names_in(dataset_name):
         if name not in DATASET_NAMES and not os.path.exists(name):  # a name may be too long for any file
             raise InputError(
                 f"--dataset_name {name}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
                 "give a .txt, .jsonl, .parquet or save_to_disk folder"
             )
+        if os.path.isfile(name) and (kind := os.path.splitext(name)[1]) not in (".txt", ".jsonl", ".parquet"):
+            raise InputError(f"--dataset_name {name}: cannot read '{kind}'; give .txt, .jsonl or .parquet")
 
 
 def _path_documents(path: Path, split: str) -> list[str]:
@@ -331,8 +333,6 @@ class _Rows:
 
 def _read_path(path: Path) -> Any:
     """Reads a file or folder by its kind: a ``Dataset`` or a ``DatasetDict``."""
-    if path.is_file() and path.suffix not in (".txt", ".jsonl", ".parquet"):
-        raise InputError(f"--dataset_name {path}: cannot read '{path.suffix}'; give .txt, .jsonl or .parquet")
     try:
         if path.is_dir():
             return load_from_disk(str(path))
