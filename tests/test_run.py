@@ -20,7 +20,7 @@ def asked(make_model, monkeypatch):
     def ask(flags, what):
         seen = []
 
-        def blocks(tokenizer, name, split, size, count, seed, folder, bos):
+        def blocks(tokenizer, name, split, size, count, seed, folder, bos, flag):
             assert bos is None  # a Llama needs none
             seen.append((split, size, count, seed))
             return Dataset.from_dict({"input_ids": [[0]]})
