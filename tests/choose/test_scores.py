@@ -41,6 +41,8 @@ def test_every_score_reaches_the_exact_target_and_keeps_all_hidden_dims(make_mod
 def test_a_unit_that_writes_nothing_is_the_first_to_go(make_model, method):
     model = make_model("mistral")
     layer = model.model.layers[1]
+    before = score_masks(model, "flap", BLOCKS).log_alpha
+    assert before.inter[1].min() < max(before.inter[0].max(), before.inter[2].max())  # control
     with torch.no_grad():
         layer.mlp.down_proj.weight[:, 5] = 0.0
         layer.self_attn.o_proj.weight[:, 12:24] = 0.0  # KV head 1: query heads 2 and 3 of 6 features each

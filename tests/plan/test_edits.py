@@ -106,6 +106,18 @@ def edited(weight, edit):
     return weight if edit.column_factors is None else weight * edit.column_factors
 
 
+@pytest.mark.parametrize("size", [(7,), (7, 4), (2, 7, 4)])
+def test_a_parameter_is_folded_some_rows_at_a_time(size, monkeypatch):
+    weight, rows, columns = torch.randn(size), torch.rand(7), torch.rand(4) if len(size) > 1 else None
+    edit = Edit(row_factors=rows, column_factors=columns, offset=1.0)
+    expected = edit.folded(weight)
+    monkeypatch.setattr("tvaprune.plan.edits.ROWS", 3)
+    before = weight.clone()
+    assert torch.equal(edit.folded(weight), expected) and torch.equal(weight, before)
+    assert edit.folded(weight, into=weight) is weight and torch.equal(weight, expected)
+    assert not torch.equal(weight, before)  # control
+
+
 def test_edits_name_parameters_and_cover_all_that_a_cut_changes(model, plan):
     stock, edits = dict(model.named_parameters()), edits_of(plan, family_of(model.config))
     assert edits.keys() <= stock.keys()
