@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -251,6 +252,15 @@ def test_half_precision_rounds_the_gradient_once(monkeypatch):
     distillation_loss(exact @ head.T, other @ other_head.T, labels=labels).backward()
     torch.testing.assert_close(student.grad.float(), exact.grad, rtol=2**-7, atol=1e-8)
     assert abs((student.grad.float() * exact.grad).sum() / exact.grad.square().sum() - 1) < 1e-3
+
+
+def test_a_trainings_autocast_does_not_round_the_sum(monkeypatch):
+    student, teacher = (torch.randn(2, 5, 400, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    exact = distillation_loss(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distillation_loss(student, teacher), exact)
+        monkeypatch.setattr("tvaprune.losses.in_full", lambda values: nullcontext())
+        assert distillation_loss(student, teacher) != exact  # control
 
 
 def test_the_largest_difference_of_two_models_by_hand(monkeypatch):

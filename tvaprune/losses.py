@@ -59,6 +59,11 @@ def positions(states: torch.Tensor, start: int, stop: int | None = None) -> torc
 Logits = torch.Tensor | Predictions  # shape (batch, length, vocabulary)
 
 
+def in_full(values: torch.Tensor) -> torch.autocast:
+    """Returns a context in which a sum of products is made in its own precision, whatever a training's ``--bf16``."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
 @dataclass(frozen=True)
 class Loss:
     """A mean over the positions that predict, which is yet to be computed.
@@ -116,7 +121,8 @@ def distillation(teacher_logits: Logits, temperature: float = 1.0, labels: torch
 
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         own, other = (functional.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
-        return torch.linalg.vecdot(other.exp(), other - own)
+        with in_full(own):
+            return torch.linalg.vecdot(other.exp(), other - own)
 
     return Loss(divergence, (teacher_logits,), (), labels, temperature**2)
 

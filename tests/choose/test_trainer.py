@@ -1,4 +1,5 @@
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,23 @@ def train(model, folder, resume=None, callbacks=(), **options):
     trainer.score_mask()
     trainer.gated.detach_gates()
     return trainer
+
+
+def test_a_trainings_autocast_rounds_neither_sparsity_nor_information(make_model, input_ids, monkeypatch):
+    objective = PruningObjective(GatedModel(make_model("mistral"), -3.0), settings())
+    with torch.no_grad():
+        objective.lagrangian.lambda_1.fill_(2.0)
+
+    def beside_the_task():
+        parts = objective(input_ids, beta=5.0, target=0.25)
+        return parts["expected_sparsity"], (parts["loss"] - parts["task_loss"]).float()
+
+    monkeypatch.setattr(objective, "_task_loss", lambda ids: torch.zeros(()))
+    exact = beside_the_task()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, beside_the_task(), exact))
+        monkeypatch.setattr("tvaprune.choose.objective.in_full", lambda values: nullcontext())
+        assert not torch.equal(beside_the_task()[1], exact[1])  # control
 
 
 @pytest.mark.parametrize("distill", [True, False])

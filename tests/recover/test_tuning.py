@@ -264,10 +264,23 @@ def test_a_step_leaves_nothing_behind_that_only_a_collection_would_free(trainer)
         gc.enable()
 
 
-def test_bf16_trains(trainer):
-    run = trainer(bf16=True)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_bf16_multiplies_in_bfloat16_and_trains_weights_in_float32(bf16, trainer):
+    run, computed = trainer(bf16=bf16), {}
+
+    def note(who, module):
+        def hook(_, given, out):
+            computed.setdefault(who, out.dtype)  # of the first step: what is evaluated is not within
+
+        module.register_forward_hook(hook)
+
+    for who, model in (("student", run.model.get_base_model()), ("teacher", run.teacher.model)):
+        note(who, model.model.layers[0].self_attn.o_proj)
+        note(f"{who}'s head", model.lm_head)
     run.train()
     assert math.isfinite(run.state.log_history[0]["loss"])
+    wanted = torch.bfloat16 if bf16 else torch.float32
+    assert computed == dict.fromkeys(("student", "student's head", "teacher", "teacher's head"), wanted)
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 

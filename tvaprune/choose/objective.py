@@ -11,7 +11,7 @@ from tvaprune.choose.controller import Lagrangian, expected_sparsity, expected_s
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
-from tvaprune.losses import cross_entropy, distillation, evaluated, likelihood
+from tvaprune.losses import cross_entropy, distillation, evaluated, in_full, likelihood
 from tvaprune.models.logits import predictions
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.exact_cut import calibrate
@@ -78,12 +78,13 @@ class PruningObjective(nn.Module):
         if self.settled:
             return self._settled_loss(input_ids)
         task = self._task_loss(input_ids)
-        log_alpha = self.gated.log_alpha()
-        sparsity = expected_sparsity(log_alpha, beta, self.gated.shape)
-        spread = expected_spread(log_alpha, beta, self.gated.shape) if self.settings.rules.uniform else 0.0
-        penalty = self.lagrangian(sparsity, target, spread)
-        terms = gates.information(self.gated.mu, self.gated.log_variance)
-        information = self.settings.kl_factor * (terms @ self._weights)
+        with in_full(task):
+            log_alpha = self.gated.log_alpha()
+            sparsity = expected_sparsity(log_alpha, beta, self.gated.shape)
+            spread = expected_spread(log_alpha, beta, self.gated.shape) if self.settings.rules.uniform else 0.0
+            penalty = self.lagrangian(sparsity, target, spread)
+            terms = gates.information(self.gated.mu, self.gated.log_variance)
+            information = self.settings.kl_factor * (terms @ self._weights)
         return {"loss": task + information + penalty, "task_loss": task, "expected_sparsity": sparsity}
 
     def _settled_loss(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:

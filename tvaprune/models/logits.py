@@ -1,6 +1,7 @@
 """The way from hidden states to logits: a model runs up to its head, which the losses then call chunk by chunk."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +40,20 @@ def predictions(model: Any, **inputs: Any) -> tuple[Predictions, Any]:
             return Predictions(states, _way(causal, _summing(head)) or way), output
     output = model(**inputs)
     return Predictions(output.logits), output
+
+
+def predictions_within(
+    context: Callable[[], AbstractContextManager[Any]], model: Any, **inputs: Any
+) -> tuple[Predictions, Any]:
+    """Does so within a context, such as a training's autocast; its head too, which a loss calls later and outside."""
+    with context():
+        found, output = predictions(model, **inputs)
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        with context():
+            return found.head(states)
+
+    return Predictions(found.states, head), output
 
 
 def head_of(model: Any) -> Product:

@@ -4,6 +4,8 @@ The cache's folder is named by what it holds (weights, text, number of tokens ke
 never read; it appears whole, so that half a one is never read either.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +20,13 @@ from tvaprune.files import clear_leftovers, first_folder, reserve
 from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
 from tvaprune.losses import Predictions, distillation, evaluated, hidden_loss, likelihood, top_k, top_k_distillation
 from tvaprune.measure.perplexity import windows_per_pass
-from tvaprune.models.logits import predictions
+from tvaprune.models.logits import predictions, predictions_within
 from tvaprune.plan.keep_plan import KeepPlan
 
 _FILES = ("tokens.npy", "log_probs.npy")
 
 
+Context = Callable[[], AbstractContextManager[Any]]
 States = tuple[torch.Tensor, ...] | None  # of the embedding and every layer, shape (batch, length, hidden)
 
 
@@ -32,13 +35,16 @@ class Teacher(Protocol):
 
     needs_hidden_states: bool
 
-    def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def terms(
+        self, student: Predictions, states: States, batch: dict[str, torch.Tensor], context: Context = nullcontext
+    ) -> dict[str, torch.Tensor]:
         """Returns the terms of the loss, unweighted: ``ce``, ``kl`` and, where hidden states are compared, ``hidden``.
 
         Args:
             student: The student's predictions.
             states: Its hidden states, where they are needed.
             batch: ``input_ids``, ``labels`` and ``index`` (the rows' places in the training set).
+            context: Within which models run: the training's autocast.
         """
 
 
@@ -79,10 +85,13 @@ class LiveTeacher:
         self.temperature, self.hidden = temperature, hidden
         self.needs_hidden_states = hidden is not None
 
-    def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def terms(
+        self, student: Predictions, states: States, batch: dict[str, torch.Tensor], context: Context = nullcontext
+    ) -> dict[str, torch.Tensor]:
         """Returns ``ce``, ``kl`` and, as asked, ``hidden`` (every layer; the last after the final norm)."""
         with torch.inference_mode():
-            own, output = predictions(
+            own, output = predictions_within(
+                context,
                 self.model,
                 input_ids=batch["input_ids"],
                 use_cache=False,
@@ -117,7 +126,9 @@ class CachedTeacher:
         except (OSError, ValueError) as error:
             raise InputError(f"--teacher_cache {folder}: is damaged ({error}); remove it") from error
 
-    def terms(self, student: Predictions, states: States, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def terms(
+        self, student: Predictions, states: States, batch: dict[str, torch.Tensor], context: Context = nullcontext
+    ) -> dict[str, torch.Tensor]:
         """Returns ``ce``, and ``kl`` over the tokens kept."""
         rows, device, labels = batch["index"].cpu().numpy(), student.states.device, batch["labels"]
         tokens, log_probs = (torch.from_numpy(array[rows]).to(device) for array in (self.tokens, self.log_probs))

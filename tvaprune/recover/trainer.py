@@ -6,7 +6,6 @@ own.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,10 @@ from tvaprune import ranks
 from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity
-from tvaprune.losses import Predictions, cross_entropy
+from tvaprune.losses import cross_entropy
 from tvaprune.measure.cost import FINE_TUNING
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.models.logits import predictions
+from tvaprune.models.logits import predictions_within
 from tvaprune.phases import Phases, TrainingBar
 from tvaprune.recover.teacher import Teacher
 
@@ -76,13 +75,11 @@ class FinetuneTrainer(CheckpointedTrainer):
         batch = {"labels": inputs["input_ids"], **inputs}
         with_hidden = self.teacher is not None and self.teacher.needs_hidden_states
         inputs = {"input_ids": batch["input_ids"], "use_cache": False, "output_hidden_states": with_hidden}
-        with self.accelerator.autocast():
-            found, output = predictions(model, **inputs)
-        student = Predictions(found.states, self._in_autocast(found.head))
+        student, output = predictions_within(self.accelerator.autocast, model, **inputs)
         if self.teacher is None:
             terms = {"ce": cross_entropy(student, batch["labels"])}
         else:
-            terms = self.teacher.terms(student, output.hidden_states, batch)
+            terms = self.teacher.terms(student, output.hidden_states, batch, self.accelerator.autocast)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if not torch.isfinite(loss):
             raise InputError(
@@ -93,15 +90,6 @@ class FinetuneTrainer(CheckpointedTrainer):
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1
         return loss
-
-    def _in_autocast(self, head: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns the head as the model's own forward would run it: the loss calls it outside of that."""
-
-        def cast(states: torch.Tensor) -> torch.Tensor:
-            with self.accelerator.autocast():
-                return head(states)
-
-        return cast
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms' means since the last log."""
