@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,20 @@ CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
 _LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
+# What stands in a file of results, by the file's name.
+_WORDS = {
+    "results.json": b'"model_digest"',
+    "plan.json": b'"dim_multiple"',
+    "recipe.yaml": b"verb:",
+    "report.html": b'<meta name="generator" content="tvaprune">',
+    "generations.json": b'"prompts"',
+    "training_log.json": b'"log"',
+    "finetune_log.json": b'"log"',
+    "compare.json": b'"cells"',
+    "compare.md": b"# Learned gates against one-shot scores",
+} | dict.fromkeys(("widths.png", "training.png", "finetune.png", "compare.png"), b"Matplotlib")
+OF_A_COMPARISON = ("compare.json", "compare.md", "compare.png", "report.html")
+BESIDE_RESULTS = tuple(name for name in _WORDS if name != "results.json" and not name.startswith("compare"))
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
 _UMASK = os.umask(0)  # which only setting tells
 os.umask(_UMASK)
@@ -268,6 +282,34 @@ def _marked(folder: Path) -> set[str]:
 def _files_in(folder: Path) -> list[str]:
     found = (path for path in folder.rglob("*") if not path.is_dir() and "__pycache__" not in path.parts)
     return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def check_replaced(flag: str, folder: Path, names: Iterable[str], remedy: str = "") -> None:
+    """Refuses to replace files of results that this tool did not write.
+
+    Args:
+        flag: The flag that named the folder, for the message.
+        names: The files that will be written there; those that are not there yet are no matter.
+        remedy: What else the user can do than move the file or name another place.
+
+    Raises:
+        InputError: If one of the files is somebody else's.
+    """
+    for name in names:
+        if (folder / name).exists() and not wrote(folder / name):
+            raise InputError(
+                f"--{flag} {folder}: holds {name}, which this tool did not write; move it away, or give another "
+                f"folder{remedy}"
+            )
+
+
+def wrote(path: Path, name: str | None = None) -> bool:
+    """Tells a file of results that this tool wrote from somebody else's, by what stands in it.
+
+    Args:
+        name: What the file is called in a run's folder, where its path says something else.
+    """
+    return path.is_file() and _WORDS[name or path.name] in path.read_bytes()
 
 
 def reserve(path: Path, size: int) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from support import tiny
 
 import lora_ft_vib
 from tvaprune.checkpoints import CheckpointedTrainer, last_checkpoint
-from tvaprune.cli import run_command
-from tvaprune.files import MARK_NAME, lock_folder
+from tvaprune.cli import run_command, run_verb
+from tvaprune.files import BESIDE_RESULTS, MARK_NAME, lock_folder, wrote
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import load_masks, save_masks
 
@@ -371,3 +372,34 @@ def test_results_of_an_earlier_measurement_go_with_overwriting(gates, base, tmp_
     code, _, error = command(*base, "--output_dir", output, "--overwrite_output_dir")
     assert code == 0, error
     assert "speed_up" not in tiny.read_json(output / "results.json")
+
+
+@pytest.mark.parametrize("name", BESIDE_RESULTS)
+def test_a_users_file_by_the_name_of_one_of_ours_stays(name, gates, tuned, base, tune, models, tmp_path, command):
+    own = gates / name if (gates / name).exists() else tuned / name
+    assert wrote(own)  # control: one of ours is replaced
+    place = tmp_path / "results"
+    place.mkdir()
+    (place / name).write_bytes(b'{"sketch": "of my own"}')
+    apply = (
+        "--do_eval", "--model_name_or_path", models / "model", "--dataset_name", models / "text.txt",
+        "--mask_loc", next((gates / "best").glob("*.pkl")), "--weight_update", "fold", "--dim_multiple", 4,
+        "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--speed_batches", 0, "--use_cpu",
+    )  # fmt: skip
+    for flags in (apply, tune, base):
+        code, _, error = command(*flags, "--output_dir", tmp_path / "out", "--save_loc", place)
+        words = f"holds {name}, which this tool did not write; move it away, or give another folder, or replace it with"
+        assert words in tiny.refusal(code, error)
+        assert tree(place) == {Path(name): b'{"sketch": "of my own"}'}
+    if name == "plan.json":
+        code, _, error = command(*apply, "--save_loc", place, "--overwrite_output_dir")
+        assert code == 0 and wrote(place / name), error
+        assert command(*apply, "--save_loc", place, "--overwrite_output_dir")[0] == 0
+
+
+def test_a_users_page_is_no_page_of_ours(gates, tmp_path):
+    output = copy(gates, tmp_path)
+    assert run_command(lambda: run_verb("report", [str(output)])) == 0  # control: an older one of ours is replaced
+    (output / "report.html").write_text("<h1>mine</h1>")
+    assert run_command(lambda: run_verb("report", [str(output)])) == 2
+    assert (output / "report.html").read_text() == "<h1>mine</h1>"

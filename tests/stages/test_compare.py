@@ -13,7 +13,7 @@ import pytest
 from support import tiny
 
 from tvaprune.cli import run_command, run_verb
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import OF_A_COMPARISON, holding_folders, prepare_folder, wrote
 from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.flags.verbs import VERBS
@@ -68,6 +68,15 @@ def test_it_writes_exactly_these_files(compared):
     assert sorted(path.name for path in (output / "tiny" / "gates").iterdir()) == names(["vib"])
     assert "tiny magnitude fold 0.5 seed 0: " in result.stdout  # a line for each cell
     assert (output / "compare.md").read_text() in result.stdout
+
+
+@pytest.mark.parametrize("name", OF_A_COMPARISON)
+def test_a_users_file_of_a_comparisons_name_stays(name, compared, flags, tmp_path, command):
+    assert wrote(compared[0] / name)  # control: one of ours is replaced
+    (tmp_path / name).write_text("mine")
+    code, _, error = command(flags, tmp_path)
+    assert code == 2 and f"holds {name}, which this tool did not write; move it away" in error
+    assert files_of(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):

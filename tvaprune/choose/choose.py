@@ -16,7 +16,7 @@ from tvaprune.choose.scores import PER_TARGET, score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import SCORING_UNITS, TRAINING, InputError, running_out_in
-from tvaprune.files import discard
+from tvaprune.files import discard, wrote
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, read_identity
@@ -222,7 +222,8 @@ def _gate_identity(run: Run, settings: GateSettings, train: Dataset, choice: Dat
 def clear_results(folder: Path) -> None:
     """Removes what a run left of one target beside its mask, nothing else."""
     for name in _TARGET_FILES:
-        (folder / name).unlink(missing_ok=True)
+        if wrote(folder / name):
+            (folder / name).unlink()
     drop_rotations(folder)
     shutil.rmtree(folder / "zero_shot", ignore_errors=True)
 

@@ -107,12 +107,6 @@ class Page:
         write_text(_template().render(page=filled), path)
 
 
-def is_page(path: Path) -> bool:
-    """Tells a page that was written here from any other file."""
-    with path.open("rb") as file:
-        return b'name="generator" content="tvaprune"' in file.read(1024)
-
-
 def charts(found: Iterable[Chart | None]) -> list[Block]:
     """Returns those charts that have something to show, as one block; nothing where none has."""
     shown = tuple(chart for chart in found if chart is not None)

@@ -6,7 +6,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import OF_A_COMPARISON, check_replaced, holding_folders, prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.models.load import load_config
@@ -29,6 +29,7 @@ def run_compare(settings: CompareSettings) -> Path:
         torch.set_num_threads(settings.threads)
     output = Path(settings.output)
     prepare_folder("output", output, may_hold_files=True)
+    check_replaced("output", output, OF_A_COMPARISON)
     grids = [Grid(settings, model) for model in settings.models]
     for grid in grids:
         if grid.missing:  # all are there before the first is measured

@@ -11,12 +11,12 @@ import torch
 import yaml
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import CONFIG_NAME
+from tvaprune.files import CONFIG_NAME, wrote
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import Answers, answers
 from tvaprune.models.load import load_model
 from tvaprune.report.folders import RunFolder, read_runs, write_generations
-from tvaprune.report.page import PAGE_NAME, Page, is_page
+from tvaprune.report.page import PAGE_NAME, Page
 from tvaprune.report.results import RESULTS_NAME
 from tvaprune.report.runs import page_of
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
@@ -48,7 +48,7 @@ def report(folders: Sequence[Path], output: Path | None = None, prompts: bool = 
     path = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
     if path.is_dir():
         raise InputError(f"--output {path}: is a folder; give the page's file")
-    if output is not None and path.exists() and not is_page(path):
+    if path.exists() and not wrote(path, PAGE_NAME):
         raise InputError(f"--output {path}: is there, and no page of this tool; give a new file")
     try:
         page.write(path)
