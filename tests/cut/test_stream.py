@@ -1,5 +1,6 @@
 """Out of core is in memory: the same folder, byte for byte, whatever the family, and in half the memory."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partialmethod
 
@@ -15,8 +16,9 @@ from support.streaming import STREAM, applied, apply, both, flags_of, save_dense
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import room
+from tvaprune import losses
 from tvaprune.checkpoint import weights
-from tvaprune.cut import stream
+from tvaprune.cut import reconstruct, stream
 from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
@@ -87,6 +89,17 @@ def test_a_reconstructed_folder_is_the_same_too(dtype, dense, text, tmp_path, mo
     assert [part for part, share in told if share == 1] == 2 * parts  # the command hears of every bar of both
     refitted, _ = applied(dense, text, tmp_path, *STREAM, "--overwrite_output_dir")
     assert refitted["model.safetensors"] != memory[0]["model.safetensors"]  # control
+
+
+def test_so_it_is_where_predictions_come_in_chunks(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 6)
+    memory, streamed = both(dense, text, tmp_path, "--weight_update", "reconstruct")
+    assert streamed == memory
+    real = reconstruct._wanting_gradients
+    as_loaded = lambda wanted, weights: real(wanted, weights) if wanted else nullcontext()  # noqa: E731
+    monkeypatch.setattr(reconstruct, "_wanting_gradients", as_loaded)  # control: in memory a head wants some
+    again, _ = applied(dense, text, tmp_path, "--overwrite_output_dir", "--weight_update", "reconstruct")
+    assert again["model.safetensors"] != memory[0]["model.safetensors"]
 
 
 @pytest.mark.parametrize("flags", [STREAM, ()])

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -114,6 +115,15 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
         load_documents(str(tmp_path / "text.docx"), "train")
     with pytest.raises(InputError, match="cannot read"):
         check_named(str(tmp_path / "text.docx"))  # before a model is loaded
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_the_case_of_a_files_kind_does_not_matter(kind, tmp_path):
+    path = Path(write_text(tmp_path, kind))
+    wanted = load_documents(str(path), "train")
+    renamed = str(path.rename(path.with_suffix(f".{kind.upper()}")))
+    check_named(renamed)
+    assert load_documents(renamed, "train") == wanted and wanted
 
 
 def test_an_empty_text_is_refused(tmp_path):

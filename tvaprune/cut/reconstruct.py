@@ -11,8 +11,8 @@ project's.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,14 +136,19 @@ class _Trained:
             weight.copy_(master)
 
     def _gradients(self, loss: Callable[[], torch.Tensor]) -> Sequence[torch.Tensor]:
-        asked = [weight.requires_grad for weight in self.weights]
-        for weight in self.weights:
-            weight.requires_grad_(True)
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(), self.weights, allow_unused=True, materialize_grads=True)
-        for weight, before in zip(self.weights, asked, strict=True):
-            weight.requires_grad_(before)
-        return gradients
+        with _wanting_gradients(True, self.weights), torch.enable_grad():
+            return torch.autograd.grad(loss(), self.weights, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def _wanting_gradients(wanted: bool, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Lets weights want gradients or not, and then as they did."""
+    before = [(weight, weight.requires_grad) for weight in weights]
+    for weight, _ in before:
+        weight.requires_grad_(wanted)
+    yield
+    for weight, asked in before:
+        weight.requires_grad_(asked)
 
 
 Distance = Callable[[_Trained, Batch], torch.Tensor]
@@ -175,6 +180,7 @@ class _Reconstruction(Walk):
             if last:
                 stack.enter_context(self.dense.holding(*self.dense.ends))
                 stack.enter_context(self.pruned.holding(head))  # which stays as it is, tied or not
+                stack.enter_context(_wanting_gradients(False, self.pruned.weights(head).values()))
             stack.enter_context(self.dense.holding(*paths))
             stack.enter_context(self.pruned.changing(*changing))
             self.move(self.dense, *(Half.of(self.dense, block, options) for _, block, options in window))

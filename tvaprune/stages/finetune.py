@@ -176,6 +176,8 @@ def _written(job: Job, student: Student, dense: TextLoss, results: Results) -> N
     batch_size = job.run.args.training.per_device_eval_batch_size
     assert results.perplexity is not None
     at = partial(job.run.phases.at, PRUNED_PERPLEXITY)
+    if job.sharded:
+        print("note: --shard True measures the trained weights as they lie in shares, not the merged checkpoint")
     results.perplexity.add_finetuned(text_loss(merged, job.windows, batch_size, "fine-tuned perplexity", at), dense)
     ask(job.run, FINETUNED, merged)
     ranks.on_main(write_merged, job, None if job.sharded else merged, results.content())

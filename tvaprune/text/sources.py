@@ -153,7 +153,7 @@ def _mixture(texts: list[list[str]], order: random.Random) -> list[str]:
 
 def _enough(dataset_name: str) -> str:
     """Returns how long a text of the user's own must be for three splits."""
-    kind = "paragraphs or lines" if dataset_name.endswith(".txt") else "documents"
+    kind = "paragraphs or lines" if _kind(dataset_name) == ".txt" else "documents"
     return "" if dataset_name in DATASET_NAMES else f", of 20 {kind} or more: the splits are cut between them"
 
 
@@ -264,8 +264,12 @@ def check_named(dataset_name: str) -> None:
                 f"--dataset_name {name}: neither a file or folder nor one of {', '.join(DATASET_NAMES)}; "
                 "give a .txt, .jsonl, .parquet or save_to_disk folder"
             )
-        if os.path.isfile(name) and (kind := os.path.splitext(name)[1]) not in (".txt", ".jsonl", ".parquet"):
+        if os.path.isfile(name) and (kind := _kind(name)) not in (".txt", ".jsonl", ".parquet"):
             raise InputError(f"--dataset_name {name}: cannot read '{kind}'; give .txt, .jsonl or .parquet")
+
+
+def _kind(path: str | Path) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def _path_documents(path: Path, split: str) -> list[str]:
@@ -292,7 +296,7 @@ def _path_documents(path: Path, split: str) -> list[str]:
     if not own_splits:
         first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
         texts = texts[first:last]
-    return [_joint(path.read_text(encoding="utf-8")).join(texts)] if path.suffix == ".txt" else texts
+    return [_joint(path.read_text(encoding="utf-8")).join(texts)] if _kind(path) == ".txt" else texts
 
 
 def _no_unicode(text: str) -> str:
@@ -336,10 +340,10 @@ def _read_path(path: Path) -> Any:
     try:
         if path.is_dir():
             return load_from_disk(str(path))
-        if path.suffix == ".txt":
+        if _kind(path) == ".txt":
             text = path.read_text(encoding="utf-8")
             return Dataset.from_dict({"text": text.split(_joint(text))})
-        if path.suffix == ".jsonl":
+        if _kind(path) == ".jsonl":
             return _Rows(path)
         return load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     except InputError:
