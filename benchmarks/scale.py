@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
 from benchmarks.card import RealCard, Taken
-from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
+from benchmarks.simulate import CONFIGS, PHASES, Scene, by_formula, plan_to, simulate
 from benchmarks.step import Step, steps
 from tvaprune.budget import DEFAULT_MEMORY
 from tvaprune.estimates import TFLOPS, Estimate, estimate_of
@@ -124,7 +124,7 @@ def memory_rows(setting: Setting) -> list[str]:
             few, part = (shallow(setting.config, shape, FEW) for shape in (work.dense, work.pruned))
             less = replace(work, dense=few[1], pruned=part[1])
             rows.append(row(f"{phase}, first {FEW} layers", *measured(setting, few[0], less, phase)))
-            rows.append(row(named(phase, work), None, None, cost.of_pass(phase, work)))
+            rows.append(row(named(phase, work), None, None, by_formula(phase, work)))
         else:
             rows.append(row(named(phase, work), *measured(setting, setting.config, work, phase, plan)))
     return rows
@@ -135,11 +135,11 @@ def measured(
 ) -> tuple[Taken, float | None, tuple[float, float]]:
     """Returns what a phase takes, its seconds on a card without the model's making, and what the formulas say."""
     if not setting.on_card:
-        return simulate(config, work, phase, plan), None, cost.of_pass(phase, work)
+        return simulate(config, work, phase, plan), None, by_formula(phase, work)
     taken, took = in_scene(setting, config, work, phase, plan or plan_to(work.dense, work.pruned))
     gc.collect()
     torch.cuda.empty_cache()
-    return taken, took, cost.of_pass(phase, work)
+    return taken, took, by_formula(phase, work)
 
 
 def in_scene(setting: Setting, config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan) -> tuple[Taken, float]:

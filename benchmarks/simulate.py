@@ -26,8 +26,9 @@ from tvaprune.choose.scores.taylor import group_importance
 from tvaprune.choose.settings import gate_settings
 from tvaprune.cut import narrow, reconstruct
 from tvaprune.flags.settings import DistillSettings, PruneSettings
+from tvaprune.measure import cost, update_cost
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.measure.work import Work
+from tvaprune.measure.work import Work, forward_flops, weights
 from tvaprune.models.families import family_of
 from tvaprune.models.pruned import config_of_widths
 from tvaprune.models.shape import ModelShape
@@ -212,6 +213,27 @@ def simulate(config: PretrainedConfig, work: Work, phase: str, plan: KeepPlan | 
         found: Taken = getattr(Scene(card, work, config, plan), phase)()
     gc.collect()
     return found
+
+
+def by_formula(phase: str, work: Work) -> tuple[float, float]:
+    """Returns the bytes on the device and the operations that the formulas give for what `simulate` counts."""
+    if phase == "gradient_pass":
+        return cost.gradient_pass(work), cost.gradient_flops(work)
+    if phase == "scoring_pass":
+        return cost.scoring_pass(work), cost.scoring_flops(work)
+    if phase == "gate_step":
+        return cost.gate_step(work), cost.gate_flops(work)
+    if phase == "finetuning_step":
+        return cost.finetuning_step(work), cost.finetuning_flops(work)
+    if phase == "refit":
+        return update_cost.refit(work), update_cost.refit_flops(work)
+    if phase == "reconstruct":  # the refit comes before it
+        return max(update_cost.refit(work), update_cost.reconstruct(work)), update_cost.refit_flops(
+            work
+        ) + update_cost.reconstruct_flops(work)
+    shape, beside = (work.dense, 0) if phase == "dense_perplexity" else (work.pruned, weights(work.dense, work))
+    flops = forward_flops(shape, work.pass_tokens(work.window), work.window)
+    return weights(shape, work) + beside + cost.evaluation(shape, work, work.window), flops
 
 
 CONFIGS = {

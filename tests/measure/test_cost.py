@@ -9,7 +9,7 @@ from support import tiny
 from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from benchmarks.card import CARD, RealCard, simulated
-from benchmarks.simulate import CONFIGS, PHASES, Scene, plan_to, simulate
+from benchmarks.simulate import CONFIGS, PHASES, Scene, by_formula, plan_to, simulate
 from tvaprune.cut.reconstruct import EPOCHS, WINDOW
 from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
 from tvaprune.cut.refit import SHARES, STRENGTHS
@@ -84,9 +84,9 @@ CASES = [
 def test_the_formulas_give_what_the_simulation_counts(name, phase, settings):
     config, work = work_of(name, 2, **settings)
     taken = simulate(config, work, phase)
-    size, flops = cost.of_pass(phase, work)
+    size, flops = by_formula(phase, work)
     assert is_near(size, taken.card) and is_near(flops, taken.flops)
-    other, more = cost.of_pass(phase, work_of(name, 8, **settings)[1])
+    other, more = by_formula(phase, work_of(name, 8, **settings)[1])
     assert not is_near(other, taken.card) and not is_near(more, taken.flops)  # control: six layers more
 
 
@@ -107,7 +107,7 @@ def test_so_they_do_of_what_settings_alone_ask_for(name, phase, settings):
 def test_they_do_at_full_depth(name, phase):
     config, work = work_of(name, 32, refit_blocks=32, held_blocks=32, rotation_batch=4, scored_batch=4)
     taken = simulate(config, work, phase)
-    size, flops = cost.of_pass(phase, work)
+    size, flops = by_formula(phase, work)
     assert is_near(size, taken.card) and is_near(flops, taken.flops)
 
 
@@ -117,7 +117,7 @@ def test_they_do_at_full_depth(name, phase):
 def test_a_gpu_takes_as_much(name, phase, settings):
     config, work = work_of(name, 4, redraws=True, **settings)
     scene = Scene(RealCard(), work, config, plan_to(work.dense, work.pruned), torch.device("cuda"))
-    assert cost.of_pass(phase, work)[0] == pytest.approx(getattr(scene, phase)().card, rel=0.15)
+    assert by_formula(phase, work)[0] == pytest.approx(getattr(scene, phase)().card, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["Gemma-2-9B", "Gemma-3-4B"])

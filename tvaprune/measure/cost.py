@@ -286,31 +286,6 @@ def training_timing(work: Work) -> float:
     return _tuned(work) + finetuning_step(beside) + _replaced(beside)
 
 
-def of_pass(phase: str, work: Work) -> tuple[float, float]:
-    """Returns the bytes on the device and the operations of one pass: what ``benchmarks/simulate.py`` counts.
-
-    Args:
-        phase: ``dense_perplexity``, ``pruned_perplexity`` (both models there), ``gradient_pass``,
-            ``scoring_pass``, ``gate_step``, ``refit``, ``reconstruct`` (after a refit) or ``finetuning_step``.
-    """
-    if phase == "gradient_pass":
-        return gradient_pass(work), gradient_flops(work)
-    if phase == "refit":
-        return refit(work), refit_flops(work)
-    if phase == "reconstruct":
-        return max(refit(work), reconstruct(work)), refit_flops(work) + reconstruct_flops(work)
-    if phase == "scoring_pass":
-        return scoring_pass(work), scoring_flops(work)
-    if phase == "gate_step":
-        return gate_step(work), gate_flops(work)
-    if phase == "finetuning_step":
-        return finetuning_step(work), finetuning_flops(work)
-    shape = work.dense if phase == "dense_perplexity" else work.pruned
-    beside = 0 if phase == "dense_perplexity" else weights(work.dense, work)
-    flops = forward_flops(shape, work.pass_tokens(work.window), work.window)
-    return weights(shape, work) + beside + evaluation(shape, work, work.window), flops
-
-
 def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
     """Returns what a run of ``prune``, ``apply`` or ``finetune`` does, in order.
 
