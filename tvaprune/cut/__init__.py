@@ -1,1 +1,4 @@
-"""Keep plan -> narrower model: `slice`, `fold`, `refit`, in this order by `narrow`."""
+"""Keep plan -> narrower model: `slice`, `fold`, `refit`, `reconstruct`, in this order by `narrow`.
+
+Out of core `stream` does the same.
+"""

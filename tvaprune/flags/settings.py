@@ -1,4 +1,4 @@
-"""Every flag of both scripts, typed, with its help and its checks; transformers' TrainingArguments come on top.
+"""The verbs' flags, typed, with their help and their checks; transformers' TrainingArguments come on top.
 
 A default of ``None`` means "by the model, the target or the length of the run", as the help says; what the user sets is
 never overwritten.

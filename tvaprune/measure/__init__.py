@@ -1,4 +1,4 @@
 """Measures of the model object they are given: perplexity, speed, zero-shot accuracy, memory; and what they ran on.
 
-They know nothing of pruning.
+What measures a model knows nothing of pruning; what a run will take, `work`, `update_cost` and `cost` say without one.
 """

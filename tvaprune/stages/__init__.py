@@ -1,1 +1,1 @@
-"""Page one: each command in the order of the method. Nothing imports a stage but the command line."""
+"""A module for each verb; the command line and the library call them. No stage knows another."""

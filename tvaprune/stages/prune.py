@@ -1,4 +1,4 @@
-"""Flags -> mask for every target -> keep plan -> narrower model -> results and folder. Page one for a reader."""
+"""Flags -> mask for every target -> keep plan -> narrower model -> results and folder."""
 
 from collections.abc import Sequence
 from dataclasses import replace

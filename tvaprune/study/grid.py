@@ -133,7 +133,7 @@ class Grid:
         return content
 
     def arguments(self, cell: Cell, choosing: bool = False) -> Arguments:
-        """Returns the flags of a cell, as `tva_prune.py` takes them.
+        """Returns the flags of a cell, as the verb `prune` takes them.
 
         Args:
             choosing: The flags of making its mask, where gates train on more blocks than an update is calibrated on.

@@ -25,9 +25,8 @@ from tvaprune.study.contents import (
 from tvaprune.study.picture import plot
 
 FOLD, REFIT = "fold", "refit"
-# What the figures are held against, at 50% (issue: "Figures to reach").
 TARGET_SPARSITY = 0.5
-TARGETS = {
+TARGETS = {  # what the figures are to be at that sparsity
     "to_refitted": "at most 0.30",
     "to_folded": "at most 0.15",
     "closed": "at least 0.33",
