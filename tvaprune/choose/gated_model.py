@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvaprune.choose.gates import Gates, drawn, multiply
 from tvaprune.choose.norms import KeptDims, centred_on_kept, kept_rms_norm
+from tvaprune.flags.settings import PruneSettings
 from tvaprune.models.families import family_of
 from tvaprune.models.layout import Block, layout_of
 from tvaprune.models.shape import shape_of
@@ -72,7 +73,7 @@ class GatedModel(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        initial_log_variance: float = -9.0,
+        initial_log_variance: float = PruneSettings.initial_log_variance,
         noise: str = "token",
         keeps_norm_width: bool = False,
     ) -> None:
