@@ -36,7 +36,7 @@ from tvaprune.measure import cost
 from tvaprune.measure.hardware import describe_device
 from tvaprune.measure.speed import WARM_UP_BATCHES, seconds, turn_about
 from tvaprune.measure.work import GIB, Work, narrower
-from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.parameters import model_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks
@@ -216,7 +216,7 @@ def _call(step: Step, turn: int) -> None:
 
 def met(shape: ModelShape) -> int:
     """Returns the parameters that a token meets: the embedding is looked up."""
-    return dense_parameters(shape) - (0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size)
+    return model_parameters(shape) - (0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size)
 
 
 def prefill(batch: int, length: int) -> Callable[[PreTrainedModel], Callable[[int], object]]:

@@ -12,7 +12,7 @@ from tvaprune.budget import GIB, fit, memory_of, rotation_batch, times, times_tr
 from tvaprune.errors import InputError
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost, update_cost
-from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.parameters import model_parameters
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -137,5 +137,5 @@ def test_a_layer_that_loses_all_is_counted_as_it_is_stored(arguments):
     plan = KeepPlan(kept, kept.map(lambda units: torch.ones(len(units))), shape, 1)
     counted = work_of(arguments("prune", "mini"), plan).pruned
     assert min(counted.num_key_value_heads) > 0 and min(counted.intermediate_size) > 0
-    assert dense_parameters(counted) == plan.num_parameters
+    assert model_parameters(counted) == plan.num_parameters
     assert min(plan.shape_after.num_key_value_heads) == 0  # control

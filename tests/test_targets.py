@@ -9,7 +9,7 @@ from tvaprune.flags.arguments import OF_CELLS, parse_comparison
 from tvaprune.flags.conditions import parse
 from tvaprune.flags.ranges import BYTES, NUMBERS, amount
 from tvaprune.measure.work import forward_flops, narrower
-from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.parameters import model_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.targets import settle_target
 
@@ -35,7 +35,7 @@ def settled(folder, *flags):
 def left_of(shape, sparsity):
     smaller = narrower(shape, sparsity)
     return {
-        "params": dense_parameters(smaller),
+        "params": model_parameters(smaller),
         "speedup": forward_flops(shape, WINDOW, WINDOW) / forward_flops(smaller, WINDOW, WINDOW),
     }
 
@@ -64,7 +64,7 @@ def test_the_share_by_hand(fine):
     folder, shape = fine
     # A layer: 4 * 400 * 400 of attention, 3 * 400 * 2000 of the MLP, 2 * 400 of norms; then two embeddings, a norm.
     layers, rest = 2 * (640_000 + 2_400_000 + 800), 2 * 500 * 400 + 400
-    assert dense_parameters(shape) == layers + rest
+    assert model_parameters(shape) == layers + rest
     _, args = settled(folder, "--target_params", "3M")
     assert args.prune.target_sparsity == [0.5726]  # (6,482,000 - 3,000,000) / 6,081,600 = 0.57255, rounded up
     _, turned = settled(folder, "--target_params", "3M", "--rotate", "on")

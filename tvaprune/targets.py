@@ -17,7 +17,7 @@ from tvaprune.flags.ranges import BYTES, NUMBERS, amount
 from tvaprune.flags.verbs import TARGETS
 from tvaprune.measure.work import forward_flops
 from tvaprune.models.load import load_config
-from tvaprune.models.parameters import dense_layers, dense_parameters
+from tvaprune.models.parameters import counted_parameters, model_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import window_of
@@ -91,7 +91,7 @@ def target_of(args: Arguments) -> Target | None:
         return Target(name, value, whole, layers, whole / value, window=window)
     unit = 1 if name == "target_params" else _bytes(args, config.dtype)
     left = amount(name, value, NUMBERS if name == "target_params" else BYTES)
-    return Target(name, value, dense_parameters(shape) * unit, dense_layers(shape) * unit, left, unit)
+    return Target(name, value, model_parameters(shape) * unit, counted_parameters(shape) * unit, left, unit)
 
 
 def _bytes(args: Arguments, stored: torch.dtype | None) -> int:

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from tvaprune.cut.fold import fold
 from tvaprune.cut.slice import apply_plan, lent
 from tvaprune.identity import weights_digest
-from tvaprune.models.parameters import decoder_sparsity, total_parameters
+from tvaprune.models.parameters import decoder_sparsity, model_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import head_features
 
@@ -154,7 +154,8 @@ def test_a_stand_in_returns_zeros_or_the_bias_scaled(bias, make_model, full_plan
     torch.testing.assert_close(output, expected.expand(2, 3, 18))
     assert output.abs().max() > 0.01 or not bias
     shape = shape_of(dense.config)
-    assert plan.num_parameters == total_parameters(18, [1, 1, 1], [26] * 3, shape)  # the stand-in is told
+    stored = replace(shape, hidden_size=18, num_key_value_heads=(1, 1, 1), intermediate_size=(26,) * 3)
+    assert plan.num_parameters == model_parameters(stored)  # the stand-in is told
     assert plan.sparsity == decoder_sparsity(18, [0, 1, 1], [26] * 3, shape)  # but what is lost counts as gone
 
 

@@ -21,7 +21,7 @@ from tvaprune.measure.work import Work, forward_flops, narrower
 from tvaprune.models import from_gguf, modeling_pruned
 from tvaprune.models.formats import check_graph
 from tvaprune.models.load import load_model, open_model
-from tvaprune.models.parameters import decoder_sparsity, dense_layers, dense_parameters
+from tvaprune.models.parameters import counted_parameters, decoder_sparsity, model_parameters
 from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.models.vetting import check_config
@@ -56,22 +56,22 @@ def mixed(make_model):
 def test_all_experts_are_counted_and_a_token_passes_some(config, total, passed):
     """What their makers say: 46.7 billion of which 12.9 are active, 30.5 and 3.3; embeddings among these."""
     shape = shape_of(config)
-    assert dense_parameters(shape) == total
+    assert model_parameters(shape) == total
     assert forward_flops(shape, 1, 1) / 2 == pytest.approx(passed, rel=0.02)
 
 
 def test_sizes_are_those_of_the_tensors(model):
     shape = shape_of(model.config)
-    assert dense_parameters(shape) == sum(weight.numel() for weight in model.parameters())
+    assert model_parameters(shape) == sum(weight.numel() for weight in model.parameters())
     counted = [
         weight.numel()
         for name, weight in model.model.layers.named_parameters()
         if "q_norm" not in name and "k_norm" not in name and "bias" not in name
     ]
-    assert dense_layers(shape) == sum(counted)
+    assert counted_parameters(shape) == sum(counted)
     half = shape.hidden_size // 2, shape.num_key_value_heads, shape.intermediate_size
     assert decoder_sparsity(*half, shape) == 0.5  # hidden dims go from experts and routers too
-    assert dense_parameters(narrower(shape, 0.5)) == pytest.approx(dense_parameters(shape) / 2, rel=0.01)
+    assert model_parameters(narrower(shape, 0.5)) == pytest.approx(model_parameters(shape) / 2, rel=0.01)
 
 
 def test_a_layer_of_experts_has_no_channels_and_the_others_theirs(mixed, make_masks, tmp_path):

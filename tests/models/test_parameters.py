@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tvaprune.models.parameters import decoder_sparsity, layer_parameters, total_parameters
+from tvaprune.models.parameters import decoder_sparsity, layer_parameters, model_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 
 SHAPE = ModelShape.uniform(
@@ -35,14 +35,15 @@ def test_nothing_gone_and_everything_gone():
 
 
 def test_total_by_hand():
+    narrow = replace(SHAPE, hidden_size=5, num_key_value_heads=(1, 0), intermediate_size=(8, 8))
     # embedding and lm_head 2 * 7 * 5, final norm 5, layers 380
-    assert total_parameters(5, [1, 0], [8, 8], SHAPE) == 70 + 5 + 380
-    assert total_parameters(5, [1, 0], [8, 8], replace(SHAPE, tie_word_embeddings=True)) == 35 + 5 + 380
+    assert model_parameters(narrow) == 70 + 5 + 380
+    assert model_parameters(replace(narrow, tie_word_embeddings=True)) == 35 + 5 + 380
     # biases: q 8, k 4, v 4, o 5 in the first layer, o 5 in the second; gate, up 8, down 5 in both
-    biased = replace(SHAPE, qkv_bias=True, output_bias=True, mlp_bias=True)
-    assert total_parameters(5, [1, 0], [8, 8], biased) == 455 + 16 + 5 + 5 + 2 * 21
+    biased = replace(narrow, qkv_bias=True, output_bias=True, mlp_bias=True)
+    assert model_parameters(biased) == 455 + 16 + 5 + 5 + 2 * 21
     # q_norm and k_norm, 4 each, where there is attention
-    assert total_parameters(5, [1, 0], [8, 8], replace(SHAPE, head_norm=True)) == 455 + 8
+    assert model_parameters(replace(narrow, head_norm=True)) == 455 + 8
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -93,5 +94,4 @@ def test_sparsity_leaves_biases_and_head_norms_out_and_the_total_counts_them(
     widths = shape.hidden_size, shape.num_key_value_heads[0], shape.intermediate_size[0]
     in_layer = sum(p.numel() for p in model.model.layers[0].parameters())
     assert in_layer - layer_parameters(*widths, shape) == not_counted
-    total = total_parameters(widths[0], [widths[1]] * 3, [widths[2]] * 3, shape)
-    assert total == sum(p.numel() for p in model.parameters())
+    assert model_parameters(shape) == sum(p.numel() for p in model.parameters())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tvaprune.choose import gates
-from tvaprune.models.parameters import all_layers, dense_layers, layer_parameters
+from tvaprune.models.parameters import all_layers, counted_parameters, layer_parameters
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
@@ -56,7 +56,7 @@ def expected_sparsity(log_alpha: PerUnit, beta: float, shape: ModelShape) -> tor
         return gates.keep_probability(torch.cat(values), beta).sum()
 
     kept = expected(log_alpha.hidden), expected(*log_alpha.attn), expected(*log_alpha.inter)
-    sparsity: torch.Tensor = 1 - all_layers(*kept, shape) / dense_layers(shape)
+    sparsity: torch.Tensor = 1 - all_layers(*kept, shape) / counted_parameters(shape)
     return sparsity
 
 
@@ -66,7 +66,7 @@ def expected_spread(log_alpha: PerUnit, beta: float, shape: ModelShape) -> torch
     The variance over the layers of the expected parameters of the attention, and of the MLP, as shares of a full layer:
     the square of a sparsity, as the gap to the target is. Layers that have no such units are not among them.
     """
-    full = dense_layers(shape) / shape.num_hidden_layers
+    full = counted_parameters(shape) / shape.num_hidden_layers
 
     def share(kv_heads: torch.Tensor | float, channels: torch.Tensor | float) -> torch.Tensor:
         share: torch.Tensor = layer_parameters(shape.hidden_size, kv_heads, channels, shape) / full

@@ -22,7 +22,7 @@ from tvaprune.measure.update_cost import (
     streams,
 )
 from tvaprune.measure.work import GIB, Work, copies, forward_flops, head_flops, layer_widths, pairs_kept, weights
-from tvaprune.models.parameters import dense_layers, dense_parameters
+from tvaprune.models.parameters import counted_parameters, model_parameters
 from tvaprune.models.shape import ModelShape
 
 OVERHEAD = 0.75 * GIB  # of a card, that no tensor of ours takes: the context, workspaces, the allocator's rounding
@@ -132,7 +132,7 @@ def finetuning_flops(work: Work) -> float:
     shape, tokens, trains_head = work.pruned, work.tokens, work.train_lm_head or not work.lora_r
     is_parted = tokens > chunk_tokens(shape.vocab_size)
     again = trains_head and is_parted
-    layers = (lora_parameters(work) if work.lora_r else dense_layers(shape) - _idle(shape)) * tokens
+    layers = (lora_parameters(work) if work.lora_r else counted_parameters(shape) - _idle(shape)) * tokens
     updates = 2 * layers + (4 + 2 * work.checkpointing) * layers * bool(work.lora_r)  # what trains, and LoRA's way
     student = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work) + updates
     ways = 1 + (work.distill and is_parted and not trains_head)  # backward
@@ -195,7 +195,7 @@ def scoring_pass(work: Work) -> float:
     work = _plain(work, work.scored_batch)
     b, shape = work.weight_bytes, work.dense
     loss = (12 + b) * shape.vocab_size * min(chunk_tokens(shape.vocab_size), work.tokens)
-    gradients = b * dense_layers(shape)
+    gradients = b * counted_parameters(shape)
     return weights(shape, work) + gradients + _training(work, shape, _all_kept(shape, b), loss, 0)
 
 
@@ -204,7 +204,7 @@ def scoring_flops(work: Work) -> float:
     work = _plain(work, work.scored_batch)
     shape, tokens = work.dense, work.tokens
     passes = forward_flops(shape, tokens, work.block, head=False) + _backward_flops(shape, work)
-    return passes + 2 * (dense_layers(shape) - _idle(shape)) * tokens + 2 * head_flops(shape, tokens)
+    return passes + 2 * (counted_parameters(shape) - _idle(shape)) * tokens + 2 * head_flops(shape, tokens)
 
 
 def _all_kept(shape: ModelShape, b: int) -> list[int]:
@@ -227,7 +227,7 @@ def lora_parameters(work: Work) -> int:
 def trained_parameters(work: Work) -> int:
     """Returns the numbers that fine-tuning trains."""
     if not work.lora_r:
-        return dense_parameters(work.pruned)
+        return model_parameters(work.pruned)
     return lora_parameters(work) + work.train_lm_head * work.pruned.vocab_size * work.pruned.hidden_size
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.models.families import family_of
-from tvaprune.models.parameters import dense_parameters, layer_parameters
+from tvaprune.models.parameters import layer_parameters, model_parameters
 from tvaprune.models.shape import ModelShape
 
 GIB = 2**30
@@ -143,7 +143,7 @@ def narrower(shape: ModelShape, sparsity: float) -> ModelShape:
 
 def weights(shape: ModelShape, work: Work) -> int:
     """Returns the bytes of a model's weights."""
-    return dense_parameters(shape) * work.weight_bytes
+    return model_parameters(shape) * work.weight_bytes
 
 
 def forward_flops(shape: ModelShape, tokens: int, window: int, head: bool = True) -> float:

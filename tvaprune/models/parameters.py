@@ -44,8 +44,8 @@ def all_layers(hidden: Any, kv_heads: Any, channels: Any, shape: ModelShape) -> 
     return layer_parameters(hidden, kv_heads, channels, shape, per_dim=sum(shape.per_dim))
 
 
-def dense_layers(shape: ModelShape) -> int:
-    """Returns the counted parameters of all layers before the cut."""
+def counted_parameters(shape: ModelShape) -> int:
+    """Returns the counted parameters of all layers of a model of these sizes."""
     parameters: int = _layers(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)
     return parameters
 
@@ -59,21 +59,17 @@ def decoder_sparsity(hidden: Any, kv_heads: Sequence[Any], channels: Sequence[An
         channels: Kept MLP channels per layer.
         shape: The dense model's sizes.
     """
-    return 1 - _layers(hidden, kv_heads, channels, shape) / dense_layers(shape)
+    return 1 - _layers(hidden, kv_heads, channels, shape) / counted_parameters(shape)
 
 
-def total_parameters(hidden: int, kv_heads: Sequence[int], channels: Sequence[int], shape: ModelShape) -> int:
-    """Returns every parameter of the model at these widths: embeddings, lm_head, norms and biases too."""
+def model_parameters(shape: ModelShape) -> int:
+    """Returns every parameter of a model of these sizes: embeddings, lm_head, norms and biases too."""
+    hidden = shape.hidden_size
     total = shape.vocab_size * hidden * (1 if shape.tie_word_embeddings else 2) + hidden
-    total += _layers(hidden, kv_heads, channels, shape)
-    for k, c in zip(kv_heads, channels, strict=True):
+    total += counted_parameters(shape)
+    for k, c in zip(shape.num_key_value_heads, shape.intermediate_size, strict=True):
         total += shape.qkv_bias * k * shape.head_dim * (2 + shape.group_size) + shape.output_bias * hidden
         total += shape.mlp_bias * ((1 + shape.gated_mlp) * c + hidden)
         normed = k * (1 + shape.group_size) if shape.norms_all_heads else 2 * (k > 0)  # heads
         total += shape.head_norm * shape.head_dim * normed
     return total
-
-
-def dense_parameters(shape: ModelShape) -> int:
-    """Returns every parameter of the model before the cut."""
-    return total_parameters(shape.hidden_size, shape.num_key_value_heads, shape.intermediate_size, shape)

@@ -14,7 +14,7 @@ import torch
 from tvaprune.errors import InputError
 from tvaprune.files import read_json, write_text
 from tvaprune.identity import digest_of
-from tvaprune.models.parameters import decoder_sparsity, dense_parameters
+from tvaprune.models.parameters import decoder_sparsity, model_parameters
 from tvaprune.models.shape import ModelShape, in_words
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.masks import Masks
@@ -97,7 +97,7 @@ class KeepPlan:
     @property
     def num_parameters(self) -> int:
         """All parameters of the narrower model: embeddings, lm_head and padding included."""
-        return dense_parameters(self.shape_stored)
+        return model_parameters(self.shape_stored)
 
     @property
     def digest(self) -> str:

@@ -24,7 +24,7 @@ from tvaprune.measure.perplexity import TextLoss, text_loss, windows_per_pass
 from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
-from tvaprune.models.parameters import SPARSITY_DEFINITION, dense_parameters
+from tvaprune.models.parameters import SPARSITY_DEFINITION, model_parameters
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation
 from tvaprune.report import plots, tables
@@ -63,7 +63,7 @@ def measure(
     results.protocol = run.evaluation_text(windows)
     results.shape, results.sparsity_definition = plan.shape, SPARSITY_DEFINITION
     came = replace(plan.shape, tie_word_embeddings=run.tied)  # turning it may have untied the head
-    results.parameters = Parameters(dense_parameters(came), plan.num_parameters)
+    results.parameters = Parameters(model_parameters(came), plan.num_parameters)
     with running_out_in(EVALUATING):
         loss = text_loss(pruned, windows, batch_size, PRUNED_PERPLEXITY, partial(run.phases.at, PRUNED_PERPLEXITY))
     results.perplexity = Perplexities.of(dense, loss)

@@ -14,7 +14,7 @@ from tvaprune.files import as_json
 from tvaprune.flags.ranges import AUTO
 from tvaprune.flags.settings import PruneSettings
 from tvaprune.models.load import load_config
-from tvaprune.models.parameters import dense_parameters
+from tvaprune.models.parameters import model_parameters
 from tvaprune.models.shape import in_words, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import load_masks, read_record
@@ -55,7 +55,7 @@ def describe(mask: Path, model: str, asked: PruneSettings) -> Description:
     if asked.dim_multiple == AUTO:
         raise InputError(f"--dim_multiple {AUTO}: is measured by the verbs that cut; give a number")
     shape = shape_of(load_config(model))
-    dense = dense_parameters(shape)
+    dense = model_parameters(shape)
     given = {name: getattr(asked, name) for name in RULE_FLAGS}
     if mask.suffix == ".json":
         plan = _plan(mask, given)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from tvaprune.choose.scores.calibration import Calibration
-from tvaprune.models.parameters import channel_parameters, dense_layers, head_parameters
+from tvaprune.models.parameters import channel_parameters, counted_parameters, head_parameters
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
 
@@ -77,7 +77,7 @@ def heads_kept(shape: ModelShape, target: float, last: Sequence[int] = ()) -> li
     layers = range(shape.num_hidden_layers)
     widths = zip(shape.num_key_value_heads, shape.intermediate_size, strict=True)
     units = [heads * head_parameters(shape) + channels * channel_parameters(shape) for heads, channels in widths]
-    wanted, first = target * dense_layers(shape), sum(units[i] for i in layers if i not in last)
+    wanted, first = target * counted_parameters(shape), sum(units[i] for i in layers if i not in last)
     share = min(1.0, wanted / first) if first else 0.0
     left = sum(units) - first
     rest = min(1.0, (wanted - share * first) / left) if left else 0.0
