@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tvaprune.measure.memory import PeakMemory
-from tvaprune.measure.perplexity import CHUNK_TOKENS, perplexity
+from tvaprune.measure.perplexity import EVALUATED_TOKENS, perplexity
 
 WINDOWS, WINDOW, VOCABULARY = 4, 2048, 32_000
 
@@ -54,7 +54,9 @@ def main() -> None:
     ids = torch.randint(0, VOCABULARY, (WINDOWS, WINDOW)).tolist()
     blocks = Dataset.from_dict({"input_ids": ids}).with_format("torch")
     perplexity(model, blocks.select([0]), 1)  # what the first call alone sets up
-    chunked, less = measured(f"ours (chunks of {CHUNK_TOKENS:,} tokens)", lambda: perplexity(model, blocks, WINDOWS))
+    chunked, less = measured(
+        f"ours (chunks of {EVALUATED_TOKENS:,} tokens)", lambda: perplexity(model, blocks, WINDOWS)
+    )
     whole, more = measured("all logits at once", lambda: all_at_once(model, blocks))
     print(f"ratio {more / less:.1f}; the same perplexity to {abs(chunked / whole - 1):.1e}")
 

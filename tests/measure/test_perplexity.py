@@ -87,7 +87,7 @@ def test_batches_do_not_change_the_mean_over_tokens():
 @pytest.mark.parametrize("chunk", [2, 2048])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_the_error_is_of_the_mean_over_windows(batch_size, chunk, monkeypatch):
-    monkeypatch.setattr("tvaprune.measure.perplexity.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("tvaprune.measure.perplexity.EVALUATED_TOKENS", chunk)
     same, other = -math.log(3 / 4), -math.log(1 / 4)
     found = text_loss(Scripted(repeating), blocks_of([[0, 0, 1], [1, 1, 1], [0, 1, 0]]), batch_size)
     windows = [(same + other) / 2, same, other]
@@ -165,7 +165,7 @@ def test_it_is_the_models_own_loss_to_the_bit_where_a_batch_is_a_chunk(model_typ
     expected = whole(model, rows, 2)
     assert perplexity(model, blocks_of(rows), 2) == expected
     for chunk in (1, 7, 25):
-        monkeypatch.setattr("tvaprune.measure.perplexity.CHUNK_TOKENS", chunk)
+        monkeypatch.setattr("tvaprune.measure.perplexity.EVALUATED_TOKENS", chunk)
         assert perplexity(model, blocks_of(rows), 2) == pytest.approx(expected, rel=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_gates_and_lora_are_part_of_the_model(make_model, make_masks):
 
 
 def test_the_head_sees_a_chunk_at_a_time_and_the_layers_no_more_than_a_pass(monkeypatch):
-    monkeypatch.setattr("tvaprune.measure.perplexity.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("tvaprune.measure.perplexity.EVALUATED_TOKENS", 6)
     monkeypatch.setattr("tvaprune.measure.perplexity.FORWARD_TOKENS", 16)
     rows = torch.randint(0, 2, (4, 8), generator=torch.Generator().manual_seed(0)).tolist()
     model = Scripted(repeating)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tvaprune.losses import chunk_tokens
-from tvaprune.measure.perplexity import CHUNK_TOKENS
+from tvaprune.measure.perplexity import EVALUATED_TOKENS
 from tvaprune.measure.update_cost import (
     NEW_SHARES,
     SHARES,
@@ -87,7 +87,7 @@ def evaluation(shape: ModelShape, work: Work, window: int) -> int:
         q = max(q for q, _, _ in layer_widths(shape))
         pairs = window * ((b + 8) * q // shape.head_dim + 2 * b)  # of all heads, and two masks
         layer = max(layer, tokens * (pairs + b * (3 * h + 4 * q)))
-    return max(layer, (b + 8) * shape.vocab_size * min(CHUNK_TOKENS, tokens) + b * tokens * h)
+    return max(layer, (b + 8) * shape.vocab_size * min(EVALUATED_TOKENS, tokens) + b * tokens * h)
 
 
 def _training(work: Work, shape: ModelShape, per_layer: Sequence[float], loss: float, gradients: float) -> float:

@@ -21,7 +21,7 @@ from tvaprune.phases import told_bar
 
 FORWARD_TOKENS = 8192  # of a pass through the layers; more make no GPU quicker
 FORWARD_WINDOWS = 8
-CHUNK_TOKENS = 2048  # whose logits are in memory at a time: without gradients, so more than in training
+EVALUATED_TOKENS = 2048  # whose logits are there at a time: without gradients, so more than of a loss
 STREAM_TOKENS = 2**18  # whose hidden states are there at a time where layers are fetched: each time from disk
 
 
@@ -142,7 +142,7 @@ def _summed(found: Predictions, ids: torch.Tensor) -> tuple[float, torch.Tensor]
     """
     (batch, window), total = ids.shape, 0.0
     each = torch.zeros(batch, dtype=torch.float64)
-    size = max(1, CHUNK_TOKENS // batch)
+    size = max(1, EVALUATED_TOKENS // batch)
     for start in range(0, window - 1, size):
         wanted = ids[:, start + 1 : start + 1 + size]
         logits = found.logits(start, start + size)[:, : wanted.shape[1]].float()
