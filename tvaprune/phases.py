@@ -8,6 +8,15 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+# The phases that several commands have.
+DENSE_MODEL, CUT, ZERO_SHOT = "dense model", "cut", "zero-shot tasks"
+# The parts of phases whose work is counted; of a refit and a reconstruction the last one chooses a share of the way.
+DENSE_PERPLEXITY, PRUNED_PERPLEXITY = "dense perplexity", "pruned perplexity"
+ROTATION, GATE_TRAINING, UNIT_SCORES, FINE_TUNING = "rotation", "gate training", "scores", "fine-tuning"
+REFIT, REFIT_CHOICE = "refit", "choice after refit"
+RECONSTRUCT, RECONSTRUCT_CHOICE = "reconstruct", "choice after reconstruct"
+NARROWING = (CUT, REFIT, REFIT_CHOICE, RECONSTRUCT, RECONSTRUCT_CHOICE)
+
 
 class Phases:
     """The phases of a command in their order: a line as each begins, and an estimate of the time that is left.
@@ -17,7 +26,7 @@ class Phases:
 
     Args:
         phases: The parts of each phase, by its name; None: nobody counts its work, and its time is in no estimate.
-        counted: The operations of each part, as `tvaprune.measure.cost` names and counts them; one that is not there
+        counted: The operations of each part, as `tvaprune.measure.cost` counts them; one that is not there
             is not done.
         now: A clock, in seconds.
     """

@@ -18,7 +18,6 @@ from tvaprune.flags.settings import RELEASED_MAX_WINDOW
 from tvaprune.given import given_rotation, with_recorded_flags
 from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
-from tvaprune.measure.cost import DENSE_PERPLEXITY, PRUNED_PERPLEXITY
 from tvaprune.measure.generations import Answers
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import check_tokenizer
@@ -29,7 +28,7 @@ from tvaprune.models.placement import place_of, put
 from tvaprune.models.rotate import Rotation, rotate, rotated
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.models.sharding import shard
-from tvaprune.phases import Phases
+from tvaprune.phases import DENSE_PERPLEXITY, PRUNED_PERPLEXITY, Phases
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, read_record
 from tvaprune.plan.record import width_rules

@@ -23,18 +23,18 @@ from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import narrow_shell
-from tvaprune.measure.cost import (
+from tvaprune.models import layers, load, shards
+from tvaprune.models.pruned import bare_model
+from tvaprune.models.rotate import Rotation
+from tvaprune.phases import (
     DENSE_PERPLEXITY,
     PRUNED_PERPLEXITY,
     RECONSTRUCT,
     RECONSTRUCT_CHOICE,
     REFIT,
     REFIT_CHOICE,
+    Phases,
 )
-from tvaprune.models import layers, load, shards
-from tvaprune.models.pruned import bare_model
-from tvaprune.models.rotate import Rotation
-from tvaprune.phases import Phases
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.rotation import save_rotation
 

@@ -14,9 +14,9 @@ from support.folders import edit_config
 from tvaprune import EvalSettings, ModelSettings, PruneSettings, estimate, estimates
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
-from tvaprune.measure.cost import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, RECONSTRUCT_CHOICE, REFIT_CHOICE
 from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.shape import shape_of
+from tvaprune.phases import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, RECONSTRUCT_CHOICE, REFIT_CHOICE
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
 from tvaprune.plan.widths import WidthRules

@@ -22,9 +22,8 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
-from tvaprune.measure.cost import GATE_TRAINING
 from tvaprune.measure.perplexity import perplexity
-from tvaprune.phases import Phases, TrainingBar
+from tvaprune.phases import GATE_TRAINING, Phases, TrainingBar
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import KeepPlan, describe_widths, plan_from_masks
 from tvaprune.plan.masks import best_mask, keep_best

@@ -16,10 +16,10 @@ from tvaprune.cut.reconstruct import Reconstruction, reconstruct_layers
 from tvaprune.cut.refit import RefitReport, refit_layers
 from tvaprune.cut.slice import apply_plan, lent
 from tvaprune.errors import REFITTING, InputError, running_out_in
-from tvaprune.measure.cost import REFIT
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Layers
 from tvaprune.models.placement import place_of, put
+from tvaprune.phases import REFIT
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import Run
 

@@ -24,11 +24,10 @@ from torch import nn
 from tvaprune import ranks
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
 from tvaprune.losses import Predictions, distillation_loss
-from tvaprune.measure.cost import RECONSTRUCT, RECONSTRUCT_CHOICE
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
 from tvaprune.models.logits import head_of
-from tvaprune.phases import Phases, told_bar
+from tvaprune.phases import RECONSTRUCT, RECONSTRUCT_CHOICE, Phases, told_bar
 from tvaprune.plan.keep_plan import KeepPlan
 
 WINDOW = 4  # half layers that are trained together

@@ -28,11 +28,10 @@ from torch import nn
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
-from tvaprune.measure.cost import REFIT, REFIT_CHOICE
 from tvaprune.models.families import residual_factor
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
-from tvaprune.phases import Phases, told_bar
+from tvaprune.phases import REFIT, REFIT_CHOICE, Phases, told_bar
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 

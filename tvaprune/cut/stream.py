@@ -21,10 +21,10 @@ from tvaprune.cut.room import disk_needed, memory_needed
 from tvaprune.cut.slice import check_size, narrow_shell
 from tvaprune.errors import InputError
 from tvaprune.flags.settings import PruneSettings
-from tvaprune.measure.cost import REFIT
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Streamed
 from tvaprune.models.pruned import shared_names
+from tvaprune.phases import REFIT
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import Run

@@ -24,18 +24,23 @@ from tvaprune.measure.update_cost import (
 from tvaprune.measure.work import GIB, Work, copies, forward_flops, head_flops, layer_widths, pairs_kept, weights
 from tvaprune.models.parameters import counted_parameters, model_parameters
 from tvaprune.models.shape import ModelShape
+from tvaprune.phases import (
+    CUT,
+    DENSE_PERPLEXITY,
+    FINE_TUNING,
+    GATE_TRAINING,
+    PRUNED_PERPLEXITY,
+    RECONSTRUCT,
+    RECONSTRUCT_CHOICE,
+    REFIT,
+    REFIT_CHOICE,
+    ROTATION,
+    UNIT_SCORES,
+)
 
 OVERHEAD = 0.75 * GIB  # of a card, that no tensor of ours takes: the context, workspaces, the allocator's rounding
 CARDS = {"24 GB": 23.6 * GIB, "40 GB": 39.4 * GIB, "80 GB": 79.2 * GIB}  # what a card of this name has
 ROTATION_BLOCKS = 128  # that a rotation is learned of
-# The phases by name, as `phases` has them.
-DENSE_PERPLEXITY, PRUNED_PERPLEXITY = "dense perplexity", "pruned perplexity"
-ROTATION, GATE_TRAINING, FINE_TUNING = "rotation", "gate training", "fine-tuning"
-UNIT_SCORES = "scores"
-CUT, REFIT, RECONSTRUCT = "cut", "refit", "reconstruct"
-# The parts of both at whose end a share of the way is chosen.
-REFIT_CHOICE, RECONSTRUCT_CHOICE = "choice after refit", "choice after reconstruct"
-NARROWING = (CUT, REFIT, REFIT_CHOICE, RECONSTRUCT, RECONSTRUCT_CHOICE)
 
 
 @dataclass(frozen=True)

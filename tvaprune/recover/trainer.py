@@ -19,10 +19,9 @@ from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity
 from tvaprune.losses import cross_entropy
-from tvaprune.measure.cost import FINE_TUNING
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.logits import predictions_within
-from tvaprune.phases import Phases, TrainingBar
+from tvaprune.phases import FINE_TUNING, Phases, TrainingBar
 from tvaprune.recover.teacher import Teacher
 
 

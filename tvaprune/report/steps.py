@@ -18,13 +18,13 @@ from tvaprune.errors import EVALUATING, InputError, reason, running_out_in
 from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
-from tvaprune.measure.cost import PRUNED_PERPLEXITY
 from tvaprune.measure.generations import answers
 from tvaprune.measure.perplexity import TextLoss, text_loss, windows_per_pass
 from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION, model_parameters
+from tvaprune.phases import PRUNED_PERPLEXITY
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation
 from tvaprune.report import plots, tables

@@ -16,10 +16,9 @@ from tvaprune.estimates import announce
 from tvaprune.files import holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
-from tvaprune.measure.cost import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
-from tvaprune.phases import Phases
+from tvaprune.phases import CUT, DENSE_MODEL, DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, ZERO_SHOT, Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.refusals import check_results, check_save, check_widths
@@ -27,8 +26,6 @@ from tvaprune.report.results import Perplexity, Results
 from tvaprune.report.steps import ask, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
-
-DENSE_MODEL, CUT, SCORING = "dense model", "cut", "zero-shot tasks"
 
 
 @holding_folders()
@@ -104,7 +101,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if windows is None and earlier is not None:  # what was measured stays, and is scored now
         results = earlier
     if not isinstance(pruned, Streamed):
-        phases.begin(SCORING)
+        phases.begin(ZERO_SHOT)
         zero_shot(run, tasks, {DENSE: run.model, PRUNED: pruned}, results, {PRUNED: args.prune.save_pruned})
     return results
 
@@ -130,7 +127,7 @@ def _phases(args: Arguments, tasks: ZeroShot | None, counted: Mapping[str, float
     measures = args.training.do_eval
     dense = {DENSE_MODEL: (DENSE_PERPLEXITY,)} if measures else {}
     cut = {CUT: (*NARROWING, PRUNED_PERPLEXITY) if measures else NARROWING}
-    return Phases(dense | cut | ({} if tasks is None else {SCORING: None}), counted)
+    return Phases(dense | cut | ({} if tasks is None else {ZERO_SHOT: None}), counted)
 
 
 def _prepare(args: Arguments, measures: bool) -> None:

@@ -23,11 +23,10 @@ from tvaprune.estimates import Estimate, announce
 from tvaprune.files import CONFIG_NAME, holding_folders, read_json, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
-from tvaprune.measure.cost import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.sharding import shard
-from tvaprune.phases import Phases
+from tvaprune.phases import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY, ZERO_SHOT, Phases
 from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job
 from tvaprune.recover.lora import Student, merge
@@ -38,7 +37,7 @@ from tvaprune.report.results import Results
 from tvaprune.report.steps import ask, measure, write_plan, write_results, zero_shot
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 
-PRUNING, TRAINING, MERGING, SCORING = "dense and pruned model", "training", "tuned model", "zero-shot tasks"
+PRUNING, TUNING, MERGING = "dense and pruned model", "training", "tuned model"
 UPDATE_NAME = "weight_update.json"  # in the pruned checkpoint: what the instant weight update did, for a resumed run
 
 
@@ -58,7 +57,7 @@ def run_finetune(args: Arguments) -> Results:
     write_plan(job.run, job.plan, args.save_loc)
     results = Results.begin(job.run, job.plan, args.prune.mask_loc)
     pruned, dense_loss = _pruned(job, results)
-    phases.begin(TRAINING)
+    phases.begin(TUNING)
     student = _tuned(job, pruned, results)
     del pruned
     phases.begin(MERGING)
@@ -72,7 +71,7 @@ def run_finetune(args: Arguments) -> Results:
     results.finetune.adapter_merged_difference = ranks.on_main(read_again, job)
     ranks.on_main(_tell, job, results)
     if tasks is not None:
-        phases.begin(SCORING)
+        phases.begin(ZERO_SHOT)
         dense = {DENSE: job.run.model} if compares else {}
         models = {**dense, PRUNED: job.load_pruned(), FINETUNED: job.load_merged()}
         zero_shot(job.run, tasks, models, results, {PRUNED: job.pruned_folder, FINETUNED: job.merged_folder})
@@ -82,10 +81,10 @@ def run_finetune(args: Arguments) -> Results:
 def _phases(tasks: ZeroShot | None, estimate: Estimate) -> Phases:
     phases: dict[str, Sequence[str] | None] = {
         PRUNING: (DENSE_PERPLEXITY, *NARROWING, PRUNED_PERPLEXITY),
-        TRAINING: (FINE_TUNING,),
+        TUNING: (FINE_TUNING,),
         MERGING: (PRUNED_PERPLEXITY,),  # as large, though counted in fine-tuning
     }
-    return Phases(phases if tasks is None else phases | {SCORING: None}, estimate.counted)
+    return Phases(phases if tasks is None else phases | {ZERO_SHOT: None}, estimate.counted)
 
 
 def _prepared(args: Arguments) -> Path | None:

@@ -16,12 +16,22 @@ from tvaprune.estimates import Estimate, announce
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import goes_on, settle_multiple, zero_shot_tasks
-from tvaprune.measure.cost import DENSE_PERPLEXITY, GATE_TRAINING, NARROWING, PRUNED_PERPLEXITY, ROTATION, UNIT_SCORES
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.load import load_config
 from tvaprune.models.shape import shape_of
-from tvaprune.phases import Phases
+from tvaprune.phases import (
+    CUT,
+    DENSE_MODEL,
+    DENSE_PERPLEXITY,
+    GATE_TRAINING,
+    NARROWING,
+    PRUNED_PERPLEXITY,
+    ROTATION,
+    UNIT_SCORES,
+    ZERO_SHOT,
+    Phases,
+)
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
 from tvaprune.refusals import check_results, check_save, check_training, check_widths
@@ -33,7 +43,7 @@ from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
 from tvaprune.targets import Target, reached, settle_target, settled
 
-DENSE_MODEL, CHOICE = "dense model", "choice of units"
+CHOICE = "choice of units"
 
 
 @holding_folders()
@@ -82,11 +92,11 @@ def _phases(args: Arguments, tasks: ZeroShot | None, estimate: Estimate) -> Phas
 
 
 def _cut(target: float) -> str:
-    return f"cut at {target}"
+    return f"{CUT} at {target}"
 
 
 def _scored(target: float) -> str:
-    return f"zero-shot tasks at {target}"
+    return f"{ZERO_SHOT} at {target}"
 
 
 def _measured(
