@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tvaprune.choose import gates
-from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
+from tvaprune.plan.log_alpha import log_alpha_of
 
 
 @pytest.mark.parametrize(

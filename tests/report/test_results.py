@@ -17,12 +17,12 @@ from tvaprune.models.shape import shape_of
 from tvaprune.recover.training import Tuning
 from tvaprune.report.results import (
     VERSION,
-    Calibration,
+    ModelPerplexity,
     Parameters,
     Perplexities,
-    Perplexity,
     PerplexityErrors,
     Refit,
+    RefitBlocks,
     Results,
 )
 from tvaprune.text.protocols import EvaluationText
@@ -32,11 +32,11 @@ from tvaprune.text.protocols import EvaluationText
 def whole(make_model, tmp_path):
     """Results of which every part is filled."""
     results = made(
-        plan="p", rotation="r", units="u", dtype="float32", calibration=Calibration("t", 8, 4, 1),
+        plan="p", rotation="r", units="u", dtype="float32", calibration=RefitBlocks("t", 8, 4, 1),
         protocol=EvaluationText("own", "t", "test", None, "</s>", False, 8, 3),
         shape=shape_of(make_model("llama").config), sparsity_definition="d", parameters=Parameters(9, 5),
         perplexity=Perplexities(4.0, 5.0, 4.5, PerplexityErrors(0.1, 0.2, 0.01, 0.15, 0.02)),
-        model_perplexity=Perplexity(4.0, 0.1),
+        model_perplexity=ModelPerplexity(4.0, 0.1),
         speed_up=SpeedUp(1.5, 1.4, 3.0, 2.0, 4, 8, 16),
         refit=Refit((0.0, 1.0), (0.5, 0.4), 1.0, {"q": 0.1, "k": None}, 4, 2, 1.5),
         reconstruct=Reconstruction((0.0, 1.0), (0.4, 0.3), 1.0, ((2.0, 1.0), (3.0, 3.0))),
@@ -122,7 +122,7 @@ def test_results_of_another_version_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"model": "n"}, {"model_digest": "e"}, {"mask": "j"}, {"plan": "p"}, {"weight_update": "none"}, {"widths": None},
-     {"calibration": Calibration("t", 8, 4, 1)}],
+     {"calibration": RefitBlocks("t", 8, 4, 1)}],
 )  # fmt: skip
 def test_results_of_another_model_are_told_apart(change):
     assert made().differing(made(**change)) == list(change)

@@ -27,7 +27,7 @@ from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.edits import amplitude
 from tvaprune.plan.keep_plan import KeepPlan
-from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
+from tvaprune.plan.log_alpha import log_alpha_of
 from tvaprune.plan.masks import Masks
 
 INITIAL_MU = 1.0

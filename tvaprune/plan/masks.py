@@ -18,7 +18,7 @@ from tvaprune.files import clear_leftovers, read_json, replacing, write_json
 from tvaprune.identity import Identity, differences
 from tvaprune.models.shape import ModelShape
 from tvaprune.models.units import PerUnit
-from tvaprune.plan.log_alpha import log_alpha as log_alpha_of
+from tvaprune.plan.log_alpha import log_alpha_of
 from tvaprune.plan.mask_pickle import read_tensors
 from tvaprune.plan.rotation import drop_rotations
 

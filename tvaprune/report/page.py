@@ -63,7 +63,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Answers:
+class PromptAnswers:
     """What each model adds to one prompt."""
 
     kind: ClassVar[str] = "answers"
@@ -71,7 +71,7 @@ class Answers:
     answers: tuple[Answer, ...]
 
 
-Block = Charts | Table | Code | Note | Answers
+Block = Charts | Table | Code | Note | PromptAnswers
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from tvaprune.measure.figures import ERRORS, log_gap, with_error
 from tvaprune.measure.generations import in_a_line
 from tvaprune.report.charts import BARS, Point, Series, line_chart
 from tvaprune.report.folders import Generations, RunFolder
-from tvaprune.report.page import Answer, Answers, Block, Note, Table, charts
+from tvaprune.report.page import Answer, Block, Note, PromptAnswers, Table, charts
 from tvaprune.report.results import Perplexities, TaskResults
 from tvaprune.report.several import NONE, alone, named
 from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED
@@ -121,11 +121,11 @@ def answers(runs: Sequence[RunFolder]) -> list[Block]:
     return blocks
 
 
-def _said(told: Generations) -> Iterator[Answers]:
+def _said(told: Generations) -> Iterator[PromptAnswers]:
     for place, prompt in enumerate(told.prompts[:MAX_PROMPTS]):
         every = [(name, said[place]) for name, said in told.models.items()]
         first = every[0][1] if every else ()
-        yield Answers(prompt, tuple(answer(name, first, said) for name, said in every))
+        yield PromptAnswers(prompt, tuple(answer(name, first, said) for name, said in every))
 
 
 def answer(name: str, first: Sequence[str], said: Sequence[str]) -> Answer:

@@ -47,7 +47,7 @@ class KeptWidths:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class RefitBlocks:
     """The blocks that a refit fits."""
 
     dataset_name: str
@@ -107,7 +107,7 @@ class Perplexities:
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class ModelPerplexity:
     """Of a model as it is, where nothing was cut; ``stderr`` by the windows: None of a single one."""
 
     value: float
@@ -224,13 +224,13 @@ class Results:
     dtype: str | None = None
     weight_update: str | None = None
     widths: KeptWidths | None = None
-    calibration: Calibration | None = None
+    calibration: RefitBlocks | None = None
     protocol: EvaluationText | None = None
     shape: ModelShape | None = None
     sparsity_definition: str | None = None
     parameters: Parameters | None = None
     perplexity: Perplexities | None = None
-    model_perplexity: Perplexity | None = None
+    model_perplexity: ModelPerplexity | None = None
     speed_up: SpeedUp | None = None
     refit: Refit | None = None
     reconstruct: Reconstruction | None = None
@@ -253,7 +253,7 @@ class Results:
             results.widths, results.units = KeptWidths.of(plan), plan.digest
             if prune.refits:
                 data, seed = run.args.data, run.args.training.seed
-                results.calibration = Calibration(data.dataset_name, data.block_size, prune.refit_samples, seed)
+                results.calibration = RefitBlocks(data.dataset_name, data.block_size, prune.refit_samples, seed)
         return results
 
     def note_update(self, update: Mapping[str, object]) -> None:

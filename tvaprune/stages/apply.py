@@ -22,7 +22,7 @@ from tvaprune.phases import CUT, DENSE_MODEL, DENSE_PERPLEXITY, NARROWING, PRUNE
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.refusals import check_results, check_save, check_widths
-from tvaprune.report.results import Perplexity, Results
+from tvaprune.report.results import ModelPerplexity, Results
 from tvaprune.report.steps import ask, measure, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
@@ -114,7 +114,7 @@ def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results, earlier: Resul
         windows = run.windows()
         loss = run.dense_loss(windows)
         results.protocol = run.evaluation_text(windows)
-        results.model_perplexity = Perplexity(loss.perplexity, loss.perplexity_stderr)
+        results.model_perplexity = ModelPerplexity(loss.perplexity, loss.perplexity_stderr)
         results.zero_shot = None if earlier is None else earlier.zero_shot
         tell(args, results)
     elif earlier is not None:

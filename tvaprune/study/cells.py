@@ -36,7 +36,7 @@ from tvaprune.plan.rotation import read_rotation, save_rotation
 from tvaprune.report.results import Perplexities, plain
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
-from tvaprune.study.contents import RECORDED, perplexity_of
+from tvaprune.study.contents import RECORDED, perplexity_in_words
 from tvaprune.study.grid import VIB, Cell, Grid
 from tvaprune.text.blocks import token_blocks
 
@@ -85,7 +85,7 @@ class Measurement:
             started = time.perf_counter()
             content = self.measure(cell)
             write_json(content, self.grid.path(cell))
-            values = ", ".join(f"{text} {perplexity_of(content, text, PRUNED)}" for text in self.texts)
+            values = ", ".join(f"{text} {perplexity_in_words(content, text, PRUNED)}" for text in self.texts)
             name = f"{self.grid.folder.name} {cell.method} {cell.weight_update} {cell.target_sparsity} seed {cell.seed}"
             progress.write(f"{name}: {values} ({time.perf_counter() - started:.1f} s)")
             progress.update()

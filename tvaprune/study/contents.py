@@ -65,7 +65,7 @@ def perplexity(content: dict[str, Any], text: str, name: str) -> float:
     return math.inf if value is None else value
 
 
-def perplexity_of(content: dict[str, Any], text: str, name: str) -> str:
+def perplexity_in_words(content: dict[str, Any], text: str, name: str) -> str:
     """Returns the dense or the pruned model's perplexity in a cell, with its standard error."""
     return with_error(perplexity(content, text, name), error(content, text, name), digits=2)
 
@@ -79,7 +79,7 @@ def errors_note(cells: Cells, *more: str) -> list[str]:
 def dense_perplexities(cells: Cells, model: str) -> str:
     """Returns what the unpruned model makes of every text: of cells of old nobody knows the errors."""
     first = max(cells.of(model=model), key=lambda content: "stderr" in content["perplexity"][cells.texts[0]])
-    values = (f"{name} {perplexity_of(first, text, DENSE)}" for text, name in cells.called.items())
+    values = (f"{name} {perplexity_in_words(first, text, DENSE)}" for text, name in cells.called.items())
     return f"Dense perplexity: {', '.join(values)}."
 
 
