@@ -37,15 +37,18 @@ def run_apply(args: Arguments) -> Results:
     Raises:
         InputError: If there is nothing to do, or something that was given cannot be used.
     """
-    units, evaluation, training = given_units(args), args.evaluation, args.training
-    if units is None and not (training.do_eval or evaluation.do_zero_eval):
+    units = given_units(args)
+    if units is None and not _leaves_results(args):
         raise InputError("nothing to do: give --mask_loc FILE or --plan FILE, --do_eval True or --do_zero_eval True")
-    measures = training.do_eval or evaluation.do_zero_eval
     tasks = zero_shot_tasks(args)
     settle_multiple(args)
-    ranks.on_main(_prepare, args, measures)
+    ranks.on_main(_prepare, args)
     with _scratch(args) as scratch:
         return _apply(args, units, tasks, scratch)
+
+
+def _leaves_results(args: Arguments) -> bool:
+    return args.training.do_eval or args.evaluation.do_zero_eval
 
 
 @contextmanager
@@ -61,7 +64,6 @@ def _scratch(args: Arguments) -> Iterator[Path | None]:
 
 def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | None, scratch: Path | None) -> Results:
     evaluation, training = args.evaluation, args.training
-    measures = training.do_eval or evaluation.do_zero_eval
     counted: Mapping[str, float] = {}
     if units is not None and not args.prune.stream:  # it tells its need itself, and waits for disks
         counted = announce(args, units).counted
@@ -71,7 +73,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if plan is not None and run.streamed is None:
         fit(run.args, plan)
     results = Results.begin(run, plan, args.prune.mask_loc)
-    earlier = ranks.on_main(_joined, args, results) if measures else None
+    earlier = ranks.on_main(_joined, args, results) if _leaves_results(args) else None
     if plan is None:
         return _as_it_is(run, tasks, results, earlier)
     windows = dense = None
@@ -80,7 +82,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
         windows = run.windows()
         dense = run.dense_loss(windows)
         ask(run, DENSE, run.model)
-    if measures:
+    if _leaves_results(args):
         write_plan(run, plan, args.save_loc)
     phases.begin(CUT)
     timed = windows is not None and times(run.args, plan)
@@ -130,11 +132,11 @@ def _phases(args: Arguments, tasks: ZeroShot | None, counted: Mapping[str, float
     return Phases(dense | cut | ({} if tasks is None else {ZERO_SHOT: None}), counted)
 
 
-def _prepare(args: Arguments, measures: bool) -> None:
+def _prepare(args: Arguments) -> None:
     """Refuses folders that are in use, and makes the one of the results."""
     check_save(args)
     check_widths(args)
-    if measures:
+    if _leaves_results(args):
         check_results(args, args.evaluation.do_zero_eval)
         prepare_folder("save_loc", args.save_loc, may_hold_files=True)
 
