@@ -11,16 +11,17 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError
 from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark, read_json
 from tvaprune.identity import IDENTITY_NAME, Identity, write_identity
 
-_NEEDED = (IDENTITY_NAME, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # without one, another result
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_NEEDED = (IDENTITY_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # without one, another result
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 _RANDOM = "rng_state.pth"  # of one process; of several each has its own
 
 

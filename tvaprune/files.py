@@ -27,22 +27,26 @@ from tvaprune.errors import InputError, reason
 
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
+# What a run leaves in its --save_loc; the flags that repeat it `tvaprune.flags.recipes` names.
+PLAN_NAME, WIDTHS_NAME, RESULTS_NAME = "plan.json", "widths.png", "results.json"
+TRAINING_LOG, FINETUNE_LOG, GENERATIONS_NAME = "training_log.json", "finetune_log.json", "generations.json"
+PAGE_NAME = "report.html"
 _LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
-# What stands in a file of results, by the file's name.
+# What stands in a file of a run, or of a comparison, by the file's name.
 _WORDS = {
-    "results.json": b'"model_digest"',
-    "plan.json": b'"dim_multiple"',
+    RESULTS_NAME: b'"model_digest"',
+    PLAN_NAME: b'"dim_multiple"',
     "recipe.yaml": b"verb:",
-    "report.html": b'<meta name="generator" content="tvaprune">',
-    "generations.json": b'"prompts"',
-    "training_log.json": b'"log"',
-    "finetune_log.json": b'"log"',
+    PAGE_NAME: b'<meta name="generator" content="tvaprune">',
+    GENERATIONS_NAME: b'"prompts"',
+    TRAINING_LOG: b'"log"',
+    FINETUNE_LOG: b'"log"',
     "compare.json": b'"cells"',
     "compare.md": b"# Learned gates against one-shot scores",
-} | dict.fromkeys(("widths.png", "training.png", "finetune.png", "compare.png"), b"Matplotlib")
-OF_A_COMPARISON = ("compare.json", "compare.md", "compare.png", "report.html")
-BESIDE_RESULTS = tuple(name for name in _WORDS if name != "results.json" and not name.startswith("compare"))
+} | dict.fromkeys((WIDTHS_NAME, "training.png", "finetune.png", "compare.png"), b"Matplotlib")
+OF_A_COMPARISON = ("compare.json", "compare.md", "compare.png", PAGE_NAME)
+BESIDE_RESULTS = tuple(name for name in _WORDS if name != RESULTS_NAME and not name.startswith("compare"))
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
 _UMASK = os.umask(0)  # which only setting tells
 os.umask(_UMASK)

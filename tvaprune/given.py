@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tvaprune import ranks
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import read_json
+from tvaprune.files import PLAN_NAME, read_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.ranges import AUTO
 from tvaprune.identity import IDENTITY_NAME
@@ -124,7 +124,7 @@ def _begun_with(args: Arguments) -> int | None:
     asked = args.training.resume_from_checkpoint or ""
     checkpoint = last_checkpoint(args.output_dir) if asked.lower() == "true" else Path(asked)
     files = [] if checkpoint is None else [checkpoint / IDENTITY_NAME]
-    for path in (*files, args.save_loc / "plan.json"):
+    for path in (*files, args.save_loc / PLAN_NAME):
         with suppress(OSError, ValueError):
             content = read_json(path)
             number = content.get("dim_multiple", content.get("settings", {}).get("dim_multiple"))

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Trainer
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import BESIDE_RESULTS, check_apart, check_output, check_replaced
+from tvaprune.files import BESIDE_RESULTS, RESULTS_NAME, check_apart, check_output, check_replaced
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.load import load_config
 from tvaprune.models.published import located
@@ -68,8 +68,8 @@ def check_results(args: Arguments, may_hold_some: bool) -> None:
     """Refuses to replace results that nothing says to touch, and files of the user's own by their names."""
     if args.training.overwrite_output_dir:
         return
-    if (args.save_loc / "results.json").exists() and not may_hold_some:
-        raise InputError(f"--save_loc {args.save_loc}: holds results.json; --overwrite_output_dir replaces it")
+    if (args.save_loc / RESULTS_NAME).exists() and not may_hold_some:
+        raise InputError(f"--save_loc {args.save_loc}: holds {RESULTS_NAME}; --overwrite_output_dir replaces it")
     check_replaced("save_loc", args.save_loc, BESIDE_RESULTS, ", or replace it with --overwrite_output_dir")
 
 

@@ -14,10 +14,10 @@ from support.run_folder import COMMAND, GATES, results, write_run
 import tvaprune
 from tvaprune.cli import run_command, run_verb
 from tvaprune.errors import InputError
+from tvaprune.files import PAGE_NAME
 from tvaprune.measure.generations import PROMPTS, pieces
 from tvaprune.report.charts import BARS, HEIGHT, TOP, Series, bar_chart, line_chart, ticks
 from tvaprune.report.folders import RunFolder, read_runs
-from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.quality import answer
 from tvaprune.report.results import Perplexities
 from tvaprune.report.steps import write_results

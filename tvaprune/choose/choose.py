@@ -16,8 +16,9 @@ from tvaprune.choose.scores import PER_TARGET, score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import SCORING_UNITS, TRAINING, InputError, running_out_in
-from tvaprune.files import discard, wrote
+from tvaprune.files import GENERATIONS_NAME, PAGE_NAME, PLAN_NAME, RESULTS_NAME, WIDTHS_NAME, discard, wrote
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
+from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, read_identity
 from tvaprune.measure.perplexity import perplexity, windows_of_pass
@@ -41,7 +42,7 @@ _GATE_FLAGS = (
 
 
 # What a target's folder holds beside its mask and its zero-shot examples.
-_TARGET_FILES = ("plan.json", "widths.png", "results.json", "recipe.yaml", "report.html", "generations.json")
+_TARGET_FILES = (PLAN_NAME, WIDTHS_NAME, RESULTS_NAME, RECIPE_NAME, PAGE_NAME, GENERATIONS_NAME)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tvaprune.files import check_apart, check_output, holds_files, prepare_folder
+from tvaprune.files import PLAN_NAME, RESULTS_NAME, check_apart, check_output, holds_files, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_checkpoint, goes_on
 from tvaprune.models.published import located
@@ -16,7 +16,7 @@ def found_checkpoint(args: Arguments) -> Path | None:
         InputError: If ``--resume_from_checkpoint`` names none, in a folder of something else.
     """
     nothing = not holds_files(args.output_dir)
-    begun = (args.save_loc / "plan.json").is_file() and not (args.save_loc / "results.json").exists()
+    begun = (args.save_loc / PLAN_NAME).is_file() and not (args.save_loc / RESULTS_NAME).exists()
     may_be_none = nothing or begun or args.training.overwrite_output_dir
     found = given_checkpoint(args, may_be_none)
     return None if found is None else Path(found)

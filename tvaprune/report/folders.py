@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.files import read_json, write_json
+from tvaprune.files import FINETUNE_LOG, GENERATIONS_NAME, RESULTS_NAME, TRAINING_LOG, read_json, write_json
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import PROMPTS, Answers
-from tvaprune.report.results import RESULTS_NAME, Results
+from tvaprune.report.results import Results
 
-TRAINING_LOG, FINETUNE_LOG = "training_log.json", "finetune_log.json"
-GENERATIONS_NAME = "generations.json"
 _ANEW = "run it again, or give another folder"
 Row = Mapping[str, float]
 

@@ -11,8 +11,6 @@ from jinja2 import Environment, StrictUndefined, Template
 from tvaprune.files import write_text
 from tvaprune.report.charts import Chart
 
-PAGE_NAME = "report.html"
-
 
 @dataclass(frozen=True)
 class Charts:

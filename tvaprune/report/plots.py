@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from tvaprune.files import replacing, write_json
+from tvaprune.files import TRAINING_LOG, replacing, write_json
 from tvaprune.plan.keep_plan import KeepPlan
 
 matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no other backend
@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no
 def write_training(history: list[dict[str, float]], folder: Path) -> None:
     """Writes the log of a gate training, and its picture."""
     plot_training(history, folder / "training.png")
-    write_json({"log": history}, folder / "training_log.json")
+    write_json({"log": history}, folder / TRAINING_LOG)
 
 
 def plot_training(history: list[dict[str, float]], path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.cut.refit import RefitReport
 from tvaprune.errors import InputError, reason
-from tvaprune.files import read_json, write_json
+from tvaprune.files import RESULTS_NAME, read_json, write_json
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
@@ -24,7 +24,6 @@ from tvaprune.run import Run
 from tvaprune.text.protocols import EvaluationText
 
 VERSION = 2
-RESULTS_NAME = "results.json"
 _REPLACE = "give another --save_loc, or --overwrite_output_dir to replace it"
 Part = TypeVar("Part")
 

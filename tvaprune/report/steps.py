@@ -15,7 +15,7 @@ from tvaprune import ranks
 from tvaprune.budget import times
 from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.errors import EVALUATING, InputError, reason, running_out_in
-from tvaprune.files import write_text
+from tvaprune.files import PAGE_NAME, PLAN_NAME, WIDTHS_NAME, write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import answers
@@ -29,7 +29,6 @@ from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation
 from tvaprune.report import plots, tables
 from tvaprune.report.folders import read_runs, write_generations
-from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Parameters, Perplexities, Results, ScoringRun
 from tvaprune.report.runs import page_of
 from tvaprune.report.zero_shot import DENSE, PRUNED, ZeroShotRecord
@@ -45,9 +44,9 @@ def _write_plan(run: Run, plan: KeepPlan, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if run.rotation is not None:
         save_rotation(run.rotation, folder)
-    plan.save(folder / "plan.json")
+    plan.save(folder / PLAN_NAME)
     drop_rotations(folder)
-    plots.plot_widths(plan, folder / "widths.png")
+    plots.plot_widths(plan, folder / WIDTHS_NAME)
 
 
 def measure(

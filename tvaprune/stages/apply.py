@@ -13,7 +13,7 @@ from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
 from tvaprune.errors import InputError
 from tvaprune.estimates import announce
-from tvaprune.files import holding_folders, prepare_folder, scratch_folder
+from tvaprune.files import RESULTS_NAME, holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.zeroshot import ZeroShot
@@ -147,7 +147,7 @@ def _joined(args: Arguments, results: Results) -> Results | None:
     differing = earlier.differing(results) if earlier is not None else []
     if differing:
         raise InputError(
-            f"--save_loc {args.save_loc}: its results.json is of another {' and '.join(differing)}; give another "
+            f"--save_loc {args.save_loc}: its {RESULTS_NAME} is of another {' and '.join(differing)}; give another "
             "--save_loc, or --overwrite_output_dir to replace it"
         )
     return earlier

@@ -6,12 +6,12 @@ import torch
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
-from tvaprune.files import OF_A_COMPARISON, check_replaced, holding_folders, prepare_folder
+from tvaprune.files import OF_A_COMPARISON, PAGE_NAME, check_replaced, holding_folders, prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.models.load import load_config
-from tvaprune.report.page import PAGE_NAME
 from tvaprune.study.cells import Measurement
+from tvaprune.study.contents import COMPARISON_NAME
 from tvaprune.study.grid import Grid
 from tvaprune.study.page import comparison_page
 from tvaprune.study.report import write_report
@@ -41,7 +41,7 @@ def run_compare(settings: CompareSettings) -> Path:
     write_report([content for grid in grids for content in grid.contents()], output)
     print((output / "compare.md").read_text(encoding="utf-8"))
     comparison_page(output).write(output / PAGE_NAME)
-    print(f"in {output}: compare.json compare.md compare.png {PAGE_NAME}")
+    print(f"in {output}: {COMPARISON_NAME} compare.md compare.png {PAGE_NAME}")
     print(f"page: {output / PAGE_NAME}")
     return output
 

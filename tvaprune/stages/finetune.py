@@ -20,7 +20,7 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import CONFIG_NAME, holding_folders, read_json, write_json
+from tvaprune.files import CONFIG_NAME, FINETUNE_LOG, holding_folders, read_json, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.perplexity import TextLoss, text_loss
@@ -162,7 +162,7 @@ def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
     assert results.perplexity is not None
     before = results.perplexity.dense, results.perplexity.pruned
     ranks.on_main(plots.plot_finetuning, history, folder / "finetune.png", *before)
-    ranks.on_main(write_json, {"log": history}, folder / "finetune_log.json")
+    ranks.on_main(write_json, {"log": history}, folder / FINETUNE_LOG)
     return student
 
 

@@ -13,7 +13,7 @@ from tvaprune.choose.choose import Chosen, choose_masks, clear_results, gate_che
 from tvaprune.choose.scores import check_scored
 from tvaprune.cut.narrow import narrow
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import PAGE_NAME, holding_folders, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import goes_on, settle_multiple, zero_shot_tasks
 from tvaprune.measure.perplexity import TextLoss
@@ -36,7 +36,6 @@ from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
 from tvaprune.refusals import check_results, check_save, check_training, check_widths
 from tvaprune.report import plots
-from tvaprune.report.page import PAGE_NAME
 from tvaprune.report.results import Results
 from tvaprune.report.steps import ask, measure, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED

@@ -11,13 +11,12 @@ import torch
 import yaml
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import CONFIG_NAME, wrote
+from tvaprune.files import CONFIG_NAME, PAGE_NAME, RESULTS_NAME, wrote
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import Answers, answers
 from tvaprune.models.load import load_model
 from tvaprune.report.folders import RunFolder, read_runs, write_generations
-from tvaprune.report.page import PAGE_NAME, Page
-from tvaprune.report.results import RESULTS_NAME
+from tvaprune.report.page import Page
 from tvaprune.report.runs import page_of
 from tvaprune.report.zero_shot import DENSE, FINETUNED, PRUNED
 from tvaprune.study.page import comparison_page, is_comparison

@@ -27,6 +27,7 @@ from tvaprune.text.sampled import kinds_of, longest_page, pages
 
 TEXT_NAME = "text.jsonl"
 PART_NAME = f"{TEXT_NAME}.part"
+_OWN = (TEXT_NAME, PART_NAME, IDENTITY_NAME)  # the last says whose the others are
 NEW_NAME = ".new"  # folder of what takes a text's place once it is whole
 _WRITING = (" in writing text", "{part} --batch_size or --page would fit; the pages that were written are kept")
 _SETTLING = ("page", "batch_size", "temperature", "seed", "dtype")  # which text it is; --tokens, how much of it
@@ -81,7 +82,7 @@ def _begin(place: Path, identity: Identity) -> None:
     try:
         check_identity("text", place, identity)
     except InputError:
-        for name in (TEXT_NAME, PART_NAME, IDENTITY_NAME):  # the last says whose the others are
+        for name in _OWN:
             (place / name).unlink(missing_ok=True)
 
 
@@ -91,9 +92,8 @@ def _check_folder(folder: Path) -> None:
     Raises:
         InputError: Naming a file that is no part of such a text, or a text that nothing says the settings of.
     """
-    own = (IDENTITY_NAME, TEXT_NAME, PART_NAME)
     found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-    strange = [name for name in found if name not in own or IDENTITY_NAME not in found]
+    strange = [name for name in found if name not in _OWN or IDENTITY_NAME not in found]
     if strange:
         raise InputError(
             f"--output_dir {folder}: holds {quoted(strange[0])}, no text of this command; give a new folder"
