@@ -1,6 +1,5 @@
 """The closed formulas against the simulation of the real code, and the simulation against what is known by hand."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,9 +9,6 @@ from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from benchmarks.card import CARD, RealCard, simulated
 from benchmarks.simulate import CONFIGS, PHASES, Scene, by_formula, plan_to, simulate
-from tvaprune.cut.reconstruct import EPOCHS, WINDOW
-from tvaprune.cut.reconstruct import SHARES as AFTER_REFIT
-from tvaprune.cut.refit import SHARES, STRENGTHS
 from tvaprune.measure import cost, update_cost
 from tvaprune.measure.work import GIB, Work, narrower, of_family, weights
 from tvaprune.models.shape import shape_of
@@ -155,15 +151,6 @@ def test_the_simulation_counts_what_is_alive_and_where():
         assert card.taken.card == 4 * MIB
         x.detach() @ x.detach()
         assert card.taken.flops == 2 * 1024**3
-
-
-def test_the_refits_constants_are_those_of_the_code():
-    assert (update_cost.STRENGTHS, update_cost.SHARES) == (sum(map(math.isfinite, STRENGTHS)), len(SHARES))
-    assert (2 * update_cost.WINDOW_LAYERS, update_cost.EPOCHS, update_cost.NEW_SHARES) == (
-        WINDOW,
-        EPOCHS,
-        len(AFTER_REFIT),
-    )
 
 
 def test_of_a_parallel_model_a_layers_input_waits_beside_each_stream():

@@ -24,18 +24,16 @@ from torch import nn
 from tvaprune import ranks
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
 from tvaprune.losses import Predictions, distillation_loss
+from tvaprune.measure.update_cost import EPOCHS, RECONSTRUCT_SHARES, WINDOW
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
 from tvaprune.models.logits import head_of
 from tvaprune.phases import RECONSTRUCT, RECONSTRUCT_CHOICE, Phases, told_bar
 from tvaprune.plan.keep_plan import KeepPlan
 
-WINDOW = 4  # half layers that are trained together
-EPOCHS = 4  # over the calibration windows
 # Adam's at the beginning, relative to the root mean square of each weight; a cosine ends it at 0. The second is tried
 # where the first brings a window no nearer.
 RATES = (0.03, 0.003)
-SHARES = (0.0, 0.5, 1.0)  # of the way from the refit
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def reconstruct_layers(
     calibration: Dataset,
     held_out: Dataset,
     batch_size: int = 8,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float] = RECONSTRUCT_SHARES,
     seed: int = 0,
     phases: Phases | None = None,
 ) -> Reconstruction:

@@ -28,17 +28,13 @@ from torch import nn
 from tvaprune import ranks
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, fit_linear, nearest, with_one
 from tvaprune.cut.walk import Batch, Settled, Walk, importance
+from tvaprune.measure.update_cost import REFIT_SHARES, STRENGTHS
 from tvaprune.models.families import residual_factor
 from tvaprune.models.layers import Half, Layers, paths_of
 from tvaprune.models.layout import Block
 from tvaprune.phases import REFIT, REFIT_CHOICE, Phases, told_bar
 from tvaprune.plan.edits import edits_of
 from tvaprune.plan.keep_plan import KeepPlan
-
-STRENGTHS = (math.inf, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # lam relative to the mean diagonal of H; infinite: the fold
-# How far to go from the fold to the refit. Every linear's optimum is that of the residual stream, not of the model's
-# predictions, and going all the way overshoots: on the miniature models the best share is near 0.6.
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def refit_layers(
     held_out: Dataset,
     batch_size: int = 8,
     strengths: Sequence[float] = STRENGTHS,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float] = REFIT_SHARES,
     phases: Phases | None = None,
 ) -> RefitReport:
     """Refits a model that was sliced by ``plan`` and folded, half a layer at a time.

@@ -1,8 +1,13 @@
 """What a refit out of core needs, by arithmetic: memory for its largest step, disk for what waits."""
 
-from tvaprune.cut.reconstruct import SHARES as NEW_SHARES
-from tvaprune.cut.refit import SHARES
-from tvaprune.measure.update_cost import Fit, compared, head_share, reconstruct_streamed
+from tvaprune.measure.update_cost import (
+    RECONSTRUCT_SHARES,
+    REFIT_SHARES,
+    Fit,
+    compared,
+    head_share,
+    reconstruct_streamed,
+)
 from tvaprune.measure.work import Work
 from tvaprune.plan.keep_plan import KeepPlan
 
@@ -63,7 +68,7 @@ def disk_needed(plan: KeepPlan, itemsize: int, calibration: int, held_out: int, 
     lanes = 1 + plan.shape.is_parallel
     share = lanes * held_out * plan.hidden_size
     streams = lanes * (calibration + held_out) * (plan.shape.hidden_size + plan.hidden_size)
-    waiting = (len(SHARES) - 1) * share + plan.num_parameters
+    waiting = (len(REFIT_SHARES) - 1) * share + plan.num_parameters
     if reconstructs:
-        waiting = max(waiting, (len(NEW_SHARES) - 1) * share + 2 * plan.num_parameters)
+        waiting = max(waiting, (len(RECONSTRUCT_SHARES) - 1) * share + 2 * plan.num_parameters)
     return itemsize * (streams + waiting)

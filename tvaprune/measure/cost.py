@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from tvaprune.losses import chunk_tokens
 from tvaprune.measure.perplexity import EVALUATED_TOKENS
 from tvaprune.measure.update_cost import (
-    NEW_SHARES,
-    SHARES,
+    RECONSTRUCT_SHARES,
+    REFIT_SHARES,
     choice_flops,
     reconstruct,
     reconstruct_flops,
@@ -348,9 +348,9 @@ def _cut(work: Work) -> Iterator[Phase]:
         yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
     host = pruned + work.refit_offload * (dense + streams(work))
-    helps, last = "--refit_offload True, --weight_update fold", (REFIT_CHOICE, choice_flops(work, SHARES))
+    helps, last = "--refit_offload True, --weight_update fold", (REFIT_CHOICE, choice_flops(work, len(REFIT_SHARES)))
     yield Phase(REFIT, refit(work), host, refit_flops(work), helps, last)
     if work.reconstructs:
         helps = "--refit_offload True, a smaller --per_device_eval_batch_size, --weight_update refit"
-        last = RECONSTRUCT_CHOICE, choice_flops(work, NEW_SHARES)
+        last = RECONSTRUCT_CHOICE, choice_flops(work, len(RECONSTRUCT_SHARES))
         yield Phase(RECONSTRUCT, reconstruct(work), host, reconstruct_flops(work), helps, last)

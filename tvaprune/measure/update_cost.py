@@ -3,6 +3,7 @@
 Closed formulas as in `tvaprune.measure.cost`, with the letters of `tvaprune.measure.work`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +21,15 @@ from tvaprune.measure.work import (
 from tvaprune.models.layers import ROWS
 from tvaprune.models.shape import ModelShape
 
-STRENGTHS, SHARES = 5, 6  # of `tvaprune.cut.refit`, the finite ones
-WINDOW_LAYERS, EPOCHS, NEW_SHARES = 2, 4, 3  # of `tvaprune.cut.reconstruct`
+# Of `tvaprune.cut.refit`: lam relative to the mean diagonal of H; infinite: the fold.
+STRENGTHS = (math.inf, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+# How far to go from the fold to the refit. Every linear's optimum is that of the residual stream, not of the model's
+# predictions, and going all the way overshoots: on the miniature models the best share is near 0.6.
+REFIT_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# Of `tvaprune.cut.reconstruct`.
+WINDOW = 4  # half layers that are trained together
+EPOCHS = 4  # over the calibration windows
+RECONSTRUCT_SHARES = (0.0, 0.5, 1.0)  # of the way from the refit
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,9 @@ class Fit:
 
     def flops(self, tokens: int) -> float:
         """The operations of the moments, and of every strength's factor, solution and error."""
-        n, solutions = self.features, STRENGTHS + 1
+        n, solutions = self.features, len(STRENGTHS)  # in place of the fold's the best one's, once more
         moments = 2 * tokens * n * (n + self.targets)
-        each = solutions * 2 * n * n + (STRENGTHS + 1) * 2 * n * n + self.reads * 3 * 2 * self.targets * n
+        each = solutions * 2 * n * n + len(STRENGTHS) * 2 * n * n + self.reads * 3 * 2 * self.targets * n
         factors = sum(-(-rows // ROWS) for rows in self.outputs) * solutions * n**3 / 3
         return moments + each * sum(self.outputs) + factors
 
@@ -125,7 +133,7 @@ def refit_flops(work: Work) -> float:
         (1 + more) * dense
         + (2 + more) * pruned
         + sum(fit.flops(tokens) for fit in _fits(work))
-        + choice_flops(work, SHARES)
+        + choice_flops(work, len(REFIT_SHARES))
     )
 
 
@@ -156,7 +164,7 @@ def reconstruct_streamed(work: Work) -> float:
 
 def _windows(work: Work) -> list[slice]:
     """Returns the layers that are trained together; the last ones are as many as can be."""
-    count, layers = work.dense.num_hidden_layers, WINDOW_LAYERS
+    count, layers = work.dense.num_hidden_layers, WINDOW // 2
     stops = range(count % layers or layers, count + 1, layers)
     return [slice(max(0, stop - layers), stop) for stop in stops]
 
@@ -198,4 +206,4 @@ def reconstruct_flops(work: Work) -> float:
     training = 3 * EPOCHS * passes(work.pruned, fit) + (EPOCHS + 1) * passes(work.pruned, held)
     heads = head_flops(work.pruned, held) + head_flops(work.dense, held)
     last = EPOCHS * (2 * head_flops(work.pruned, fit) + head_flops(work.dense, fit))
-    return both + training + last + (EPOCHS + 1) * heads + choice_flops(work, NEW_SHARES)
+    return both + training + last + (EPOCHS + 1) * heads + choice_flops(work, len(RECONSTRUCT_SHARES))
