@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from tvaprune.models.modes import in_mode
+
 PROMPTS = (
     "The capital of France is",
     "Water boils when",
@@ -48,14 +50,11 @@ def continuations(model: Any, prompts: Sequence[list[int]], tokens: int, end: in
     empty = [longest - len(ids) for ids in prompts]
     inputs = torch.tensor([[0] * gap + ids for gap, ids in zip(empty, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in empty], device=device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():  # settings that came with the checkpoint make no other choice of it
-        found = model.generate(
+    with in_mode(False, model), torch.inference_mode():
+        found = model.generate(  # settings that came with the checkpoint make no other choice of it
             inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
             no_repeat_ngram_size=0, use_cache=True, pad_token_id=end,
         )  # fmt: skip
-    model.train(was_training)
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     return [_until(row, stops) for row in found[:, longest:].tolist()]

@@ -17,6 +17,7 @@ from tvaprune import ranks
 from tvaprune.losses import Predictions
 from tvaprune.models.layers import Half, Layers, attention_options, embed, paths_of
 from tvaprune.models.logits import head_of, predictions
+from tvaprune.models.modes import in_mode
 from tvaprune.phases import told_bar
 
 FORWARD_TOKENS = 8192  # of a pass through the layers; more make no GPU quicker
@@ -116,12 +117,10 @@ def text_loss(
         return _by_layers(model, blocks, batch_size, description, at)
     assert len(blocks) > 0 and len(blocks[0]["input_ids"]) > 1, "a perplexity needs a prediction"
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, count, step = 0.0, 0.0, windows_per_pass(blocks, batch_size)
     sums = torch.zeros(len(blocks), dtype=torch.float64)
     starts = list(ranks.rounds(range(0, len(blocks), step)))
-    with told_bar(len(starts), description, "batch", at) as advance:
+    with in_mode(False, model), told_bar(len(starts), description, "batch", at) as advance:
         for start, counts in starts:
             ids = blocks[start : start + step]["input_ids"].to(device)
             value, each = _summed(predictions(model, input_ids=ids, use_cache=False)[0], ids)
@@ -129,7 +128,6 @@ def text_loss(
                 total, count = total + value, count + ids[:, 1:].numel()
                 sums[start : start + step] = each
             advance()
-    model.train(was_training)
     total, count = ranks.total(total, count)
     ranks.add_up(sums)
     return TextLoss(total / count, sums / (count / len(blocks)))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from tvaprune.losses import cross_entropy
 from tvaprune.models.logits import predictions
+from tvaprune.models.modes import in_mode
 
 WARM_UP_BATCHES = 2
 
@@ -49,12 +50,8 @@ def speed_up(
         reference: The unpruned model; both must be on the same device.
         max_batches: Batches timed, repeating the blocks where there are fewer.
     """
-    was_training = reference.training, model.training
-    reference.eval(), model.eval()
-    with torch.inference_mode():
-        measured = _compare((reference, _forward), (model, _forward), blocks, batch_size, max_batches)
-    reference.train(was_training[0]), model.train(was_training[1])
-    return measured
+    with in_mode(False, reference, model), torch.inference_mode():
+        return _compare((reference, _forward), (model, _forward), blocks, batch_size, max_batches)
 
 
 def training_speed_up(
@@ -68,16 +65,13 @@ def training_speed_up(
         reference: The unpruned model; both must be on the same device.
         args: Of the training: its batch size, precision and gradient checkpointing are those of both.
     """
-    was_training = reference.training, model.training
-    reference.train(), model.train()
     sides = (reference, _TrainingStep(reference, args)), (model, _TrainingStep(model, args))
     try:
-        with _checkpointing(args, reference, model):
+        with in_mode(True, reference, model), _checkpointing(args, reference, model):
             return _compare(*sides, blocks, args.per_device_train_batch_size, max_batches)
     finally:  # a step may have ended for lack of memory
         for _, step in sides:
             step.optimizer.zero_grad()
-        reference.train(was_training[0]), model.train(was_training[1])
 
 
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> None:

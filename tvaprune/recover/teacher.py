@@ -21,6 +21,7 @@ from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of
 from tvaprune.losses import Predictions, distillation, evaluated, hidden_loss, likelihood, top_k, top_k_distillation
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.logits import predictions, predictions_within
+from tvaprune.models.modes import in_mode
 from tvaprune.plan.keep_plan import KeepPlan
 
 _FILES = ("tokens.npy", "log_probs.npy")
@@ -173,17 +174,15 @@ def _write(folder: Path, model: Any, blocks: Dataset, k: int, temperature: float
     arrays = [
         _reserved(folder / name, dtype, shape) for name, dtype in zip(_FILES, (np.int32, np.float32), strict=True)
     ]
-    was_training = model.training
-    model.eval()
     step = windows_per_pass(blocks, batch_size)
-    for start in tqdm(range(0, len(blocks), step), desc="teacher", leave=False, unit="batch"):
-        ids = blocks[start : start + step]["input_ids"].to(device)
-        found = top_k(predictions(model, input_ids=ids, use_cache=False)[0], k, temperature)
-        for array, values in zip(arrays, found, strict=True):
-            array[start : start + len(ids)] = values.cpu().numpy()
+    with in_mode(False, model):
+        for start in tqdm(range(0, len(blocks), step), desc="teacher", leave=False, unit="batch"):
+            ids = blocks[start : start + step]["input_ids"].to(device)
+            found = top_k(predictions(model, input_ids=ids, use_cache=False)[0], k, temperature)
+            for array, values in zip(arrays, found, strict=True):
+                array[start : start + len(ids)] = values.cpu().numpy()
     for array in arrays:
         array.flush()
-    model.train(was_training)
 
 
 def _reserved(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
