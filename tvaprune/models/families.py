@@ -164,6 +164,11 @@ def base_type(config: Any) -> str:
     return str(getattr(config, "model_type", None)).removeprefix(PREFIX)
 
 
+def row_of(model_type: object) -> ModelFamily:
+    """Returns the row of a type that a config names, stock or pruned; of one without a row what most families are."""
+    return FAMILIES.get(str(model_type).removeprefix(PREFIX), ModelFamily())
+
+
 def family_of(config: Any) -> ModelFamily:
     """Returns the row of a model's config, stock or pruned.
 

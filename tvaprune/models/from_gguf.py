@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tvaprune.errors import InputError, quoted
-from tvaprune.models.families import FAMILIES, ModelFamily
+from tvaprune.models.families import row_of
 from tvaprune.models.formats import LARGEST_GEMMA
 from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import FLOATS, check_config
@@ -202,7 +202,7 @@ def _stamp(file: Path) -> tuple[int, int]:
 @lru_cache(maxsize=4)
 def _config(file: Path, named: str, stamp: tuple[int, int]) -> PretrainedConfig:
     raw, _ = PretrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
-    if FAMILIES.get(str(raw.get("model_type")), ModelFamily()).experts is not None:
+    if row_of(raw.get("model_type")).experts is not None:
         raise InputError(
             f"{named}: a mixture of experts is not read from GGUF: give the model as a Hugging Face folder"
         )

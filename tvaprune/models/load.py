@@ -19,7 +19,7 @@ from transformers import (
 
 from tvaprune.errors import InputError, out_of_memory, quoted, reason
 from tvaprune.models.auto_classes import auto_map
-from tvaprune.models.families import FAMILIES, PREFIX, ModelFamily, base_type, family_of
+from tvaprune.models.families import FAMILIES, PREFIX, base_type, family_of, row_of
 from tvaprune.models.from_gguf import SUFFIX, gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer
 from tvaprune.models.placement import check_placed
 from tvaprune.models.pruned import bare_model, with_kernel
@@ -72,7 +72,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 def _kernel(config: PretrainedConfig) -> str:
     """Returns the implementation of attention, ours to choose: a config may name one to be fetched from the hub."""
-    return FAMILIES.get(base_type(config), ModelFamily()).attention_kernel
+    return row_of(config.model_type).attention_kernel
 
 
 def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:

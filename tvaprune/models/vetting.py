@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from tvaprune.errors import InputError, quoted, reason
 from tvaprune.files import read_json, write_json
-from tvaprune.models.families import FAMILIES, PREFIX, ModelFamily
+from tvaprune.models.families import FAMILIES, row_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -156,7 +156,7 @@ def check_config(config: dict[str, Any], named: str) -> None:
             f"{named}: its type {quoted(config.get('model_type'))} is code of its own (auto_map in config.json), which "
             f"is never run; give a checkpoint of a type that transformers itself knows, of {', '.join(FAMILIES)}"
         )
-    family = FAMILIES.get(str(config.get("model_type")).removeprefix(PREFIX), ModelFamily())
+    family = row_of(config.get("model_type"))
     for key, most in (_SIZES if family.experts is None else _SIZES | _SIZES_OF_EXPERTS).items():
         value = config.get(key)
         if value is None and (key in _MAY_BE_NULL or key not in config):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tvaprune.errors import InputError, reason
 from tvaprune.identity import Identity, check_identity, write_identity
-from tvaprune.models.families import FAMILIES, ModelFamily, base_type
+from tvaprune.models.families import row_of
 
 Student = PreTrainedModel | PeftModel  # with LoRA, or trained whole
 
@@ -55,7 +55,7 @@ def _targets(config: Any) -> str | list[str]:
 
     By "all-linear" peft means the experts too, of a stock mixture, and of a pruned one the attention alone.
     """
-    family = FAMILIES.get(base_type(config), ModelFamily())
+    family = row_of(config.model_type)
     if family.experts is None:
         return "all-linear"
     return sorted({path.rpartition(".")[2] for path in (family.query, family.key, family.value, family.output)})
