@@ -209,7 +209,7 @@ class _GateProgress(TrainingBar):
     """One bar with the figures that matter, in place of a printed dictionary per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+        if self.training_bar is None or logs is None:  # only the first process has a bar
             return
         if "expected_sparsity" in logs:
             self.training_bar.set_postfix_str(

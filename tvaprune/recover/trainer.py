@@ -119,7 +119,7 @@ class _FinetuneProgress(TrainingBar):
     """One bar with the figures that matter, in place of a printed dictionary per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+        if self.training_bar is None or logs is None:  # only the first process has a bar
             return
         if "ce" in logs:
             terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("ce", "kl", "hidden") if name in logs)

@@ -4,7 +4,7 @@ Source: Dery, Kolawole et al., Everybody Prune Now (arXiv 2402.05406), section 3
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm.auto import tqdm
@@ -91,8 +91,7 @@ class _Rounds:
         blocks, size = self.calibration.blocks, len(self.calibration.blocks[0]["input_ids"])
         count = min(len(blocks), max(1, tokens // size))
         chosen = torch.randperm(len(blocks), generator=self.generator)[:count].sort().values
-        c = self.calibration
-        return Calibration(c.model, blocks.select(chosen.tolist()), c.target, c.seed, c.batch_size)
+        return replace(self.calibration, blocks=blocks.select(chosen.tolist()))
 
     def _units(self, modules: list[torch.Tensor]) -> PerUnit:
         layers = self.shape.num_hidden_layers
