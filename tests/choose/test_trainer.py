@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
@@ -310,17 +310,6 @@ def test_a_checkpoint_of_another_model_is_refused(make_model, tmp_path):
     other = make_model("llama", hidden_size=40)
     with pytest.raises(InputError, match="gates of another model"):
         train(other, tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-4"))
-
-
-def test_a_checkpoint_with_a_tensor_for_each_layer_is_refused(make_model, tmp_path):
-    """As versions before this one wrote them."""
-    train(make_model("llama"), tmp_path / "a")
-    path = tmp_path / "a" / "checkpoint-4" / "model.safetensors"
-    state = load_file(path)
-    pieces = state.pop("gated.mu").split(36)
-    save_file(state | {f"gated.mu.{place}": piece.clone() for place, piece in enumerate(pieces)}, path)
-    with pytest.raises(InputError, match="checkpoint-4: an older version of this tool wrote it"):
-        train(make_model("llama"), tmp_path / "b", resume=str(path.parent))
 
 
 def test_reentrant_checkpointing_is_refused(make_model, tmp_path):

@@ -188,9 +188,6 @@ class GateTrainer(CheckpointedTrainer):
         objective = self._objective
         state = load_file(path)
         own = objective.state_dict()
-        if "gated.mu.0" in state:
-            raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: an older version of this tool "
-                             "wrote it, with gates by layer; begin anew, or go on with that version")  # fmt: skip
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise InputError(f"--resume_from_checkpoint {resume_from_checkpoint}: holds the gates of another model; "
                              "give the model that the run began with")  # fmt: skip
