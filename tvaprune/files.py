@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from tvaprune.errors import InputError, reason
 
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
+CARD_NAME = "README.md"  # its model card
 MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
 # What a run leaves in its --save_loc; the flags that repeat it `tvaprune.flags.recipes` names.
 PLAN_NAME, WIDTHS_NAME, RESULTS_NAME = "plan.json", "widths.png", "results.json"

@@ -13,10 +13,10 @@ from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
 from tvaprune.checkpoint.eval_results import HUB_ID, Perplexity
+from tvaprune.files import CARD_NAME
 from tvaprune.models.published import PUBLISHED, folder_of
 
 TAGS = ["pruned", "tvaprune"]
-_CARD = "README.md"
 _INHERITED = ("license", "license_name", "license_link", "language")
 _LONGEST = 200  # characters of what is inherited: a licence's name or address, a language
 
@@ -78,7 +78,7 @@ def source_metadata(base: str | None) -> dict[str, Any]:
     if (name := _fetched(base)) is not None:
         return {"base_model": PUBLISHED[name].origin, "license": PUBLISHED[name].license}
     if Path(base).exists():
-        above = _read(Path(base, _CARD))
+        above = _read(Path(base, CARD_NAME))
         is_ours = set(TAGS) <= set(_texts(above.get("tags")))
         names = (*_INHERITED, "base_model") if is_ours else _INHERITED
         return _plain({name: above[name] for name in names if name in above}, None)
@@ -100,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _of_hub(hub_id: str) -> dict[str, Any]:
     """Returns the metadata of a hub id's card; none where it cannot be had."""
     try:
-        return _read(Path(hf_hub_download(hub_id, _CARD)))
+        return _read(Path(hf_hub_download(hub_id, CARD_NAME)))
     except Exception:  # the hub's client raises a dozen kinds for "no network" and "no card"
         return {}
 

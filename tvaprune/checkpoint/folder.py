@@ -19,7 +19,7 @@ from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.tokenizer import write_tokenizer
 from tvaprune.checkpoint.weights import write_weights
 from tvaprune.errors import InputError, reason
-from tvaprune.files import CONFIG_NAME, clear_leftovers, new_folder, read_json, write_json
+from tvaprune.files import CARD_NAME, CONFIG_NAME, clear_leftovers, new_folder, read_json, write_json
 from tvaprune.models import load
 from tvaprune.models.families import FAMILIES, PREFIX, family_of
 from tvaprune.models.layers import Streamed
@@ -60,7 +60,7 @@ def save_pruned(
         else:
             config = model.config
             write_checkpoint(model, config, tokenizer, temporary)
-        (temporary / "README.md").write_text(model_card(config, plan, record or {}, Path(folder).name), "utf-8")
+        (temporary / CARD_NAME).write_text(model_card(config, plan, record or {}, Path(folder).name), "utf-8")
         write_eval_results(temporary, record or {}, "pruned")
         for name, content in (beside or {}).items():
             write_json(content, temporary / name)

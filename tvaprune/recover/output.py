@@ -11,7 +11,7 @@ from tvaprune.checkpoint.card import adapter_card, model_card
 from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.cut.narrow import as_stored
-from tvaprune.files import discard, new_folder
+from tvaprune.files import CARD_NAME, discard, new_folder
 from tvaprune.losses import largest_difference
 from tvaprune.models.logits import predictions
 from tvaprune.recover.job import Job
@@ -31,7 +31,7 @@ def write_adapter(job: Job, student: Student, record: dict[str, Any]) -> None:
     with new_folder("output_dir", job.output / "adapter", overwrite=True) as folder:
         save_adapter(student, folder, job.identity)
         card = adapter_card(job.plan, record, "adapter", str(job.pruned_folder))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def write_merged(job: Job, merged: Any, record: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def write_merged(job: Job, merged: Any, record: dict[str, Any]) -> None:
     config.use_cache = job.use_cache
     with new_folder("output_dir", job.merged_folder, overwrite=True) as folder:
         write_checkpoint(merged, config, job.run.tokenizer, folder)
-        (folder / "README.md").write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card(config, job.plan, record, "merged"), encoding="utf-8")
         write_eval_results(folder, record, "finetuned")
     if job.lora is None:  # an earlier run's, which fits this one's pruned model no more
         discard(job.output / "adapter")

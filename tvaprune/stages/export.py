@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.checkpoint.tokenizer import TOKENIZER_CONFIG
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
 from tvaprune.export.onnx_graph import export_onnx
@@ -54,7 +55,7 @@ def export(
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
-    there = (folder / "tokenizer_config.json").is_file()
+    there = (folder / TOKENIZER_CONFIG).is_file()
     return load_tokenizer(folder, vocab_size, str(folder)) if there else None
 
 

