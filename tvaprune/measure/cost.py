@@ -318,10 +318,9 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         flops = work.steps * finetuning_flops(work) + scored
         helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"
         found.append(Phase(FINE_TUNING, finetuning_step(work), 0, flops, helps))
-    if on_card:  # what is loaded passes the host
-        found[0] = replace(found[0], host=max(found[0].host, weights(work.dense, work)))
-    else:
+    if not on_card:
         return [replace(phase, device=phase.device + phase.host, host=0) for phase in found]
+    found[0] = replace(found[0], host=max(found[0].host, weights(work.dense, work)))  # what is loaded passes the host
     return found
 
 

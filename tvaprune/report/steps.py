@@ -1,4 +1,4 @@
-"""What the stages share: measure, score, write, tell."""
+"""What the stages share: measure, score, save, write, tell."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tvaprune import ranks
 from tvaprune.budget import times
 from tvaprune.checkpoint.eval_results import write_eval_results
+from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.errors import EVALUATING, InputError, reason, running_out_in
 from tvaprune.files import PAGE_NAME, PLAN_NAME, WIDTHS_NAME, write_text
 from tvaprune.flags.arguments import Arguments
@@ -148,6 +149,14 @@ def _tell(args: Arguments, results: Results) -> None:
     rows = [*tables.summary_rows(results), tables.origin(results)] if cut else tables.model_rows(results)
     rows += [tables.page(args.save_loc), (f"in {args.save_loc}", written)]
     print("\n" + tables.table(rows))
+
+
+def save(run: Run, plan: KeepPlan, pruned: PreTrainedModel | Streamed, results: Results) -> None:
+    """Writes the pruned model to ``--save_pruned``, where that is given."""
+    folder, overwrite = run.args.prune.save_pruned, run.args.training.overwrite_output_dir
+    if folder is not None:
+        ranks.on_main(save_pruned, pruned, plan, run.tokenizer, folder, overwrite, results.content())
+        print(f"checkpoint: {folder}")
 
 
 def zero_shot(

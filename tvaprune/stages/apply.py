@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from tvaprune import ranks
 from tvaprune.budget import fit, times
-from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
 from tvaprune.errors import InputError
@@ -23,7 +22,7 @@ from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.refusals import check_results, check_save, check_widths
 from tvaprune.report.results import ModelPerplexity, Results
-from tvaprune.report.steps import ask, measure, tell, write_plan, zero_shot
+from tvaprune.report.steps import ask, measure, save, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
 
@@ -63,7 +62,6 @@ def _scratch(args: Arguments) -> Iterator[Path | None]:
 
 
 def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | None, scratch: Path | None) -> Results:
-    evaluation, training = args.evaluation, args.training
     counted: Mapping[str, float] = {}
     if units is not None and not args.prune.stream:  # it tells its need itself, and waits for disks
         counted = announce(args, units).counted
@@ -77,7 +75,7 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if plan is None:
         return _as_it_is(run, tasks, results, earlier)
     windows = dense = None
-    if training.do_eval:
+    if args.training.do_eval:
         phases.begin(DENSE_MODEL)
         windows = run.windows()
         dense = run.dense_loss(windows)
@@ -90,16 +88,13 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     if run.streamed is not None:
         pruned, update = narrow_streamed(run, run.streamed, plan)
     else:
-        pruned, update = narrow(run, plan, keep_dense=timed or evaluation.compare_dense)
+        pruned, update = narrow(run, plan, keep_dense=timed or args.evaluation.compare_dense)
     results.note_update(update)
     if windows is not None and dense is not None:
         results.zero_shot = None if earlier is None else earlier.zero_shot
         measure(run, plan, pruned, windows, dense, results)
         tell(args, results)
-    if args.prune.save_pruned is not None:
-        folder, overwrite = args.prune.save_pruned, training.overwrite_output_dir
-        ranks.on_main(save_pruned, pruned, plan, run.tokenizer, folder, overwrite, results.content())
-        print(f"checkpoint: {folder}")
+    save(run, plan, pruned, results)
     if windows is None and earlier is not None:  # what was measured stays, and is scored now
         results = earlier
     if not isinstance(pruned, Streamed):

@@ -8,7 +8,6 @@ from datasets import Dataset
 
 from tvaprune import ranks
 from tvaprune.budget import fit, times
-from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.choose.choose import Chosen, choose_masks, clear_results, gate_checkpoint, in_basis
 from tvaprune.choose.scores import check_scored
 from tvaprune.cut.narrow import narrow
@@ -37,7 +36,7 @@ from tvaprune.plan.masks import load_masks
 from tvaprune.refusals import check_results, check_save, check_training, check_widths
 from tvaprune.report import plots
 from tvaprune.report.results import Results
-from tvaprune.report.steps import ask, measure, tell, write_page, write_plan, zero_shot
+from tvaprune.report.steps import ask, measure, save, tell, write_page, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
 from tvaprune.targets import Target, reached, settle_target, settled
@@ -129,11 +128,7 @@ def _measured(
         tell(one, results)
         if asked is not None:
             print(reached(asked, plan))
-        if one.prune.save_pruned is not None:
-            overwrite = args.training.overwrite_output_dir
-            place = one.prune.save_pruned
-            ranks.on_main(save_pruned, pruned, plan, run.tokenizer, place, overwrite, results.content())
-            print(f"checkpoint: {one.prune.save_pruned}")
+        save(part, plan, pruned, results)
         run.phases.begin(_scored(target))
         zero_shot(part, tasks, {DENSE: run.model, PRUNED: pruned}, results, {PRUNED: one.prune.save_pruned})
         if abs(plan.sparsity - target) > TOLERANCE:
