@@ -26,7 +26,7 @@ from tvaprune.study.picture import plot
 
 FOLD, REFIT = "fold", "refit"
 TARGET_SPARSITY = 0.5
-TARGETS = {  # what the figures are to be at that sparsity
+SOUGHT = {  # what the figures are to be at that sparsity
     "to_refitted": "at most 0.30",
     "to_folded": "at most 0.15",
     "closed": "at least 0.33",
@@ -208,10 +208,10 @@ def _figures(figures: list[dict[str, Any]], worst: list[dict[str, Any]], orders:
         lines += _header(
         [
             "model", "sparsity", "text", "masks",
-            f"gap with refit / best baseline's with refit (sought at {TARGET_SPARSITY}: {TARGETS['to_refitted']})",
-            f"... / best baseline's with fold ({TARGETS['to_folded']})",
-            f"share of its gap with fold that refit closes ({TARGETS['closed']})",
-            f"gap with its best update / best baseline's with its best ({TARGETS['to_best']})",
+            f"gap with refit / best baseline's with refit (sought at {TARGET_SPARSITY}: {SOUGHT['to_refitted']})",
+            f"... / best baseline's with fold ({SOUGHT['to_folded']})",
+            f"share of its gap with fold that refit closes ({SOUGHT['closed']})",
+            f"gap with its best update / best baseline's with its best ({SOUGHT['to_best']})",
         ]
     )  # fmt: skip
     for row in figures:
