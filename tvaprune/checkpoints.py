@@ -5,12 +5,13 @@ tool's and stays, what lacks the identity, or a file, is half a checkpoint and d
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -19,6 +20,7 @@ from tvaprune import endings, ranks
 from tvaprune.errors import InputError
 from tvaprune.files import MARK_NAME, discard, first_folder, is_ours, mark, read_json
 from tvaprune.identity import IDENTITY_NAME, Identity, write_identity
+from tvaprune.models.pruned import shared_names
 
 _NEEDED = (IDENTITY_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)  # without one, another result
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
@@ -121,11 +123,32 @@ class CheckpointedTrainer(Trainer):
         return result
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
-        """Trains no further where the checkpoint is of the last step: `Trainer` looks at that after a step alone."""
-        if self.state.global_step >= self.state.max_steps:
+        """Trains no further where the checkpoint is of the step that ended a run: `Trainer` asks after steps alone."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
+
+    def _save(self, *args: Any, **options: Any) -> None:
+        """Saves weights by their names in memory, by which `Trainer` reads them: a checkpoint's experts have others."""
+        model: Any = self.model
+        if not isinstance(model, PreTrainedModel):
+            return super()._save(*args, **options)
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(*args, **options)
+        finally:
+            del model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises `InputError` if a checkpoint lacks a weight: it would stay what it was, and nothing would be said."""
+        model: Any = self.model
+        lacking = [names for names in shared_names(model) if set(names) <= set(load_result.missing_keys)]
+        if lacking:
+            raise InputError(
+                f"--output_dir {self.args.output_dir}: a checkpoint in it has no weights of {lacking[0][0]}, as an "
+                "older version of this tool wrote them; begin anew"
+            )
 
     def _save_checkpoint(self, model: Any, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -193,6 +216,9 @@ class _AtSteps(TrainerCallback):
                 if state.global_step == 0 or missing_in(path):  # else it goes on
                     discard(path)
         self._draws_apart = ranks.count() > 1 and state.global_step == 0
+        if state.global_step > 0:  # what `Trainer` forgets: the checkpoint's run had ended, early perhaps
+            told: Any = state.stateful_callbacks or {}
+            control.should_training_stop = bool(told.get("TrainerControl", {})["args"]["should_training_stop"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -8,6 +8,8 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.families import MORE_ROWS
 from support.tuning import IDENTITY, blocks, logits, trainers
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,6 +157,53 @@ def test_a_run_goes_on_bit_for_bit(settings, dtype, trainer, tmp_path):
     again.train(resume_from_checkpoint=str(checkpoint))
     assert weights_digest(again.model) == weights_digest(whole.model) != fresh
     assert again.state.global_step == whole.state.global_step == 4
+
+
+@pytest.mark.parametrize("row", [name for name, (_, values) in MORE_ROWS.items() if "num_local_experts" in values])
+def test_experts_that_are_trained_go_on_bit_for_bit_and_the_best_are_kept(row, make_model, tmp_path, monkeypatch):
+    """Saved by a checkpoint's names they would not be found, and stay those of the last step."""
+    model_type, values = MORE_ROWS[row]
+    trainer = trainers(lambda seed: make_model(model_type, seed=seed, **values), tmp_path)
+    whole, steps = trainer(settings=None, **EACH_STEP), []
+
+    def measured(model, *unused):
+        steps.append({name: value.clone() for name, value in model.state_dict().items()})
+        return (9.0, 5.0, 6.0, 7.0)[len(steps) - 1]
+
+    monkeypatch.setattr("tvaprune.recover.trainer.perplexity", measured)
+    whole.train()
+    assert all(torch.equal(value, steps[1][name]) for name, value in whole.model.state_dict().items())
+    assert not any(
+        torch.equal(steps[1][name], value) for name, value in steps[3].items() if "experts" in name
+    )  # control
+    again = trainer(settings=None, **EACH_STEP | {"load_best_model_at_end": False, "eval_strategy": "no"})
+    again.train(resume_from_checkpoint=str(tmp_path / "out-0" / "checkpoint-2"))
+    assert all(torch.equal(value, steps[3][name]) for name, value in again.model.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_trained_weights_is_refused(make_model, tmp_path):
+    run = trainers(make_model, tmp_path)(settings=None, **EACH_STEP)
+    run.train()
+    path = tmp_path / "out-0" / "checkpoint-2" / "model.safetensors"
+    state = load_file(path)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(InputError, match="has no weights of model.layers.1.mlp.up_proj.weight"):
+        run.train(resume_from_checkpoint=str(path.parent))
+
+
+@pytest.mark.parametrize(("step", "steps"), [(4, 4), (3, 4)])
+def test_a_run_that_stopped_early_is_gone_on_with_no_further(step, steps, trainer, tmp_path, monkeypatch):
+    flags = EACH_STEP | {"max_steps": 8, "patience": 2}
+    values = 9.0, 5.0, 6.0, 7.0, 4.0, 3.0, 2.0, 1.0
+    whole = trainer(**flags)
+    measured_as(monkeypatch, whole, *values)
+    whole.train()
+    again = trainer(**flags | {"output_dir": str(tmp_path / "out-0")})
+    measured_as(monkeypatch, again, *values)
+    again.train(resume_from_checkpoint=str(tmp_path / "out-0" / f"checkpoint-{step}"))
+    assert again.state.global_step == whole.state.global_step == steps
+    assert torch.equal(weights_of(again), weights_of(whole)) and kept_step(again) == 2
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(trainer):
