@@ -131,9 +131,9 @@ class CheckpointedTrainer(Trainer):
 
     def _save(self, *args: Any, **options: Any) -> None:
         """Saves weights by their names in memory, by which `Trainer` reads them: a checkpoint's experts have others."""
-        model: Any = self.model
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(self.model, PreTrainedModel):
             return super()._save(*args, **options)
+        model: Any = self.model
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
             super()._save(*args, **options)
