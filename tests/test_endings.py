@@ -64,6 +64,34 @@ def test_in_a_training_a_signal_waits_for_the_next_step_also_where_an_exception_
     assert steps == [0, 1, 2]
 
 
+def test_elsewhere_a_signal_that_a_destructor_swallows_comes_again(capsys):
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)
+
+    def command():
+        Swallows()
+        time.sleep(5)
+        raise AssertionError("went on")
+
+    before = sys.unraisablehook
+    assert run_command(command) == 130
+    assert capsys.readouterr().err.startswith("interrupted;")  # and not by what Python says of ignored exceptions
+    assert sys.unraisablehook is before
+
+
+def test_other_exceptions_that_a_destructor_ignores_are_told(monkeypatch):
+    class Fails:
+        def __del__(self):
+            raise ValueError("in a destructor")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(str(lost.exc_value)))
+    assert run_command(Fails) == 0
+    assert told == ["in a destructor"]
+
+
 def test_a_second_signal_does_not_wait():
     def command():
         with endings.at_steps():

@@ -1,7 +1,8 @@
 """How a command may end early, or must not: signals, a reader that leaves, a full disk.
 
 Python raises `KeyboardInterrupt` wherever it is, and what is raised in a destructor's callback is lost: so a signal is
-noted, and looked at before every step of a training; elsewhere, where nothing is half done, it ends the command.
+noted, and looked at before every step of a training; elsewhere, where nothing is half done, it ends the command, and
+is sent again where a destructor lost it.
 """
 
 import errno
@@ -26,6 +27,7 @@ _FULL_WORDS = (
     "basic_ios::clear: iostream error",
 )  # fmt: skip
 _PASSED_ON = 10.0  # seconds in which a launcher sends its processes what the terminal has sent them already
+_AGAIN = 0.05  # seconds after which a signal is sent again: what lost it has ended by then
 _asked: list[int] = []  # the signals that came
 _since: list[float] = []  # when they came
 _waiting: list[bool] = []  # whether they wait for the next step
@@ -50,9 +52,11 @@ def watched() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    tells, sys.unraisablehook = sys.unraisablehook, lambda lost: _send_again(lost) or tells(lost)
     try:
         yield
     finally:
+        sys.unraisablehook = tells
         _asked.clear()
         _since.clear()
         for number, handler in before.items():  # a launcher ends the others when one has: they are at it
@@ -89,6 +93,21 @@ def _note(number: int, frame: FrameType | None) -> None:
     again = len(_asked) > 1 and (ranks.launched() == 1 or _since[-1] - _since[0] > _PASSED_ON)
     if not _waiting or again:
         raise Interrupted(number)
+
+
+def _send_again(lost: "sys.UnraisableHookArgs") -> bool:
+    """Sends a signal again whose `Interrupted` Python ignored, in a moment; False: something else was ignored."""
+    error, main = lost.exc_value, threading.main_thread().ident
+    if not isinstance(error, Interrupted) or main is None:
+        return False
+    number = error.number
+
+    def send() -> None:
+        if _asked:  # else the command has ended
+            signal.pthread_kill(main, number)
+
+    threading.Timer(_AGAIN, send).start()
+    return True
 
 
 @contextmanager
