@@ -134,6 +134,15 @@ def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path, monkeypatch):
     assert (tmp_path / "m" / "a.txt").read_text() == "old" and names(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("place", ["/proc/m", "/proc/none/m", "file/m", "file/none/m"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"--save_pruned .*{place}: cannot be written .*; give another folder"):
+        check_output("save_pruned", tmp_path / place, overwrite=True)
+    check_output("save_pruned", tmp_path / "none" / "m", overwrite=True)
+    assert names(tmp_path) == ["file"]  # nothing is made yet
+
+
 def test_a_folder_that_holds_what_we_did_not_write_stays(tmp_path):
     save(tmp_path / "m", "old")
     assert foreign_files(tmp_path / "m") == []

@@ -179,12 +179,9 @@ def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
     Raises:
         InputError: If the folder cannot be written, another run holds it, or it holds files that nothing says to touch.
     """
-    try:
+    with _writing(flag, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror}); give another folder") from error
+        tempfile.TemporaryFile(dir=folder).close()
     if _held and folder.resolve() not in _held[-1][1]:
         stack, held = _held[-1]
         stack.enter_context(lock_folder(flag, folder))
@@ -196,6 +193,14 @@ def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
         )
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         clear_leftovers(place)
+
+
+@contextmanager
+def _writing(flag: str, folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror}); give another folder") from error
 
 
 def holds_files(folder: Path) -> bool:
@@ -342,6 +347,8 @@ def check_output(flag: str, folder: str | Path, overwrite: bool) -> None:
     clear_leftovers(path.parent)
     if path.is_file():
         raise InputError(f"--{flag} {folder}: is a file; give a folder")
+    with _writing(flag, folder):  # beside its place, where it is written first
+        tempfile.TemporaryFile(dir=next(above for above in path.parents if os.path.exists(above))).close()
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
