@@ -36,16 +36,17 @@ def given_units(args: Arguments) -> Masks | KeepPlan | None:
     if path is None and plan is None:
         return None
     shape = shape_of(load_config(args.source.model_name_or_path))
-    given_rotation(args, shape.hidden_size)
+    units: Masks | KeepPlan
     if plan is not None:
-        kept = KeepPlan.load(Path(plan))
-        kept.check_fits(shape, f"--plan {plan}")
-        return kept
-    assert path is not None
-    masks = load_masks(path, shape)
-    recorded_flags(path)  # a damaged one ends the command here
-    masks.check_fits(shape, f"--mask_loc {path}")
-    return masks
+        units = KeepPlan.load(Path(plan))
+        units.check_fits(shape, f"--plan {plan}")
+    else:
+        assert path is not None
+        units = load_masks(path, shape)
+        recorded_flags(path)  # a damaged one ends the command here
+        units.check_fits(shape, f"--mask_loc {path}")
+    given_rotation(args, shape.hidden_size)  # of another model's the mask or plan says more
+    return units
 
 
 def given_rotation(args: Arguments, hidden_size: int) -> Rotation | None:
@@ -159,7 +160,8 @@ def given_checkpoint(args: Arguments, may_be_none: bool = False) -> str | None:
             return None
     if found is None or not Path(found).is_dir():
         raise InputError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or leave the flag out"
+            f"--resume_from_checkpoint {asked}: no checkpoint there; give a checkpoint-* folder, or begin anew: leave "
+            "the flag out, and give --overwrite_output_dir where an earlier run left files"
         )
     check_whole(Path(found))
     _check_best(Path(found), args.output_dir)

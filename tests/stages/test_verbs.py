@@ -1,5 +1,7 @@
 """What holds for all verbs: a recipe repeats its run, results are of one run, a plan is applied as it is."""
 
+import json
+
 import pytest
 import torch
 from report.test_zero_shot_report import score
@@ -211,6 +213,13 @@ def test_another_plan_gives_another_model_and_a_wrong_one_is_refused(source, mak
     plan = ("--plan", tmp_path / "0" / "plan.json", "--output_dir", tmp_path / "o")
     line = refused(capsys, "apply", *flags, *plan, "--model_name_or_path", wide)
     assert "is of another model (intermediate_size 52 for 56); give the plan of this model" in line
+    content = tiny.read_json(tmp_path / "0" / "plan.json") | {"rotation": "0" * 16}  # which is of that model too
+    (tmp_path / "turned.json").write_text(json.dumps(content))
+    line = refused(capsys, "apply", *flags, *plan, "--plan", tmp_path / "turned.json", "--model_name_or_path", wide)
+    assert "turned.json: is of another model (intermediate_size 52 for 56)" in line
+    deep = tiny.save_checkpoint(make_model("llama", num_hidden_layers=4), tmp_path / "deep")
+    line = refused(capsys, "apply", *flags, *plan, "--model_name_or_path", deep)
+    assert "is of another model (num_hidden_layers 3 for 4); give the plan of this model" in line
     (tmp_path / "no.json").write_text("{}")
     line = refused(capsys, "finetune", *source[0], "--plan", tmp_path / "no.json", "--output_dir", tmp_path / "o")
     assert "not a keep plan (KeyError); give the plan.json of a run" in line

@@ -162,8 +162,9 @@ class KeepPlan:
             shape = replace(shape, tie_word_embeddings=False)
         other = [name for name, size in vars(shape).items() if getattr(self.shape, name) != size]
         if other:
+            other = ["num_hidden_layers", *other]  # sizes by layer may be the same ones, of more layers or fewer
             pairs = [(name, told(getattr(self.shape, name)), told(getattr(shape, name))) for name in other]
-            sizes = ", ".join(f"{name} {own} for {wanted}" for name, own, wanted in pairs)
+            sizes = ", ".join(f"{name} {own} for {wanted}" for name, own, wanted in pairs if own != wanted)
             raise InputError(f"{named}: is of another model ({sizes}); give the plan of this model")
 
     @classmethod
