@@ -139,6 +139,13 @@ def test_a_line_that_is_no_row_is_named(line, tmp_path):
         load_documents(str(tmp_path / "text.jsonl"), "train")
 
 
+def test_an_editors_mark_is_no_part_of_a_plain_text(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / f"{encoding}.txt").write_text("\n\n".join(DOCUMENTS[:40]), encoding=encoding)
+    plain, marked = (load_documents(str(tmp_path / f"{name}.txt"), "train") for name in ("utf-8", "utf-8-sig"))
+    assert marked == plain
+
+
 def test_an_editors_mark_is_no_part_of_the_rows(tmp_path):
     rows = [{"text": document} for document in DOCUMENTS[:40]]
     text = "".join(json.dumps(one) + "\n" for one in rows)

@@ -296,7 +296,7 @@ def _path_documents(path: Path, split: str) -> list[str]:
     if not own_splits:
         first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
         texts = texts[first:last]
-    return [_joint(path.read_text(encoding="utf-8")).join(texts)] if _kind(path) == ".txt" else texts
+    return [_joint(_text_of(path)).join(texts)] if _kind(path) == ".txt" else texts
 
 
 def _no_unicode(text: str) -> str:
@@ -306,6 +306,10 @@ def _no_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return "a string with half a character (a lone surrogate)"
     return ""
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
 
 
 def _joint(text: str) -> str:
@@ -341,7 +345,7 @@ def _read_path(path: Path) -> Any:
         if path.is_dir():
             return load_from_disk(str(path))
         if _kind(path) == ".txt":
-            text = path.read_text(encoding="utf-8")
+            text = _text_of(path)
             return Dataset.from_dict({"text": text.split(_joint(text))})
         if _kind(path) == ".jsonl":
             return _Rows(path)
