@@ -200,7 +200,7 @@ def test_tokens_beyond_the_embedding_are_refused(checkpoint):
 def test_a_tokenizer_that_cannot_be_read_is_one_line(content, checkpoint):
     folder = checkpoint()
     (folder / "tokenizer.json").write_text(content)
-    refused(folder)
+    assert "its tokenizer: cannot be loaded" in refused(folder)
 
 
 def test_a_tokenizer_model_without_sentencepiece_says_what_reads_it(checkpoint, monkeypatch):

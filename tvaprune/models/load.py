@@ -85,7 +85,7 @@ def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:
         InputError: If it cannot be read, knows no text, or gives tokens that the model has no embedding for.
     """
     file = gguf_file(str(path), named)
-    with _in_one_line(named, file or path):
+    with _in_one_line(named if file else f"{named}: its tokenizer", file or path):
         if file is None:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         else:
