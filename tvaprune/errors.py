@@ -1,11 +1,13 @@
 """The user's mistakes: what every command turns into one line and exit code 2."""
 
+import argparse
 import math
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 LONGEST = 200  # characters of a library's message within ours
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]i?B|bytes)")
@@ -15,6 +17,14 @@ _BYTES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what came, what was needed and what to do."""
+
+
+class InOneLine(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `InputError`."""
+        raise InputError(f"{message}; see --help")
 
 
 def program() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from support import tiny
 from support.in_process import run
 
-from tvaprune.cli import released, run_command
+from tvaprune.cli import released, run_command, run_verb
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import STAGES, Arguments
 from tvaprune.flags.verbs import MODES, VERBS, check_flags
@@ -33,6 +33,24 @@ def test_a_released_flag_is_accepted(name):
 
 def test_a_flag_that_was_never_released_is_not():
     assert not [verb for verb, row in VERBS.items() if "no_such_flag" in row.flags]
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "told"),
+    [
+        ("prune", ["my", "model", "--seed", "1"], "'my' belongs to no flag: give --FLAG VALUE"),
+        ("sample", ["my_model"], "'my_model' belongs to no flag: give --FLAG VALUE"),
+        ("describe", ["mask.pkl"], "the following arguments are required: --model_name_or_path"),
+        ("estimate", ["--tflops", "fast"], "argument --tflops: invalid float value: 'fast'"),
+        ("export", ["--format", "gguf", "model"], "the following arguments are required: out"),
+        ("fetch", ["one", "another"], "unrecognized arguments: another"),
+        ("report", [], "the following arguments are required: DIR"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(verb, words, told, capsys):
+    assert run_command(lambda: run_verb(verb, words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and line.endswith("; see --help")
 
 
 @pytest.mark.parametrize("verb", ["prune", "apply", "finetune"])

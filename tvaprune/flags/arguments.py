@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten, wrap
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -14,7 +14,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
 from tvaprune import ranks
-from tvaprune.errors import InputError
+from tvaprune.errors import InOneLine, InputError
 from tvaprune.flags.ranges import AUTO, CHOICES, check_ranges
 from tvaprune.flags.recipes import recipe_of
 from tvaprune.flags.settings import (
@@ -137,17 +137,14 @@ class FinetuneRunArguments(RunArguments):
             self.gradient_accumulation_steps = max(1, round(RELEASED_BATCH / blocks))
 
 
-class _Parser(HfArgumentParser):
-    """Says what is wrong with the flags in one line; a truth value's flag alone means True, whatever its default."""
+class _Parser(InOneLine, HfArgumentParser):
+    """Reads classes of flags; a truth value's flag alone means True, whatever its default."""
 
     def __init__(self, classes: tuple[Any, ...], **options: object) -> None:
         super().__init__(classes, allow_abbrev=False, **options)
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:  # transformers' way where the default is None
                 action.nargs, action.const = "?", True
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def parse(classes: tuple[object, ...], arguments: list[str] | None = None, **options: object) -> tuple[Any, ...]:
@@ -160,11 +157,14 @@ def parse(classes: tuple[object, ...], arguments: list[str] | None = None, **opt
         InputError: If a flag is unknown, or a value cannot be used.
     """
     try:
-        return tuple(_Parser(classes, **options).parse_args_into_dataclasses(arguments))
+        *found, rest = _Parser(classes, **options).parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except InputError:
         raise
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise InputError(" ".join(str(error).split())) from error
+    if rest:
+        raise InputError(f"{rest[0]!r} belongs to no flag: give --FLAG VALUE, one with spaces in quotes; see --help")
+    return tuple(found)
 
 
 # Flags of prune that a comparison says in words of its own.

@@ -1,6 +1,5 @@
 """`python -m tvaprune.describe MASK --model_name_or_path DIR`: what a mask, or a plan, keeps, from the config alone."""
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,7 +8,7 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InOneLine, InputError
 from tvaprune.files import as_json
 from tvaprune.flags.ranges import AUTO
 from tvaprune.flags.settings import PruneSettings
@@ -101,7 +100,7 @@ def _print(content: Description) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the flags and prints the description."""
-    parser = argparse.ArgumentParser(prog="python -m tvaprune.describe", description=__doc__)
+    parser = InOneLine(prog="tvaprune describe", description=__doc__)
     parser.add_argument("mask", type=Path, help="a mask_info_*.pkl, or the plan.json of a run")
     parser.add_argument(
         "--model_name_or_path", required=True, help="folder or hub id of the model; config.json is enough"

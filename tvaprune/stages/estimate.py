@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import torch
 
 from tvaprune.budget import changes, in_flags
-from tvaprune.errors import InputError
+from tvaprune.errors import InOneLine, InputError
 from tvaprune.estimates import TFLOPS, Estimate, estimate_of, in_gib
 from tvaprune.files import as_json
 from tvaprune.flags.arguments import Arguments
@@ -65,7 +65,7 @@ def _verdict(args: Arguments, found: Estimate, there: float) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of this verb's own flags; the rest are those of the verb that is estimated."""
-    own = argparse.ArgumentParser(
+    own = InOneLine(
         prog="tvaprune estimate", description=__doc__, allow_abbrev=False,
         epilog="All other flags are the verb's: --model_name_or_path is needed, --block_size and its like change the "
         "estimate.",

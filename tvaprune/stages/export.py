@@ -1,12 +1,11 @@
 """`python -m tvaprune.export --format gguf|onnx|vanilla DIR OUT`: a pruned checkpoint in another format."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.checkpoint.tokenizer import TOKENIZER_CONFIG
-from tvaprune.errors import InputError
+from tvaprune.errors import InOneLine, InputError
 from tvaprune.export.gguf_file import QUANTIZATIONS, export_gguf
 from tvaprune.export.onnx_graph import export_onnx
 from tvaprune.export.vanilla import export_vanilla
@@ -61,7 +60,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the flags and exports."""
-    parser = argparse.ArgumentParser(prog="python -m tvaprune.export", description=__doc__)
+    parser = InOneLine(prog="tvaprune export", description=__doc__)
     parser.add_argument("--format", required=True, choices=sorted(PACKAGES), help="what to write")
     parser.add_argument("checkpoint", type=Path, help="a folder of --save_pruned")
     parser.add_argument("out", type=Path, help="the .gguf file, or the folder of the other formats")

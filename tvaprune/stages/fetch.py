@@ -4,7 +4,6 @@ The folder's path is what is printed, and NAME means it wherever ``--model_name_
 given.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from tvaprune.checkpoint.folder import write_checkpoint
-from tvaprune.errors import InputError, reason
+from tvaprune.errors import InOneLine, InputError, reason
 from tvaprune.files import CARD_NAME, CONFIG_NAME, clear_leftovers, first_folder
 from tvaprune.models.from_gguf import gguf_config, gguf_file, gguf_header, gguf_model, gguf_tokenizer, require_gguf
 from tvaprune.models.published import GGUF_NAME, PUBLISHED, Published, folder_of
@@ -114,7 +113,7 @@ def _convert(folder: Path, name: str, model: Published) -> None:
 
 def main(arguments: list[str]) -> None:
     """Parses the name, fetches and prints the folder."""
-    parser = argparse.ArgumentParser(prog="tvaprune fetch", description=__doc__)
+    parser = InOneLine(prog="tvaprune fetch", description=__doc__)
     parser.add_argument("name", help=f"one of {', '.join(NAMES)}; it goes to ~/.cache/tvaprune, or to $TVAPRUNE_CACHE")
     name = parser.parse_args(arguments).name
     logging.set_verbosity_error()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from tvaprune.errors import InputError, reason
+from tvaprune.errors import InOneLine, InputError, reason
 from tvaprune.files import CONFIG_NAME, PAGE_NAME, RESULTS_NAME, wrote
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import Answers, answers
@@ -101,7 +101,7 @@ def _page(runs: Sequence[RunFolder]) -> Page:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the verb's flags."""
-    found = argparse.ArgumentParser(prog="tvaprune report", description=__doc__)
+    found = InOneLine(prog="tvaprune report", description=__doc__)
     found.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's output folder (or --save_loc); "
                         "or a comparison's")  # fmt: skip
     found.add_argument("--output", type=Path, help=f"the page's file; default: {PAGE_NAME} in the only folder, or "
