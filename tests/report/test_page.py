@@ -257,6 +257,15 @@ def test_a_file_that_no_page_can_be_made_of_ends_no_run(content, run, capsys):
     assert content is not None or (run / PAGE_NAME).read_bytes() != older  # control
 
 
+def test_the_rotation_of_results_that_are_replaced_goes(tmp_path):
+    for digest in ("0" * 16, "1" * 16):
+        (tmp_path / f"rotation_{digest}.safetensors").touch()
+        found = results()
+        found.rotation = digest
+        write_results(SimpleNamespace(save_loc=tmp_path, recipe={"verb": "prune"}), found)
+    assert [path.name for path in tmp_path.glob("rotation_*")] == [f"rotation_{'1' * 16}.safetensors"]
+
+
 def test_the_verb_and_the_function_write_one_page(run, tmp_path, capsys):
     assert run_command(lambda: run_verb("report", [str(run)])) == 0
     assert capsys.readouterr().out == f"page: {run / PAGE_NAME}\n"

@@ -115,6 +115,7 @@ def write_results(args: Arguments, results: Results) -> None:
     A file there that the page cannot be made of, somebody else's perhaps, ends no run.
     """
     results.write(args.save_loc)
+    drop_rotations(args.save_loc)  # that of the results which these replace
     write_recipe(args)
     try:
         write_page([args.save_loc], args.save_loc)
