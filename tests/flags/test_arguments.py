@@ -97,7 +97,8 @@ def test_every_flag_of_ours_acts_in_a_verb():
         ("apply", ["--num_train_epochs", "4"], "--num_train_epochs acts in prune and finetune"),
         ("finetune", ["--target_sparsity", "0.5"], "--target_sparsity acts in prune, not in finetune"),
         ("prune", ["--dim_multipel", "8"], "--dim_multipel is no flag of prune: perhaps --dim_multiple"),
-        ("prune", ["--hub_token", "x"], "--hub_token is no flag of prune"),
+        ("prune", ["--hub_token", "x"], "--hub_token is no flag of prune: see prune --help"),
+        ("prune", ["--model", "x"], "--model is no flag of prune: perhaps --model_name_or_path; see prune --help"),
     ],
 )
 def test_a_flag_that_does_not_act_in_a_verb_is_refused_by_name(verb, flags, words):

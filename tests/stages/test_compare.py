@@ -259,6 +259,8 @@ def test_cells_of_a_text_that_was_written_anew_are_not_joined(compared, flags, c
         (("--no_such_flag", 1), "no_such_flag"),
         (("--models", "a/tiny", "b/tiny"), "two have the same name"),
         (("--models", "nowhere"), "--models nowhere: cannot be loaded"),
+        (("--dataset", "nope.txt"), "--dataset nope.txt: neither a file or folder nor one of python_docs"),
+        (("--other_texts", "nope.txt"), "--other_texts nope.txt: neither a file or folder nor one of"),
         (("--dataset", "python_docs", "--other_texts", "python_docs"), "is the --dataset too"),
         (("--sparsities", 1.5), "--sparsities is 1.5: give a number between 0 and 1"),
         (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is given twice; give each once"),

@@ -172,6 +172,7 @@ def check_flags(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> 
             raise InputError(f"--{name} acts in finetune; gates are trained at --vib_learning_rate, by AdamW")
         if owners:
             raise InputError(f"--{name} acts in {' and '.join(owners)}, not in {verb}: leave it out")
-        near = difflib.get_close_matches(name, VERBS[verb].flags, 1)
+        flags = sorted(VERBS[verb].flags)
+        near = difflib.get_close_matches(name, flags, 1) or [flag for flag in flags if flag.startswith(f"{name}_")]
         hint = f"perhaps --{near[0]}; " if near else ""
         raise InputError(f"--{name} is no flag of {verb}: {hint}see {verb} --help")

@@ -161,6 +161,7 @@ def _kv_heads(layer: Any) -> int:
     kv_heads = heads if count is None else count
     if kv_heads and heads % kv_heads:
         raise InputError(
-            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: mend config"
+            f"config.json: num_attention_heads is {heads}, no multiple of num_key_value_heads, {kv_heads}; mend it, or "
+            "give another model"
         )
     return kv_heads

@@ -1,5 +1,7 @@
 """All methods on one model or more -> a cell for each of the grid -> table, picture and JSON."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from tvaprune.study.contents import COMPARISON_NAME
 from tvaprune.study.grid import Grid
 from tvaprune.study.page import comparison_page
 from tvaprune.study.report import write_report
+from tvaprune.text.sources import check_named
 
 
 def main(arguments: list[str]) -> Path:
@@ -33,7 +36,9 @@ def run_compare(settings: CompareSettings) -> Path:
     grids = [Grid(settings, model) for model in settings.models]
     for grid in grids:
         if grid.missing:  # all are there before the first is measured
-            _check_model(grid.model)
+            with _naming("--models", "--model_name_or_path"):
+                load_config(grid.model)
+            _check_texts(settings)
     with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
         for grid in grids:
             if grid.missing:
@@ -46,8 +51,18 @@ def run_compare(settings: CompareSettings) -> Path:
     return output
 
 
-def _check_model(model: str) -> None:
+def _check_texts(settings: CompareSettings) -> None:
+    with _naming("--dataset", "--dataset_name"):
+        check_named(settings.dataset)
+    with _naming("--other_texts", "--dataset_name"):
+        for text in settings.other_texts:
+            check_named(text)
+
+
+@contextmanager
+def _naming(flag: str, other: str) -> Iterator[None]:
+    """Names this verb's flag in place of the other verbs' in what is refused."""
     try:
-        load_config(model)
+        yield
     except InputError as error:
-        raise InputError(str(error).replace("--model_name_or_path", "--models")) from error
+        raise InputError(str(error).replace(other, flag)) from error
