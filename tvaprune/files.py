@@ -32,6 +32,7 @@ MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that
 PLAN_NAME, WIDTHS_NAME, RESULTS_NAME = "plan.json", "widths.png", "results.json"
 TRAINING_LOG, FINETUNE_LOG, GENERATIONS_NAME = "training_log.json", "finetune_log.json", "generations.json"
 PAGE_NAME = "report.html"
+COMPARISON_NAME = "compare.json"
 _LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
 # What stands in a file of a run, or of a comparison, by the file's name.
@@ -43,10 +44,10 @@ _WORDS = {
     GENERATIONS_NAME: b'"prompts"',
     TRAINING_LOG: b'"log"',
     FINETUNE_LOG: b'"log"',
-    "compare.json": b'"cells"',
+    COMPARISON_NAME: b'"cells"',
     "compare.md": b"# Learned gates against one-shot scores",
 } | dict.fromkeys((WIDTHS_NAME, "training.png", "finetune.png", "compare.png"), b"Matplotlib")
-OF_A_COMPARISON = ("compare.json", "compare.md", "compare.png", PAGE_NAME)
+OF_A_COMPARISON = (COMPARISON_NAME, "compare.md", "compare.png", PAGE_NAME)
 BESIDE_RESULTS = tuple(name for name in _WORDS if name != RESULTS_NAME and not name.startswith("compare"))
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
 _UMASK = os.umask(0)  # which only setting tells

@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -96,7 +97,8 @@ def test_evaluating_the_mask_repeats_its_perplexity(pruned, checkpoint, text, tm
     again = tiny.read_json(tmp_path / "results" / "results.json")["perplexity"]
     first = tiny.read_json(output / "results.json")["perplexity"]
     errors, earlier = again.pop("stderr"), first.pop("stderr")
-    assert again == pytest.approx(first) and errors == pytest.approx(earlier)
+    near = partial(pytest.approx, rel=1e-5)  # one process may have another number of threads than the other
+    assert again == near(first) and errors == near(earlier)
     assert 0 < errors["gap"] < errors["pruned"]
     assert abs(math.log(first["pruned"] / first["dense"])) > 1e-4  # negative control: pruning changes the score
     plan = KeepPlan.load(tmp_path / "results" / "plan.json")

@@ -13,7 +13,6 @@ from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.models.load import load_config
 from tvaprune.study.cells import Measurement
-from tvaprune.study.contents import COMPARISON_NAME
 from tvaprune.study.grid import Grid
 from tvaprune.study.page import comparison_page
 from tvaprune.study.report import write_report
@@ -46,7 +45,7 @@ def run_compare(settings: CompareSettings) -> Path:
     write_report([content for grid in grids for content in grid.contents()], output)
     print((output / "compare.md").read_text(encoding="utf-8"))
     comparison_page(output).write(output / PAGE_NAME)
-    print(f"in {output}: {COMPARISON_NAME} compare.md compare.png {PAGE_NAME}")
+    print(f"in {output}: {' '.join(OF_A_COMPARISON)}")
     print(f"page: {output / PAGE_NAME}")
     return output
 

@@ -11,7 +11,6 @@ from tvaprune.measure.figures import ERRORS, log_gap, with_error
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.study.grid import VIB
 
-COMPARISON_NAME = "compare.json"
 LEARNED = (VIB, VIB_ONCE)
 NONE = "-"  # of what was not measured
 # Of a mask's record, what says what its gates learned on; it is a file of the user's, who may have written anything.
