@@ -295,13 +295,12 @@ def _files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in found)
 
 
-def check_replaced(flag: str, folder: Path, names: Iterable[str], remedy: str = "") -> None:
+def check_replaced(flag: str, folder: Path, names: Iterable[str]) -> None:
     """Refuses to replace files of results that this tool did not write.
 
     Args:
         flag: The flag that named the folder, for the message.
         names: The files that will be written there; those that are not there yet are no matter.
-        remedy: What else the user can do than move the file or name another place.
 
     Raises:
         InputError: If one of the files is somebody else's.
@@ -309,8 +308,7 @@ def check_replaced(flag: str, folder: Path, names: Iterable[str], remedy: str = 
     for name in names:
         if (folder / name).exists() and not wrote(folder / name):
             raise InputError(
-                f"--{flag} {folder}: holds {name}, which this tool did not write; move it away, or give another "
-                f"folder{remedy}"
+                f"--{flag} {folder}: holds {name}, which this tool did not write; move it away, or give another folder"
             )
 
 

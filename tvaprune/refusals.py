@@ -66,11 +66,9 @@ def check_training(args: Arguments) -> None:
 
 def check_results(args: Arguments, may_hold_some: bool) -> None:
     """Refuses to replace results that nothing says to touch, and files of the user's own by their names."""
-    if args.training.overwrite_output_dir:
-        return
-    if (args.save_loc / RESULTS_NAME).exists() and not may_hold_some:
+    if (args.save_loc / RESULTS_NAME).exists() and not (args.training.overwrite_output_dir or may_hold_some):
         raise InputError(f"--save_loc {args.save_loc}: holds {RESULTS_NAME}; --overwrite_output_dir replaces it")
-    check_replaced("save_loc", args.save_loc, BESIDE_RESULTS, ", or replace it with --overwrite_output_dir")
+    check_replaced("save_loc", args.save_loc, BESIDE_RESULTS)
 
 
 def check_save(args: Arguments) -> None:
