@@ -192,6 +192,16 @@ def test_a_value_that_cannot_be_used_is_refused_and_nothing_is_written(source, w
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(source, monkeypatch, tmp_path):
+    loaded, load = [], stage.load_model
+    monkeypatch.setattr(stage, "load_model", lambda *given: loaded.append(given) or load(*given))
+    (tmp_path / "file").write_text("mine")
+    refused(sampled(source, tmp_path / "own", "--page", 65), "give 64 or less")
+    refused(sampled(source, tmp_path / "file" / "own"), "cannot be written")
+    assert not loaded
+    assert sampled(source, tmp_path / "own").code == 0 and loaded  # control
+
+
 def test_the_verb_as_a_function_writes_what_the_command_line_writes(source, tmp_path):
     settings = tvaprune.SampleSettings(
         str(source), str(tmp_path / "function"), tokens=300, page=20, batch_size=4, temperature=1, use_cpu=True

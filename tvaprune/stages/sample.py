@@ -21,7 +21,7 @@ from tvaprune.files import as_json, holding_folders, prepare_folder, write_text
 from tvaprune.flags.arguments import parse_sampling
 from tvaprune.flags.settings import SampleSettings
 from tvaprune.identity import IDENTITY_NAME, Identity, check_identity, content, model_digest, write_identity
-from tvaprune.models.load import load_model
+from tvaprune.models.load import load_config, load_model
 from tvaprune.phases import told_bar
 from tvaprune.text.sampled import kinds_of, longest_page, pages
 
@@ -42,14 +42,14 @@ def sample(settings: SampleSettings) -> Path:
     """
     folder = Path(settings.output_dir)
     _check_folder(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu")
-    model, tokenizer = load_model(settings.model_name_or_path, settings.dtype, device)
-    longest = longest_page(model.config)
+    longest = longest_page(load_config(settings.model_name_or_path))
     if settings.page > longest:
         raise InputError(
             f"--page {settings.page}: the model was trained on {longest} tokens at a time; give {longest} or less"
         )
     prepare_folder("output_dir", folder, may_hold_files=True)
+    device = torch.device("cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu")
+    model, tokenizer = load_model(settings.model_name_or_path, settings.dtype, device)
     identity: Identity = {
         "flags": {name: value for name, value in asdict(settings).items() if name in _SETTLING},
         "contents": {"model_name_or_path": content(settings.model_name_or_path, model_digest(model))},
