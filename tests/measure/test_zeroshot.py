@@ -117,6 +117,29 @@ def test_limit_and_few_shot_examples_reach_the_harness(tmp_path, tokenizer, prun
     assert scores["boolq"]["m"].samples[0]["arguments"][0][0].count("Question:") == 1
 
 
+def test_a_task_that_reads_answers_in_several_ways_counts_each_example_once():
+    """As gsm8k does, of which the harness has a record for each example and way."""
+    ways = ("strict-match", "flexible-extract")
+    right = {"strict-match": [0.0, 1.0, 0.0], "flexible-extract": [1.0, 1.0, 0.0]}
+    samples = [{"filter": way, "exact_match": value, "arguments": [("q", {})]} for way in ways for value in right[way]]
+    figures = {f"exact_match,{way}": sum(right[way]) / 3 for way in ways}
+    found = zeroshot._score(
+        {
+            "results": {"math": {"alias": "math", **figures, "exact_match_stderr,strict-match": 0.3}},
+            "samples": {"math": samples},
+            "configs": {"math": {"output_type": "generate_until"}},
+            "n-shot": {"math": 5},
+            "versions": {"math": 3.0},
+        },
+        "math",
+        None,
+        "its/data",
+    )
+    assert (found.metric, found.value, found.stderr) == ("exact_match,strict-match", 1 / 3, 0.3)
+    assert found.settings["num_examples"] == 3 and found.per_example == right["strict-match"]
+    assert found.samples == samples  # all of them are written out
+
+
 def test_missing_data_is_one_line_and_the_other_tasks_run(tmp_path, tokenizer, pruned, capsys):
     write_hub_copy(tmp_path, "piqa")
     scores, missing = run({"pruned": pruned}, tokenizer, ["hellaswag", "piqa"], tmp_path)

@@ -30,6 +30,7 @@ def score(per_example, metric="acc", stderr=0.1, **change):
         "target": 1,
         "arguments": [("one", " two"), ("one", " six")],
         "filtered_resps": [(-1.5, False), (-0.5, True)],
+        "filter": "none",
         "metrics": [metric],
         metric: 1.0,
     }

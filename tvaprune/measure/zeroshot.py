@@ -35,12 +35,13 @@ class Score:
     """One model's result on one task.
 
     Attributes:
-        metric: The headline metric: ``acc_norm`` where the task has it, else ``acc``, else the task's first.
+        metric: The headline metric: ``acc_norm`` where the task has it, else ``acc``, else the task's first; after a
+            comma how answers are read, where that has a name.
         metrics: Every metric of the task and its standard error, under the harness's names.
         chance: Accuracy of choosing blindly; ``None`` where the task has no choices.
         settings: What repeats the score: number of examples, few-shot examples, limit, the task's version, its data.
         per_example: The headline metric of each example, in order.
-        samples: The harness's record of each example.
+        samples: The harness's record of each example, one for each way that its answers are read.
     """
 
     metric: str
@@ -235,12 +236,14 @@ def _score(results: Any, name: str, limit: int | None, data_set: str) -> Score:
     found = {key: value for key, value in results["results"][name].items() if isinstance(value, int | float)}
     metrics = {key.removesuffix(",none"): float(value) for key, value in found.items() if "," in key}
     metric = next((headline for headline in _HEADLINES if headline in metrics), next(iter(metrics)))
-    samples = results["samples"][name]
+    bare, _, reading = metric.partition(",")  # gsm8k reads each answer in two ways, and has a record of each
+    every = results["samples"][name]
+    samples = [sample for sample in every if sample["filter"] == (reading or "none")]
     choices = results["configs"][name]["output_type"] == "multiple_choice"
     return Score(
         metric=metric,
         value=metrics[metric],
-        stderr=metrics.get(f"{metric}_stderr"),
+        stderr=metrics.get(",".join(filter(None, (f"{bare}_stderr", reading)))),
         metrics=metrics,
         chance=sum(1 / len(sample["arguments"]) for sample in samples) / len(samples) if choices else None,
         settings={
@@ -250,6 +253,6 @@ def _score(results: Any, name: str, limit: int | None, data_set: str) -> Score:
             "version": results["versions"][name],
             "data_set": data_set,
         },
-        per_example=[float(sample[metric]) for sample in samples if isinstance(sample.get(metric), int | float)],
-        samples=samples,
+        per_example=[float(sample[bare]) for sample in samples if isinstance(sample.get(bare), int | float)],
+        samples=every,
     )

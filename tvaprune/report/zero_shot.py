@@ -111,6 +111,7 @@ def _example(sample: dict[str, Any]) -> Mapping[str, object]:
         "doc_id": sample["doc_id"],
         "doc": sample["doc"],
         "target": sample["target"],
+        **({} if sample["filter"] == "none" else {"filter": sample["filter"]}),
         "requests": [_request(arguments, response) for arguments, response in pairs],
         **{metric: sample[metric] for metric in sample["metrics"]},
     }
