@@ -65,6 +65,15 @@ def test_averages_differences_and_their_errors(tmp_path):
     assert lines[-1].endswith("-0.250 ± 0.177")  # task b's error is 1/4 too: sqrt(2) / 4 / 2
 
 
+def test_an_average_over_a_task_without_an_error_has_none(tmp_path):
+    record = record_of(tmp_path)
+    record.add("a", "dense", score([1.0], stderr=None))  # of a single example
+    record.add("b", "dense", score([0.0, 1.0], stderr=0.5))
+    lines = record.finish({}).splitlines()
+    assert results(tmp_path)["zero_shot"]["average"]["dense"] == {"value": 0.75, "stderr": None, "num_tasks": 2}
+    assert lines[-1].split() == ["average", "0.750"]
+
+
 def test_fine_tuning_stands_beside_what_it_began_with(tmp_path):
     record = record_of(tmp_path)
     record.add("a", "finetuned", score([1.0, 1.0, 0.0, 1.0]))  # 0.75

@@ -163,10 +163,10 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class Average:
-    """The mean over the tasks that have an accuracy."""
+    """The mean over the tasks that have an accuracy; ``stderr``: None where a task has none, as of one example."""
 
     value: float
-    stderr: float
+    stderr: float | None
     num_tasks: int
 
 

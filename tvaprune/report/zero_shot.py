@@ -71,7 +71,7 @@ class ZeroShotRecord:
         scores = [score for score in scores if score.metric in AVERAGED]
         if not scores:
             return None
-        error = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in scores)) / len(scores)
+        error = _mean_error([score.stderr for score in scores])
         return Average(mean(score.value for score in scores), error, len(scores))
 
     def _table(self, averages: Mapping[str, Average]) -> str:
@@ -93,8 +93,7 @@ class ZeroShotRecord:
         """Returns the mean of the tasks' differences, with the error of independent tasks."""
         counted = [by_model for by_model in self.scores.values() if by_model[pair[0]].metric in AVERAGED]
         each = [_difference(by_model, pair) for by_model in counted]
-        errors = [difference.stderr for difference in each if difference.stderr is not None]
-        error = math.sqrt(sum(error**2 for error in errors)) / len(each) if len(errors) == len(each) else None
+        error = _mean_error([difference.stderr for difference in each])
         return Difference(mean(difference.value for difference in each), error)
 
 
@@ -124,6 +123,12 @@ def _request(arguments: Sequence[object], response: object) -> Mapping[str, obje
     else:
         result = {"response": response}
     return {"context": arguments[0], "continuation": arguments[1]} | result
+
+
+def _mean_error(errors: Sequence[float | None]) -> float | None:
+    """Returns the error of the mean of independent values; None: of one of them nobody knows it."""
+    known = [error for error in errors if error is not None]
+    return math.sqrt(sum(error**2 for error in known)) / len(errors) if len(known) == len(errors) else None
 
 
 def _entry(score: Score) -> TaskScore:
