@@ -11,6 +11,7 @@ installed, on the GGUF files that the export writes; their sizes are told anyway
 """
 
 import argparse
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -121,11 +122,14 @@ def hugging_face(dense: str, pruned: str, args: argparse.Namespace) -> list[Timi
 
 
 def gguf_files(path: str, output: Path, outtypes: list[str]) -> dict[str, Path]:
-    """Writes a checkpoint as GGUF in some precisions, once."""
-    files = {outtype: output / f"{Path(path).name}-{outtype}.gguf" for outtype in outtypes}
+    """Writes a checkpoint as GGUF, once: another of its name, or one that was made anew, has files of its own."""
+    folder = Path(located(path)).resolve()
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+    identity = hashlib.sha256(repr((folder, found)).encode()).hexdigest()[:8]
+    files = {outtype: output / f"{Path(path).name}-{identity}-{outtype}.gguf" for outtype in outtypes}
     for outtype, file in files.items():
         if not file.exists():
-            export("gguf", Path(located(path)), file, outtype, verify=False)
+            export("gguf", folder, file, outtype, verify=False)
     return files
 
 

@@ -72,6 +72,23 @@ def test_the_script_goes_from_a_model_to_its_table_and_does_nothing_twice(place)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == files
 
 
+def test_checkpoints_of_one_name_are_timed_by_files_of_their_own(make_model, tmp_path):
+    def gguf_of(name):
+        (file,) = speed.gguf_files(str(tmp_path / name / "pruned"), tmp_path / "speed", ["f16"]).values()
+        return file
+
+    (tmp_path / "speed").mkdir()
+    for name, channels in (("one", 32), ("two", 64)):
+        folder = tmp_path / name / "pruned"
+        make_model("llama", **SIZES | {"intermediate_size": channels}).save_pretrained(folder)
+        byte_level(*DIGITS).save_pretrained(folder)
+    first, second = gguf_of("one"), gguf_of("two")
+    assert touched_in(first) < touched_in(second)
+    assert gguf_of("one") == first  # control: once
+    make_model("llama", **SIZES | {"intermediate_size": 96}).save_pretrained(tmp_path / "one" / "pruned")
+    assert touched_in(gguf_of("one")) > touched_in(second)  # cut anew
+
+
 def test_without_gguf_nothing_begins(tmp_path):
     program = tmp_path / "bin" / "python"
     program.parent.mkdir()
