@@ -117,6 +117,8 @@ def test_a_gap_is_paired_by_window():
     assert pruned.gap_stderr(dense) == 0 < dense.stderr  # every window lost as much
     assert mixed.gap_stderr(dense) == pytest.approx(2 * dense.stderr)  # control: the same figures, of other windows
     assert TextLoss(1.0, easy[:1]).stderr is None
+    broken = TextLoss(math.nan, torch.full_like(easy, math.nan))
+    assert math.isnan(broken.stderr) and math.isnan(broken.gap_stderr(dense))  # of no number no error is 0
 
 
 def test_a_bar_says_what_the_command_says_of_the_share_that_is_done(capsys):

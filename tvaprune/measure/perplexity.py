@@ -85,7 +85,8 @@ def _stderr(values: torch.Tensor) -> float | None:
         return None
     centred, lags = values - values.mean(), min(count // 8, int(4 * (count / 100) ** (2 / 9)))
     shared = [(1 - lag / (lags + 1)) * float(centred[lag:] @ centred[:-lag]) for lag in range(1, lags + 1)]
-    return math.sqrt(max(0.0, float(centred @ centred) + 2 * sum(shared)) / (count - 1) / count)
+    summed = float(centred @ centred) + 2 * sum(shared)
+    return math.sqrt(max(summed, 0.0) / (count - 1) / count)  # in this order NaN stays NaN
 
 
 def perplexity(model: Any, blocks: Dataset, batch_size: int = 0, description: str | None = None) -> float:
