@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from tvaprune.measure.generations import PROMPTS, pieces
 from tvaprune.report.charts import BARS, HEIGHT, TOP, Series, bar_chart, line_chart, ticks
 from tvaprune.report.folders import RunFolder, read_runs
 from tvaprune.report.quality import answer
-from tvaprune.report.results import Perplexities
+from tvaprune.report.results import ModelPerplexity, Perplexities
 from tvaprune.report.steps import write_results
 from tvaprune.stages.report import report
 
@@ -161,6 +162,31 @@ def test_several_runs_stand_side_by_side(tmp_path):
     results(perplexity=Perplexities(20.0, 25.0)).write(first)
     _, text = page(first, second, output=tmp_path / "both.html")  # control: of a single window, or of an older run
     assert "mini, vib, fold: 0.2231 at 0.51" in text and 'class="error' not in text and BARS not in text
+
+
+def test_perplexities_of_different_texts_are_told_apart(tmp_path):
+    one, two = write_run(tmp_path / "one", finetune=None), write_run(tmp_path / "two", finetune=None)
+    widths = replace(results().widths, decoder_sparsity=0.2)
+    results(widths=widths).write(two)
+    assert "windows of 8<" not in page(one, two, output=tmp_path / "both.html")[1]  # control: the same text
+    results(widths=widths, protocol=replace(results().protocol, window=16)).write(two)
+    read, text = page(one, two, output=tmp_path / "both.html")
+    rows = {row[0]: row[1] for row in read.rows if len(row) > 4}
+    assert rows["one"] == "prose test, own, 3 windows of 8" and rows["two"] == "prose test, own, 3 windows of 16"
+    assert "On prose test, windows of 8, own: documents" in text and "prose test, windows of 16, own" in text
+    for place, window in (("0.51", 8), ("0.2", 16)):  # no line joins them
+        assert f"mini, vib, fold, prose test, own, 3 windows of {window}: 0.2231 ± 0.002 at {place}" in text
+
+
+def test_the_perplexity_of_a_model_as_it_is_stands_with_its_text_beside_others(run, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    parts = dict.fromkeys(("perplexity", "refit", "speed_up", "training_speed_up", "finetune", "widths"))
+    results(**parts, model_perplexity=ModelPerplexity(30.0, 0.25)).write(alone)
+    read, text = page(alone)
+    assert ["alone", "30.00 ± 0.25"] in read.rows and "On prose test" in text and "±: the standard error" in text
+    read, _ = page(run, alone, output=tmp_path / "both.html")
+    assert ["alone", "30.00 ± 0.25", "–", "–", "–", "–", "–"] in read.rows
 
 
 def test_targets_of_one_training_count_as_runs_and_its_curves_stand_once(run, tmp_path):

@@ -9,7 +9,7 @@ from tvaprune.measure.generations import in_a_line
 from tvaprune.report.charts import BARS, Point, Series, line_chart
 from tvaprune.report.folders import Generations, RunFolder
 from tvaprune.report.page import Answer, Block, Note, PromptAnswers, Table, charts
-from tvaprune.report.results import Perplexities, TaskResults
+from tvaprune.report.results import Perplexities, Results, TaskResults
 from tvaprune.report.several import NONE, alone, named
 from tvaprune.report.zero_shot import AVERAGED, DENSE, FINETUNED, PRUNED
 
@@ -25,10 +25,14 @@ def gap_told(perplexities: Perplexities, name: str = PRUNED) -> str:
 
 def protocol(runs: Sequence[RunFolder]) -> str:
     """Returns what the perplexities are of, and what their errors are."""
-    texts = dict.fromkeys(
-        f"{text.dataset_name} {text.split}, {text.line}" for run in runs if (text := run.results.protocol) is not None
-    )
+    texts = dict.fromkeys(map(_protocol, runs))
+    texts.pop("", None)
     return " ".join([*([f"On {'; '.join(texts)}."] if texts else []), *_where_errors(runs, ERRORS)])
+
+
+def _protocol(run: RunFolder) -> str:
+    text = run.results.protocol
+    return "" if text is None else f"{text.dataset_name} {text.split}, windows of {text.window}, {text.line}"
 
 
 def gap_meaning(runs: Sequence[RunFolder]) -> str:
@@ -38,34 +42,53 @@ def gap_meaning(runs: Sequence[RunFolder]) -> str:
 
 def _where_errors(runs: Sequence[RunFolder], words: str) -> list[str]:
     """Returns words of errors; nothing where no run has any."""
-    some = any(run.results.perplexity is not None and run.results.perplexity.stderr for run in runs)
+    results = [run.results for run in runs]
+    some = any((r.perplexity and r.perplexity.stderr) or (r.model_perplexity and r.model_perplexity.stderr)
+               for r in results)  # fmt: skip
     return [words] if some else []
 
 
 def perplexities(runs: Sequence[RunFolder]) -> list[Block]:
-    """Returns the perplexities and gaps, a row for each run."""
-    rows = []
-    for run in runs:
-        ppl = run.results.perplexity
-        if ppl is not None:
-            names = (DENSE, PRUNED) if ppl.finetuned is None else (DENSE, PRUNED, FINETUNED)
-            told = [with_error(getattr(ppl, name), ppl.error(name), digits=2) for name in names]
-            tuned = [NONE, NONE] if ppl.finetuned is None else [told[2], gap_told(ppl, FINETUNED)]
-            rows.append([run.name, *told[:2], gap_told(ppl), *tuned])
-    head = ["run", DENSE, PRUNED, "gap", "fine-tuned", "gap"]
-    if all(row[-1] == NONE for row in rows):
-        head, rows = head[:4], [row[:4] for row in rows]
-    return [Table(head, rows, numbers=True)] if rows else []
+    """Returns the perplexities and gaps, a row for each run; of columns those in which some run has a figure."""
+    head = ["run", "text", "as it is", DENSE, PRUNED, "gap", "fine-tuned", "gap"]
+    rows = [[run.name, _text(run, runs) or NONE, *_figures(run.results)] for run in runs]
+    rows = [row for row in rows if any(cell != NONE for cell in row[2:])]
+    shown = [place for place in range(len(head)) if any(row[place] != NONE for row in rows)]
+    cut = [[row[place] for place in shown] for row in (head, *rows)]
+    return [Table(cut[0], cut[1:], numbers=True)] if rows else []
+
+
+def _figures(results: Results) -> list[str]:
+    """Returns the perplexity of a model as it is; the dense and pruned one's and the gap; the tuned one's, its gap."""
+    ppl, alone, found = results.perplexity, results.model_perplexity, [NONE] * 6
+    if alone is not None:
+        found[0] = with_error(alone.value, alone.stderr, digits=2)
+    if ppl is not None:
+        names = (DENSE, PRUNED) if ppl.finetuned is None else (DENSE, PRUNED, FINETUNED)
+        told = [with_error(getattr(ppl, name), ppl.error(name), digits=2) for name in names]
+        found[1:4] = [*told[:2], gap_told(ppl)]
+        if ppl.finetuned is not None:
+            found[4:] = [told[2], gap_told(ppl, FINETUNED)]
+    return found
+
+
+def _text(run: RunFolder, runs: Sequence[RunFolder]) -> str:
+    """Returns what a run's perplexities are of, where those of some runs are of different texts or windows."""
+    text = run.results.protocol
+    if text is None or len({_protocol(one) for one in runs if one.results.protocol is not None}) < 2:
+        return ""
+    return f"{text.dataset_name} {text.split}, {text.name}, {text.num_windows} windows of {text.window}"
 
 
 def gaps(runs: Sequence[RunFolder]) -> list[Block]:
-    """Returns the gap over the sparsity: a line for each model and way of choosing; nothing for a single point."""
+    """Returns the gap over the sparsity: a line for each model, choice and text; nothing for a single point."""
     lines: dict[str, list[Point]] = {}
     for run in runs:
         results = run.results
         if results.perplexity is not None and results.widths is not None:
             sparsity, ppl = results.widths.decoder_sparsity, results.perplexity
-            name = f"{Path(results.model).name}, {results.prune_method}, {results.weight_update}"
+            parts = (Path(results.model).name, results.prune_method, str(results.weight_update), _text(run, runs))
+            name = ", ".join(filter(None, parts))
             lines.setdefault(name, []).append(Point(sparsity, log_gap(ppl.pruned, ppl.dense), ppl.error("gap")))
             if ppl.finetuned is not None:
                 tuned = Point(sparsity, log_gap(ppl.finetuned, ppl.dense), ppl.error("finetuned_gap"))
