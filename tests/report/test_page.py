@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,7 +190,7 @@ def test_the_perplexity_of_a_model_as_it_is_stands_with_its_text_beside_others(r
     assert ["alone", "30.00 ± 0.25", "–", "–", "–", "–", "–"] in read.rows
 
 
-def test_targets_of_one_training_count_as_runs_and_its_curves_stand_once(run, tmp_path):
+def test_targets_of_one_training_count_as_runs_and_its_curves_stand_once(run, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     for target in ("0.35", "0.5"):
         write_run(whole / f"sparsity_{target}", target_sparsity=float(target), finetune=None)
@@ -201,6 +202,8 @@ def test_targets_of_one_training_count_as_runs_and_its_curves_stand_once(run, tm
         page(whole)[1].count("Task loss</b>") == 1
         and page(run, whole, output=tmp_path / "x")[1].count("Task loss</b>") == 2
     )
+    monkeypatch.chdir(whole / "sparsity_0.5")
+    assert page(Path())[1].count("Task loss</b>") == 1
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):

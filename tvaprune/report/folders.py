@@ -52,7 +52,8 @@ class RunFolder:
         results = Results.read(path, _ANEW)
         if results is None:
             raise InputError(f"{path}: holds no {RESULTS_NAME}; give the folder of a run or of a comparison")
-        places = (path, path.parent) if path.name.startswith("sparsity_") else (path,)  # targets share a training
+        place = path.resolve()  # "." has no name
+        places = (place, place.parent) if place.name.startswith("sparsity_") else (place,)  # targets share a training
         trained = results.target_sparsity is not None and results.prune_method == "vib"
         logs = (place / TRAINING_LOG for place in places)
         log = next((file for file in logs if file.is_file()), None) if trained else None
