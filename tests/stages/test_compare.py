@@ -237,6 +237,18 @@ def test_cells_of_other_settings_are_refused(change, words, compared, flags, com
     assert words in refusal(command, [*flags, *change], compared[0])
 
 
+@pytest.mark.parametrize("left", ["cells/magnitude-none-0.3-0.json", "dense.json"])
+def test_other_settings_than_those_of_an_earlier_run_are_refused_before_units_are_chosen(
+    left, compared, flags, command, tmp_path
+):
+    """Their masks would stand in the way of the right settings."""
+    (tmp_path / "tiny" / left).parent.mkdir(parents=True)
+    shutil.copy(compared[0] / "tiny" / left, tmp_path / "tiny" / left)
+    line = refusal(command, [*flags, "--methods", "random", "--max_eval_samples", 5], tmp_path)
+    assert f"{left}: made with --max_eval_samples 6; give the same flags" in line
+    assert files_of(tmp_path) == [f"tiny/{left}"]
+
+
 def test_cells_of_a_text_that_was_written_anew_are_not_joined(compared, flags, command, tmp_path):
     output, second = tmp_path / "out", flags[flags.index("--other_texts") + 1]
     shutil.copytree(compared[0], output)

@@ -171,7 +171,7 @@ class Measurement:
 
     def _once(self, name: str, part: str, limit: int | None, work: Callable[[], dict[str, object]]) -> dict[str, Any]:
         """Returns what is measured of the unpruned model, from its file if an earlier run measured that part."""
-        path, settings = self.grid.folder / f"{name}.json", self.grid.settings() | {"zero_eval_limit": limit}
+        path, settings = self.grid.dense_path(name), self.grid.settings() | {"zero_eval_limit": limit}
         content = self.grid.known(path, settings)
         if content is not None:
             self._check(path, content)

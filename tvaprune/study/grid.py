@@ -59,6 +59,8 @@ class Grid:
             for update in args.weight_updates
         ]
         self.missing = [cell for cell in self.cells if self.content(cell) is None]
+        list(self.contents())  # what stands beside in the table
+        self.known(self.dense_path(), self.settings())
         for cell in self.missing:  # a wrong flag fails before the work begins
             self.arguments(cell)
 
@@ -78,6 +80,10 @@ class Grid:
     def path(self, cell: Cell) -> Path:
         """Returns the cell's file."""
         return self.folder / "cells" / f"{cell.name}.json"
+
+    def dense_path(self, name: str = "dense") -> Path:
+        """Returns the file of what is measured of the unpruned model."""
+        return self.folder / f"{name}.json"
 
     def is_given(self, cell: Cell) -> bool:
         """Returns whether the cell's mask was learned before, and given."""
