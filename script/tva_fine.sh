@@ -15,7 +15,7 @@ if [ $given -ne 0 ] && [ $given -ne 3 ]; then
     exit 2
 fi
 NEEDS=ranges # a text of the user's own needs no more
-if [ $given -eq 0 ] || [[ " $* " =~ [\ =](python_docs|package_readmes)\  ]]; then NEEDS=text; fi
+if [ $given -eq 0 ] || [[ " $* " =~ [\ =,](python_docs|package_readmes)[\ ,] ]]; then NEEDS=text; fi
 source "$(dirname "$0")/env.sh"
 
 if [ $given -eq 0 ]; then

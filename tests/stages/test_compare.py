@@ -138,7 +138,7 @@ def test_masks_that_were_learned_before_serve_in_place_of_gates(compared, flags,
         (["--masks", tmp_path / "none.pkl"], f"--masks {tmp_path / 'none.pkl'}: there is no such file"),
         (
             ["--models", tiny.ROOT / "mistral_saves_tva" / "mini_mistral"],
-            "give the rotation of this model",
+            "give the mask of this model",
         ),
     ):
         assert words in refusal(command, [*map(str, flags), *masks, *change], tmp_path / "other")
