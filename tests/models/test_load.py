@@ -14,6 +14,7 @@ from support.folders import edit_config, read_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
+from tvaprune.checkpoint.tokenizer import TOKENIZER_CONFIG, write_tokenizer
 from tvaprune.errors import InputError
 from tvaprune.models.load import load_config, load_model, precision
 from tvaprune.models.shape import shape_of
@@ -194,6 +195,30 @@ def test_tokens_beyond_the_embedding_are_refused(checkpoint):
     tokenizer.add_tokens(["one too\nmany"])
     tokenizer.save_pretrained(folder)
     assert r"which has 47 tokens ('one too\nmany' is token 47)" in refused(folder)
+
+
+def test_a_place_for_images_behind_the_embedding_is_left_out_of_the_tokenizer(checkpoint, tmp_path, capsys):
+    folder = checkpoint()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"more {i}" for i in range(47 - len(tokenizer))])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+    tokenizer.chat_template, tokenizer.model_max_length = "a template", 99
+    tokenizer.save_pretrained(folder)
+    settings = folder / TOKENIZER_CONFIG  # where every Gemma 3 names it by its use, and in no list
+    told = tiny.read_json(settings) | {"image_token": "<image_soft_token>"}
+    told.pop("extra_special_tokens")
+    settings.write_text(json.dumps(told))
+    _, loaded = load(folder)
+    assert "'<image_soft_token>'" in capsys.readouterr().out
+    write_tokenizer(loaded, tmp_path)
+    for found in (loaded, AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(found) == 47 and "<image_soft_token>" not in found.get_vocab()
+        assert (found.eos_token, found.unk_token, found.chat_template) == ("</s>", "<unk>", "a template")
+        assert found.model_max_length == 99
+        assert found("the gate</s>")["input_ids"] == tokenizer("the gate</s>")["input_ids"]
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # which a batch is filled with
+    tokenizer.save_pretrained(folder)
+    assert "the tokenizer is not the model's" in refused(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"model": {"type": "Unheard"}}', '{"version": "9.0"}'])

@@ -7,7 +7,6 @@ the file's. And what it returns calls itself quantised, which neither trains nor
 
 import copy
 import importlib.util
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from tvaprune.errors import InputError, quoted
@@ -31,6 +29,7 @@ from tvaprune.models.families import row_of
 from tvaprune.models.formats import LARGEST_GEMMA
 from tvaprune.models.pruned import empty_model
 from tvaprune.models.vetting import FLOATS, check_config
+from tvaprune.models.vocabulary import without_strays
 
 SUFFIX = ".gguf"
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin")
@@ -140,24 +139,9 @@ def gguf_tokenizer(file: Path, named: str) -> Any:
             "the model as a Hugging Face folder"
         )
     config = gguf_config(file, named)
-    tokenizer = _without_others(tokenizer, config.vocab_size)
+    tokenizer = without_strays(tokenizer, config.vocab_size)
     tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
-
-
-def _without_others(tokenizer: Any, vocab_size: int) -> Any:
-    """Returns a tokenizer without GPT-2's own special tokens, which transformers adds behind the file's vocabulary."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = content["added_tokens"]
-    content["added_tokens"] = [token for token in added if token["id"] < vocab_size]
-    if len(content["added_tokens"]) == len(added):
-        return tokenizer
-    others = {token["content"] for token in added} - {token["content"] for token in content["added_tokens"]}
-    special = {role: token for role, token in tokenizer.special_tokens_map.items() if token not in others}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=tokenizer.chat_template,
-        padding_side=tokenizer.padding_side, **special,
-    )  # fmt: skip
 
 
 def gguf_model(

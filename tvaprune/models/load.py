@@ -35,6 +35,7 @@ from tvaprune.models.vetting import (
     finite,
     stored_in,
 )
+from tvaprune.models.vocabulary import strays, without_strays
 
 Where = torch.device | Literal["auto"] | None
 
@@ -90,6 +91,10 @@ def load_tokenizer(path: str | Path, vocab_size: int, named: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         else:
             tokenizer = gguf_tokenizer(file, named)
+        if left_out := strays(tokenizer, vocab_size):
+            print(f"note: {path}: the model has no embedding for {', '.join(map(quoted, left_out[:3]))}, which stands "
+                  "for no text: left out of the tokenizer")  # fmt: skip
+            tokenizer = without_strays(tokenizer, vocab_size)
         tokenizer("a", add_special_tokens=False, verbose=False)  # some settings are wrong only in use
         token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if not 0 <= largest < vocab_size:
