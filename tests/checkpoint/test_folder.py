@@ -19,7 +19,7 @@ from support.folders import (
     with_more_tokens,
     with_units,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from tvaprune.checkpoint import folder as checkpoint
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
@@ -342,6 +342,16 @@ def test_lora_ft_vib_saves_the_pruned_model(make_model, make_masks, input_ids, t
     assert "- mask: mask_info_1.pkl" in (tmp_path / "pruned" / "README.md").read_text()
     with pytest.raises(InputError, match="--save_pruned pruned: is not empty"):
         stages.run_apply(Arguments.parse(flags, "apply"))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llamas_tokenizer_goes_on_splitting_as_it_did_behind_a_special_token(legacy, tmp_path):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    source = LlamaTokenizer(vocab=vocab, merges=[("▁", "a")], legacy=legacy)
+    write_tokenizer(source, tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [tokens("</s>a", add_special_tokens=False)["input_ids"] for tokens in (source, found)]
+    assert ids == [[2, 5] if legacy else [2, 4]] * 2
 
 
 def test_a_tokenizer_is_written_in_words_that_transformers_4_knows(tmp_path):
