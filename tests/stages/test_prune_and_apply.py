@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.folders import edit_config
 from support.in_process import run
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
@@ -338,11 +339,15 @@ def test_a_model_that_gives_no_number_ends_before_any_work(script, checkpoint, t
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_a_narrower_model_is_saved_in_the_checkpoints_precision(dtype, make_model, make_masks, tmp_path, command):
+@pytest.mark.parametrize(("dtype", "is_named"), [("auto", True), ("auto", False), ("float32", True)])
+def test_a_narrower_model_is_saved_in_the_checkpoints_precision(
+    dtype, is_named, make_model, make_masks, tmp_path, command
+):
     """A CPU computes in float32; what is measured is what is saved."""
     model = make_model("llama").to(torch.bfloat16)
     source = tiny.save_checkpoint(model, tmp_path / "model")
+    if not is_named:
+        edit_config(source, dtype=None)
     save_masks(make_masks(shape_of(model.config)), tmp_path / "mask_info_1.0.pkl")
     text = tiny.write_text(tmp_path / "text.txt")
     code, _, error = command(

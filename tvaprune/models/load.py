@@ -28,11 +28,13 @@ from tvaprune.models.shards import Shards, files_of
 from tvaprune.models.vetting import (
     CODE_KEYS,
     FLOATS,
+    Stored,
     check_config,
     check_folder,
     check_sizes,
     check_stored,
     finite,
+    shards,
     stored_in,
 )
 from tvaprune.models.vocabulary import strays, without_strays
@@ -57,6 +59,8 @@ def load_config(path: str | None) -> Any:
             check_config(raw, named)
         config = read_config(path) if file is None else gguf_config(file, named)
         family_of(config)
+        if config.dtype is None:  # older configs do not say it
+            config.dtype = _precision_in(stored_in(shards(path, named)[:1], named))
     return config
 
 
@@ -217,8 +221,7 @@ def open_model(
     with _in_one_line(named, path):
         stored = stored_in(files_of(path, named), named)
         check_sizes(stored, _sizes_of(config), named)
-        first = next((FLOATS[entry.dtype] for entry in stored.values() if entry.dtype in FLOATS), None)
-        read_as = precision(dtype, device, config.dtype or first, trains)
+        read_as = precision(dtype, device, config.dtype or _precision_in(stored), trains)
         model = bare_model(config, read_as, _kernel(config), device)
         found = Shards(model, stored, read_as, named)
         if not found.tied():
@@ -231,6 +234,11 @@ def open_model(
         model.generation_config.__dict__.pop(key, None)
     _check_whole(named, {"missing_keys": found.missing, "unexpected_keys": found.unknown})
     return model, tokenizer, found
+
+
+def _precision_in(stored: dict[str, Stored]) -> torch.dtype | None:
+    """Returns the precision of the first weight that files hold, as transformers takes it; None: they hold none."""
+    return next((FLOATS[entry.dtype] for entry in stored.values() if entry.dtype in FLOATS), None)
 
 
 def check_finite(model: nn.Module, named: str) -> None:
