@@ -6,6 +6,7 @@ chunk's loss, and nothing else is kept for the backward pass; else the chunk is 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,9 +60,10 @@ def positions(states: torch.Tensor, start: int, stop: int | None = None) -> torc
 Logits = torch.Tensor | Predictions  # shape (batch, length, vocabulary)
 
 
-def in_full(values: torch.Tensor) -> torch.autocast:
+def in_full(values: torch.Tensor) -> AbstractContextManager[object]:
     """Returns a context in which a sum of products is made in its own precision, whatever a training's ``--bf16``."""
-    return torch.autocast(values.device.type, enabled=False)
+    device = values.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @dataclass(frozen=True)
