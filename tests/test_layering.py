@@ -16,6 +16,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["ranks"],
     ["endings"],
     ["files", "losses", "flags", "wheels", "phases"],
+    ["outputs"],
     ["models"],
     ["identity"],
     ["checkpoints"],

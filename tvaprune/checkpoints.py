@@ -218,7 +218,9 @@ class _AtSteps(TrainerCallback):
         self._draws_apart = ranks.count() > 1 and state.global_step == 0
         if state.global_step > 0:  # what `Trainer` forgets: the checkpoint's run had ended, early perhaps
             told: Any = state.stateful_callbacks or {}
-            control.should_training_stop = bool(told.get("TrainerControl", {})["args"]["should_training_stop"])
+            control.should_training_stop = bool(
+                told.get("TrainerControl", {}).get("args", {}).get("should_training_stop")
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,27 +28,8 @@ from tvaprune.errors import InputError, reason
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 CARD_NAME = "README.md"  # its model card
 MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
-# What a run leaves in its --save_loc; the flags that repeat it `tvaprune.flags.recipes` names.
-PLAN_NAME, WIDTHS_NAME, RESULTS_NAME = "plan.json", "widths.png", "results.json"
-TRAINING_LOG, FINETUNE_LOG, GENERATIONS_NAME = "training_log.json", "finetune_log.json", "generations.json"
-PAGE_NAME = "report.html"
-COMPARISON_NAME = "compare.json"
 _LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
-# What stands in a file of a run, or of a comparison, by the file's name.
-_WORDS = {
-    RESULTS_NAME: b'"model_digest"',
-    PLAN_NAME: b'"dim_multiple"',
-    "recipe.yaml": b"verb:",
-    PAGE_NAME: b'<meta name="generator" content="tvaprune">',
-    GENERATIONS_NAME: b'"prompts"',
-    TRAINING_LOG: b'"log"',
-    FINETUNE_LOG: b'"log"',
-    COMPARISON_NAME: b'"cells"',
-    "compare.md": b"# Learned gates against one-shot scores",
-} | dict.fromkeys((WIDTHS_NAME, "training.png", "finetune.png", "compare.png"), b"Matplotlib")
-OF_A_COMPARISON = (COMPARISON_NAME, "compare.md", "compare.png", PAGE_NAME)
-BESIDE_RESULTS = tuple(name for name in _WORDS if name != RESULTS_NAME and not name.startswith("compare"))
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
 _UMASK = os.umask(0)  # which only setting tells
 os.umask(_UMASK)
@@ -293,32 +274,6 @@ def _marked(folder: Path) -> set[str]:
 def _files_in(folder: Path) -> list[str]:
     found = (path for path in folder.rglob("*") if not path.is_dir() and "__pycache__" not in path.parts)
     return sorted(str(path.relative_to(folder)) for path in found)
-
-
-def check_replaced(flag: str, folder: Path, names: Iterable[str]) -> None:
-    """Refuses to replace files of results that this tool did not write.
-
-    Args:
-        flag: The flag that named the folder, for the message.
-        names: The files that will be written there; those that are not there yet are no matter.
-
-    Raises:
-        InputError: If one of the files is somebody else's.
-    """
-    for name in names:
-        if (folder / name).exists() and not wrote(folder / name):
-            raise InputError(
-                f"--{flag} {folder}: holds {name}, which this tool did not write; move it away, or give another folder"
-            )
-
-
-def wrote(path: Path, name: str | None = None) -> bool:
-    """Tells a file of results that this tool wrote from somebody else's, by what stands in it.
-
-    Args:
-        name: What the file is called in a run's folder, where its path says something else.
-    """
-    return path.is_file() and _WORDS[name or path.name] in path.read_bytes()
 
 
 def reserve(path: Path, size: int) -> None:

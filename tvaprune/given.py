@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tvaprune import ranks
 from tvaprune.checkpoints import check_ours, check_whole, last_checkpoint
 from tvaprune.errors import InputError, quoted, reason
-from tvaprune.files import PLAN_NAME, read_json
+from tvaprune.files import read_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.ranges import AUTO
 from tvaprune.identity import IDENTITY_NAME
@@ -19,6 +19,7 @@ from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
 from tvaprune.models.load import load_config
 from tvaprune.models.rotate import Rotation
 from tvaprune.models.shape import shape_of
+from tvaprune.outputs import PLAN_NAME
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
 from tvaprune.plan.multiples import fastest_multiple

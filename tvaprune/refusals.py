@@ -6,11 +6,12 @@ from torch import nn
 from transformers import Trainer
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import BESIDE_RESULTS, RESULTS_NAME, check_apart, check_output, check_replaced
+from tvaprune.files import check_apart, check_output
 from tvaprune.flags.arguments import Arguments
 from tvaprune.models.load import load_config
 from tvaprune.models.published import located
 from tvaprune.models.shape import shape_of
+from tvaprune.outputs import BESIDE_RESULTS, RESULTS_NAME, check_replaced
 from tvaprune.plan.widths import WidthRules, Widths
 from tvaprune.text.protocols import (
     OWN,

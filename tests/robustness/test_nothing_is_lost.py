@@ -15,8 +15,9 @@ from support import tiny
 import lora_ft_vib
 from tvaprune.checkpoints import CheckpointedTrainer, last_checkpoint
 from tvaprune.cli import run_command, run_verb
-from tvaprune.files import BESIDE_RESULTS, MARK_NAME, lock_folder, wrote
+from tvaprune.files import MARK_NAME, lock_folder
 from tvaprune.models.shape import shape_of
+from tvaprune.outputs import BESIDE_RESULTS, wrote
 from tvaprune.plan.masks import load_masks, save_masks
 
 RUN = (

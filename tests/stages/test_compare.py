@@ -13,10 +13,11 @@ import pytest
 from support import tiny
 
 from tvaprune.cli import run_command, run_verb
-from tvaprune.files import OF_A_COMPARISON, holding_folders, prepare_folder, wrote
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.flags.verbs import VERBS
+from tvaprune.outputs import OF_A_COMPARISON, wrote
 from tvaprune.study.grid import Cell, Grid
 
 

@@ -16,13 +16,14 @@ from tvaprune.choose.scores import PER_TARGET, score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import SCORING_UNITS, TRAINING, InputError, running_out_in
-from tvaprune.files import GENERATIONS_NAME, PAGE_NAME, PLAN_NAME, RESULTS_NAME, WIDTHS_NAME, discard, wrote
+from tvaprune.files import discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, read_identity
 from tvaprune.measure.perplexity import perplexity, windows_of_pass
 from tvaprune.models.families import family_of
+from tvaprune.outputs import GENERATIONS_NAME, PAGE_NAME, PLAN_NAME, RESULTS_NAME, WIDTHS_NAME, wrote
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record

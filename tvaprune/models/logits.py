@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from tvaprune.losses import Predictions, positions
 from tvaprune.models.families import FAMILIES, base_type
 
+Context = Callable[[], AbstractContextManager[Any]]
 Product = Callable[[torch.Tensor], torch.Tensor]
 _proved: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether `_way` is a model's own
 
@@ -42,10 +43,8 @@ def predictions(model: Any, **inputs: Any) -> tuple[Predictions, Any]:
     return Predictions(output.logits), output
 
 
-def predictions_within(
-    context: Callable[[], AbstractContextManager[Any]], model: Any, **inputs: Any
-) -> tuple[Predictions, Any]:
-    """Does so within a context, such as a training's autocast; its head too, which a loss calls later and outside."""
+def predictions_within(context: Context, model: Any, **inputs: Any) -> tuple[Predictions, Any]:
+    """Returns `predictions` within a context, a training's autocast; the head's too, which a loss calls later."""
     with context():
         found, output = predictions(model, **inputs)
 

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from tvaprune.files import PLAN_NAME, RESULTS_NAME, check_apart, check_output, holds_files, prepare_folder
+from tvaprune.files import check_apart, check_output, holds_files, prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_checkpoint, goes_on
 from tvaprune.models.published import located
+from tvaprune.outputs import PLAN_NAME, RESULTS_NAME
 from tvaprune.refusals import check_results, check_save
 
 

@@ -4,8 +4,7 @@ The cache's folder is named by what it holds (weights, text, number of tokens ke
 never read; it appears whole, so that half a one is never read either.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,14 +19,13 @@ from tvaprune.files import clear_leftovers, first_folder, reserve
 from tvaprune.identity import Identity, blocks_digest, check_identity, digest_of, model_digest, write_identity
 from tvaprune.losses import Predictions, distillation, evaluated, hidden_loss, likelihood, top_k, top_k_distillation
 from tvaprune.measure.perplexity import windows_per_pass
-from tvaprune.models.logits import predictions, predictions_within
+from tvaprune.models.logits import Context, predictions, predictions_within
 from tvaprune.models.modes import in_mode
 from tvaprune.plan.keep_plan import KeepPlan
 
 _FILES = ("tokens.npy", "log_probs.npy")
 
 
-Context = Callable[[], AbstractContextManager[Any]]
 States = tuple[torch.Tensor, ...] | None  # of the embedding and every layer, shape (batch, length, hidden)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.files import FINETUNE_LOG, GENERATIONS_NAME, RESULTS_NAME, TRAINING_LOG, read_json, write_json
+from tvaprune.files import read_json, write_json
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import PROMPTS, Answers
+from tvaprune.outputs import FINETUNE_LOG, GENERATIONS_NAME, RESULTS_NAME, TRAINING_LOG
 from tvaprune.report.results import Results
 
 _ANEW = "run it again, or give another folder"

@@ -5,7 +5,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from tvaprune.files import TRAINING_LOG, replacing, write_json
+from tvaprune.files import replacing, write_json
+from tvaprune.outputs import TRAINING_LOG
 from tvaprune.plan.keep_plan import KeepPlan
 
 matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no other backend

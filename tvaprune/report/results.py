@@ -14,10 +14,11 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.cut.refit import RefitReport
 from tvaprune.errors import InputError, reason
-from tvaprune.files import RESULTS_NAME, read_json, write_json
+from tvaprune.files import read_json, write_json
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.speed import SpeedUp
 from tvaprune.models.shape import ModelShape
+from tvaprune.outputs import RESULTS_NAME
 from tvaprune.plan.keep_plan import KeepPlan, describe_widths
 from tvaprune.recover.training import Tuning
 from tvaprune.run import Run

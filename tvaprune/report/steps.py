@@ -16,7 +16,7 @@ from tvaprune.budget import times
 from tvaprune.checkpoint.eval_results import write_eval_results
 from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.errors import EVALUATING, InputError, reason, running_out_in
-from tvaprune.files import PAGE_NAME, PLAN_NAME, WIDTHS_NAME, write_text
+from tvaprune.files import write_text
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import answers
@@ -25,6 +25,7 @@ from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION, model_parameters
+from tvaprune.outputs import PAGE_NAME, PLAN_NAME, WIDTHS_NAME
 from tvaprune.phases import PRUNED_PERPLEXITY
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvaprune.files import PAGE_NAME
 from tvaprune.measure.figures import log_gap, with_error
 from tvaprune.models.shape import in_words
+from tvaprune.outputs import PAGE_NAME
 from tvaprune.report.results import Perplexities, Results
 
 

@@ -12,11 +12,12 @@ from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
 from tvaprune.errors import InputError
 from tvaprune.estimates import announce
-from tvaprune.files import RESULTS_NAME, holding_folders, prepare_folder, scratch_folder
+from tvaprune.files import holding_folders, prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
+from tvaprune.outputs import RESULTS_NAME
 from tvaprune.phases import CUT, DENSE_MODEL, DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, ZERO_SHOT, Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks

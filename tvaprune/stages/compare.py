@@ -8,10 +8,11 @@ import torch
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
-from tvaprune.files import OF_A_COMPARISON, PAGE_NAME, check_replaced, holding_folders, prepare_folder
+from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.models.load import load_config
+from tvaprune.outputs import OF_A_COMPARISON, PAGE_NAME, check_replaced
 from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Grid
 from tvaprune.study.page import comparison_page

@@ -20,12 +20,13 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import CONFIG_NAME, FINETUNE_LOG, holding_folders, read_json, write_json
+from tvaprune.files import CONFIG_NAME, holding_folders, read_json, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.sharding import shard
+from tvaprune.outputs import FINETUNE_LOG
 from tvaprune.phases import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY, ZERO_SHOT, Phases
 from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job

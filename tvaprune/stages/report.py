@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from tvaprune.errors import InOneLine, InputError, reason
-from tvaprune.files import CONFIG_NAME, PAGE_NAME, RESULTS_NAME, wrote
+from tvaprune.files import CONFIG_NAME
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.measure.generations import Answers, answers
 from tvaprune.models.load import load_model
+from tvaprune.outputs import PAGE_NAME, RESULTS_NAME, wrote
 from tvaprune.report.folders import RunFolder, read_runs, write_generations
 from tvaprune.report.page import Page
 from tvaprune.report.runs import page_of

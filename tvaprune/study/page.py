@@ -6,7 +6,8 @@ from statistics import median
 from typing import Any
 
 from tvaprune.errors import InputError
-from tvaprune.files import COMPARISON_NAME, read_json
+from tvaprune.files import read_json
+from tvaprune.outputs import COMPARISON_NAME
 from tvaprune.report.charts import BARS, Chart, Point, Series, line_chart
 from tvaprune.report.page import Block, Code, Page, Section, Table, charts
 from tvaprune.study.contents import (

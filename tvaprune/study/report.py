@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvaprune.files import COMPARISON_NAME, write_json, write_text
+from tvaprune.files import write_json, write_text
 from tvaprune.models.parameters import SPARSITY_DEFINITION
+from tvaprune.outputs import COMPARISON_NAME
 from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.study.contents import (
     LEARNED,
