@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from support import tiny
+from support.documents import document
 from support.families import MORE_ROWS, ROWS, make_plan, sliced
 from support.folders import no_heads_in_layer_0, tokenizer, uneven
 from support.other_families import register
@@ -28,6 +29,9 @@ from tvaprune.models.shape import shape_of
 from tvaprune.models.units import PerUnit
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
+from tvaprune.text import python_docs
+from tvaprune.text.python_docs import Document
+from tvaprune.text.sources import load_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = {".git", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
@@ -173,3 +177,12 @@ def checkpoint(make_model, tmp_path_factory):
 def text(tmp_path_factory):
     """The file of a text for it."""
     return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture
+def made_up_python_docs(tmp_path_factory, monkeypatch):
+    """Puts made-up modules where the extracted text of python_docs is kept: extracting it takes a minute."""
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    made = [Document(f"one.m{index}", f"m{index}", document("one", index)) for index in range(200)]
+    monkeypatch.setattr(python_docs, "collect", lambda: made)
+    assert len(load_documents("python_docs", "test")) > 4

@@ -9,18 +9,14 @@ import sys
 import pytest
 from conftest import ROOT
 from support.byte_tokenizer import byte_tokenizer
-from support.documents import document
 
 from tvaprune import shipped
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
-from tvaprune.text import blocks as data
-from tvaprune.text import python_docs
-from tvaprune.text.python_docs import Document
 
 
 @pytest.fixture
-def tree(tmp_path, monkeypatch, make_model, make_masks):
+def tree(tmp_path, make_model, make_masks, made_up_python_docs):
     """The script, a model, its mask, and a text set of made-up modules where the extracted one is kept."""
     tree = tmp_path / "checkout"
     model = make_model("mistral", hidden_size=32, head_dim=8, vocab_size=258, max_position_embeddings=256)
@@ -28,10 +24,6 @@ def tree(tmp_path, monkeypatch, make_model, make_masks):
     byte_tokenizer().save_pretrained(tree / shipped.MODEL)
     save_masks(make_masks(shape_of(model.config)), tree / "mistral_saves_tva" / "mask_info_39.25.pkl")
     shutil.copy(ROOT / "lora_ft_vib.py", tree)
-    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
-    made = [Document(f"one.m{index}", f"m{index}", document("one", index)) for index in range(200)]
-    monkeypatch.setattr(python_docs, "collect", lambda: made)
-    assert len(data.load_documents("python_docs", "test")) > 4
     return tree
 
 

@@ -8,6 +8,7 @@ split, is dropped. What remains is measured by `overlap` and tested.
 """
 
 import ast
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -108,9 +109,15 @@ def _language_reference() -> Iterator[Document]:
 def collect() -> list[Document]:
     """Reads every document of this machine, without exact repeats, in the order of their names."""
     documents = list(_language_reference())
-    for package, folder in tqdm(_package_folders().items(), desc="reading python_docs", unit="package"):
-        for module, path in _python_files(package, folder):
-            documents += _docstrings(module, path.read_text(encoding="utf-8", errors="replace"))
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees are millions of objects without a cycle: to look for some takes longer than the rest
+    try:
+        for package, folder in tqdm(_package_folders().items(), desc="reading python_docs", unit="package"):
+            for module, path in _python_files(package, folder):
+                documents += _docstrings(module, path.read_text(encoding="utf-8", errors="replace"))
+    finally:
+        if collecting:
+            gc.enable()
     documents.sort(key=lambda document: (document.module, document.name, document.text))
     unique = {" ".join(document.text.split("\n\n", 1)[-1].split()): document for document in reversed(documents)}
     return sorted(unique.values(), key=lambda document: (document.module, document.name, document.text))
