@@ -10,6 +10,7 @@ from support.other_families import OTHER_ROWS
 from torch import nn
 
 from tvaprune.choose.gated_model import GatedModel
+from tvaprune.measure.figures import with_error
 from tvaprune.measure.perplexity import TextLoss, perplexity, text_loss, windows_per_pass
 from tvaprune.recover.lora import LoraSettings, add_lora
 
@@ -199,3 +200,11 @@ def test_the_head_sees_a_chunk_at_a_time_and_the_layers_no_more_than_a_pass(monk
     assert windows_per_pass(blocks_of([[0] * 17])) == 1  # a window is never cut
     assert windows_per_pass(blocks_of([[0]])) == 8
     assert windows_per_pass(blocks_of([[0] * 17]), 3) == 3  # control: as asked
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "told"),
+    [(22.456, 0.964, "22.46 ± 0.96"), (31579.857, None, "31579.86"), (1.234e300, 5.6e299, "1.23e+300 ± 5.6e+299")],
+)
+def test_a_collapsed_models_perplexity_is_told_in_a_few_digits(value, error, told):
+    assert with_error(value, error, digits=2) == told

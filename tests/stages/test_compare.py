@@ -18,7 +18,7 @@ from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comp
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.flags.verbs import VERBS
 from tvaprune.outputs import OF_A_COMPARISON, wrote
-from tvaprune.study.grid import Cell, Grid
+from tvaprune.study.grid import Cell, Grid, as_given
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +231,26 @@ def test_a_broken_cell_is_refused_in_one_line(text, words, flags, tmp_path, comm
     [
         (("--max_eval_samples", 5), "made with --max_eval_samples 6; give the same flags, or another --output"),
         (("--other_texts", "python_docs"), "made with --other_texts "),
-        (("--dim_multiple", 8), "made with --flags "),
+        (("--dim_multiple", 8), "made with --dim_multiple 4 --use_cpu; give the same flags"),
     ],
 )
 def test_cells_of_other_settings_are_refused(change, words, compared, flags, command):
     assert words in refusal(command, [*flags, *change], compared[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("other_texts", ["a", "b"], "--other_texts a b"),
+        ("model", "a", "--models a"),
+        ("mask", "mask_info_1.pkl", "--masks mask_info_1.pkl"),
+        ("flags", [], "no flags of prune"),
+        ("zero_eval_limit", None, "no --zero_eval_limit"),
+        ("trained_to", 0.5, "0.5 the largest of --sparsities"),
+    ],
+)
+def test_a_files_setting_is_told_as_its_flag(name, value, words):
+    assert as_given(name, value) == words
 
 
 @pytest.mark.parametrize("left", ["cells/magnitude-none-0.3-0.json", "dense.json"])
@@ -319,7 +334,7 @@ def test_what_does_nothing_in_a_cell_is_no_flag_of_its_own(flag):
     assert flag in (*VERBS["prune"].first, *VERBS["prune"].expert, *VERBS["prune"].training)
 
 
-def test_the_tasks_that_are_named_are_scored(flags, tmp_path, command):
+def test_the_tasks_that_are_named_are_scored(flags, tmp_path, command, made_up_python_docs):
     named = ("--zero_eval_tasks", "tva_name", "--zero_eval_limit", 3, "--zero_eval_sparsities", 0.5)
     one = ("--methods", "magnitude", "--weight_updates", "fold", "--sparsities", 0.5, "--block_size", 64, *named)
     code, out, error = command([*flags, *one], tmp_path)
@@ -329,7 +344,9 @@ def test_the_tasks_that_are_named_are_scored(flags, tmp_path, command):
     assert scored["pruned"]["num_examples"] == 3 and "average accuracy of tva_name, 1 seed" in out
 
 
-def test_a_task_without_its_data_ends_the_comparison_before_any_work(flags, tmp_path, command, monkeypatch):
+def test_a_task_without_its_data_ends_the_comparison_before_any_work(
+    flags, tmp_path, command, monkeypatch, made_up_python_docs
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     named = ("--zero_eval_tasks", "tva_name", "arc_easy", "--zero_eval_limit", 3, "--zero_eval_sparsities", 0.5)
     output = tmp_path / "out"

@@ -22,6 +22,7 @@ from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.settings import GateSettings
 from tvaprune.errors import InputError
+from tvaprune.measure.figures import with_error
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.phases import GATE_TRAINING, Phases, TrainingBar
 from tvaprune.plan.exact_cut import calibrate
@@ -216,5 +217,5 @@ class _GateProgress(TrainingBar):
         if "eval_perplexity" in logs:
             self.training_bar.write(
                 f"step {state.global_step}: mask at {logs['eval_sparsity']:.4f} sparsity, "
-                f"perplexity {logs['eval_perplexity']:.3f}"
+                f"perplexity {with_error(logs['eval_perplexity'], None)}"
             )

@@ -19,6 +19,7 @@ from tvaprune.checkpoints import CheckpointedTrainer
 from tvaprune.errors import InputError
 from tvaprune.identity import Identity
 from tvaprune.losses import cross_entropy
+from tvaprune.measure.figures import with_error
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.logits import predictions_within
 from tvaprune.phases import FINE_TUNING, Phases, TrainingBar
@@ -125,4 +126,6 @@ class _FinetuneProgress(TrainingBar):
             terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("ce", "kl", "hidden") if name in logs)
             self.training_bar.set_postfix_str(terms)
         if "eval_perplexity" in logs:
-            self.training_bar.write(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.3f}")
+            self.training_bar.write(
+                f"step {state.global_step}: validation perplexity {with_error(logs['eval_perplexity'], None)}"
+            )

@@ -50,9 +50,11 @@ def _tiles(results: Results) -> list[Tile]:
     """Returns the figures that one looks for first."""
     found, ppl, widths, speed = [], results.perplexity, results.widths, results.speed_up
     if ppl is not None:
-        found.append(Tile("perplexity", f"{ppl.dense:.2f} → {ppl.pruned:.2f}", f"gap {gap_told(ppl)}"))
+        before, after = (with_error(value, None, digits=2) for value in (ppl.dense, ppl.pruned))
+        found.append(Tile("perplexity", f"{before} → {after}", f"gap {gap_told(ppl)}"))
         if ppl.finetuned is not None:
-            found.append(Tile("fine-tuned", f"{ppl.finetuned:.2f}", f"gap {gap_told(ppl, FINETUNED)}"))
+            finetuned = with_error(ppl.finetuned, None, digits=2)
+            found.append(Tile("fine-tuned", finetuned, f"gap {gap_told(ppl, FINETUNED)}"))
     if (alone := results.model_perplexity) is not None:
         found.append(Tile("perplexity", with_error(alone.value, alone.stderr, digits=2), "of the model as it is"))
     if widths is not None:

@@ -77,7 +77,7 @@ def finetune_rows(results: Results) -> list[tuple[str, str]]:
     rows = [
         (
             "perplexity, fine-tuned",
-            f"{ppl.pruned:.2f} pruned -> {_perplexity(ppl, 'finetuned')} "
+            f"{with_error(ppl.pruned, None, digits=2)} pruned -> {_perplexity(ppl, 'finetuned')} "
             f"(gap {before:.3f} -> {with_error(after, ppl.error('finetuned_gap'))}{closed})",
         ),
         (

@@ -134,7 +134,7 @@ class Grid:
                 f"{path}: not a file of this comparison ({type(error).__name__}); remove it, or give another --output"
             ) from error
         if other:
-            made = ", ".join(f"--{name} {_words(content[name])}" for name in other)
+            made = ", ".join(as_given(name, content[name]) for name in other)
             raise InputError(f"{path}: made with {made}; give the same flags, or another --output")
         return content
 
@@ -166,8 +166,15 @@ class Grid:
         return Arguments.parse([*flags, *args.flags], "prune")
 
 
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def as_given(name: str, value: Any) -> str:
+    """Returns a setting of a file as its flag on the command line."""
+    words = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    if name == "flags":  # those that every cell gets, by their own names
+        return words or "no flags of prune"
+    if name == "trained_to":
+        return f"{words} the largest of --sparsities"
+    flag = {"model": "models", "mask": "masks"}.get(name, name)
+    return f"--{flag} {words}" if words else f"no --{flag}"
 
 
 def given_masks(args: CompareSettings) -> dict[float, Path]:
