@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import shlex
 import sys
 
@@ -45,6 +47,10 @@ def ends(error, monkeypatch, capsys):
         (torch.OutOfMemoryError("CUDA out of memory."), "the GPU is out of memory: a smaller batch"),
         (MemoryError(), "the machine is out of memory: a smaller batch"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the machine is out of memory"),
+        (RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), "the machine is out of"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "the machine is out of memory"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU is out of memory: a smaller batch"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), "the GPU is out of memory"),
     ],
 )
 def test_memory_that_ran_out_is_one_line_with_what_would_fit(error, told, monkeypatch, capsys):

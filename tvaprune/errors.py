@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 LONGEST = 200  # characters of a library's message within ours
+# Memory that ran out in the words of libraries that have no error of its own: CUDA's and its matrix products', mmap's.
+_RAN_OUT_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+_RAN_OUT = ("DefaultCPUAllocator", "Cannot allocate memory")
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]i?B|bytes)")
 _FREE = re.compile(r"of which ([\d.]+) ?([KMG]i?B|bytes) is free")
 _BYTES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -54,8 +57,8 @@ def quoted(name: object, longest: int = 80) -> str:
 def out_of_memory(error: BaseException) -> str | None:
     """Returns the line that tells of memory that ran out, and what would fit; None for any other error."""
     text = str(error)
-    on_gpu = type(error).__name__ == "OutOfMemoryError"
-    if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text):
+    on_gpu = type(error).__name__ == "OutOfMemoryError" or any(words in text for words in _RAN_OUT_ON_GPU)
+    if not (on_gpu or isinstance(error, MemoryError) or any(words in text for words in _RAN_OUT)):
         return None
     asked, free = (pattern.search(text) for pattern in (_ASKED, _FREE))
     told, part = "", "a smaller"
