@@ -8,7 +8,7 @@ from datasets import Dataset
 
 import tvaprune.cut.narrow as narrowing
 from tvaprune.flags.arguments import Arguments
-from tvaprune.flags.settings import PruneSettings
+from tvaprune.flags.settings import REPORTED_TOKENS, PruneSettings
 from tvaprune.phases import Phases
 from tvaprune.run import SELECTION_SAMPLES, Run
 
@@ -68,6 +68,15 @@ def test_the_split_that_is_asked_for_is_reported_the_same_windows_whatever_the_s
     flags = ["--eval_split", split, "--max_eval_samples", "3"]
     assert asked(flags, Run.windows) == (split, 32, 3, 0)
     assert asked([*flags, "--seed", "5"], Run.windows) == (split, 32, 3, 0)
+
+
+def test_a_large_text_is_not_evaluated_whole_unless_asked(asked):
+    tokens = ["--dataset_name", "mine.jsonl", "--ctx_length"]
+    assert asked([*tokens, "64"], Run.windows) == ("validation", 64, REPORTED_TOKENS // 64, 0)
+    assert asked([*tokens, str(2 * REPORTED_TOKENS)], Run.windows)[2] == 1
+    assert asked([*tokens, "64", "--max_eval_samples", "9000"], Run.windows)[2] == 9000 > REPORTED_TOKENS // 64
+    assert asked(["--ctx_length", "64"], Run.windows)[2] == 256  # C4, which is larger
+    assert asked(["--ctx_length", "8192"], Run.windows)[2] == 64
 
 
 CPU = torch.device("cpu")

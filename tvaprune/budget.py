@@ -21,8 +21,7 @@ from tvaprune.models.load import load_config, precision
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
-from tvaprune.run import SELECTION_SAMPLES, held_out_samples, window_of
-from tvaprune.text.protocols import C4_WINDOWS
+from tvaprune.run import SELECTION_SAMPLES, held_out_samples, most_windows, window_of
 
 DEFAULT_MEMORY = 40.0  # GiB
 
@@ -63,7 +62,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         redraws=on_card,
         distill=args.distill.distill and finetune.teacher_cache is None,
         window=window_of(args, config),
-        windows=args.data.max_eval_samples or C4_WINDOWS,
+        windows=most_windows(args, config),
         eval_batch=training.per_device_eval_batch_size,
         selection_blocks=SELECTION_SAMPLES,
         held_blocks=held_out_samples(args.prune.refit_samples),

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from tvaprune import ranks
 from tvaprune.errors import EVALUATING, InputError, running_out_in
 from tvaprune.flags.arguments import Arguments
-from tvaprune.flags.settings import RELEASED_MAX_WINDOW
+from tvaprune.flags.settings import RELEASED_MAX_WINDOW, REPORTED_TOKENS
 from tvaprune.given import given_rotation, with_recorded_flags
 from tvaprune.identity import Identity, blocks_digest, content, model_digest
 from tvaprune.measure import hardware
@@ -201,8 +201,8 @@ class Run:
             with ranks.main_first():
                 windows = protocol_windows(self.tokenizer, data.protocol, data.data_dir, self.bos)
             return _agreed(data.protocol, windows)
-        default = C4_WINDOWS if is_streamed(data.dataset_name) else None
-        return self.blocks(self.args.evaluation.eval_split, self.window, data.max_eval_samples or default, "ctx_length")
+        most = most_windows(self.args, self.model.config)
+        return self.blocks(self.args.evaluation.eval_split, self.window, most, "ctx_length")
 
     def evaluation_text(self, windows: Dataset) -> EvaluationText:
         """Returns what a perplexity on these windows may be compared by."""
@@ -216,7 +216,7 @@ class Run:
             InputError: If the model itself gives no number.
         """
         model, batch_size = self.streamed or self.model, self.args.training.per_device_eval_batch_size
-        counted = self.args.data.max_eval_samples or C4_WINDOWS  # before the text was read
+        counted = most_windows(self.args, self.model.config)  # before the text was read
         self.phases.recount((DENSE_PERPLEXITY, PRUNED_PERPLEXITY), len(windows) / counted)
         with running_out_in(EVALUATING):
             self.phases.start(DENSE_PERPLEXITY)  # what was loaded and read before is no operation
@@ -331,6 +331,15 @@ def window_of(args: Arguments, config: PretrainedConfig) -> int:
     if args.data.protocol != OWN:
         return PROTOCOLS[args.data.protocol].window
     return args.data.ctx_length or min(config.max_position_embeddings, RELEASED_MAX_WINDOW)
+
+
+def most_windows(args: Arguments, config: PretrainedConfig) -> int:
+    """Returns how many evaluation windows there are at most: a shorter text has fewer."""
+    data = args.data
+    if data.protocol != OWN:
+        return PROTOCOLS[data.protocol].num_windows or C4_WINDOWS
+    fit = max(1, REPORTED_TOKENS // window_of(args, config))
+    return data.max_eval_samples or (min(fit, C4_WINDOWS) if is_streamed(data.dataset_name) else fit)
 
 
 def _agreed(name: str, blocks: Dataset) -> Dataset:

@@ -11,7 +11,7 @@ import torch
 from support import tiny
 from support.folders import edit_config
 
-from tvaprune import EvalSettings, ModelSettings, PruneSettings, estimate, estimates
+from tvaprune import DataSettings, EvalSettings, ModelSettings, PruneSettings, estimate, estimates
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
 from tvaprune.measure.work import forward_flops, narrower
@@ -81,6 +81,16 @@ def test_masks_are_scored_as_often_as_a_run_scores_them(large):
     assert estimate(large, "prune", eval_strategy="no").work.scorings == 0
     assert "gate training" not in phases(estimate(large, "prune", PruneSettings(prune_method="flap")))
     assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
+
+
+@pytest.mark.parametrize("window", [512, 2048, 4096])
+def test_evaluating_both_models_costs_less_than_a_quarter_of_the_training(window, large):
+    found = estimate(large, "prune", DataSettings(ctx_length=window), eval_strategy="no")
+    flops = {name: phase.flops for name, phase in phases(found).items()}
+    evaluated = flops[DENSE_PERPLEXITY] + flops[PRUNED_PERPLEXITY]
+    assert found.work.windows * window <= 2**19 and evaluated < flops["gate training"] / 4
+    more = estimate(large, "prune", DataSettings(ctx_length=window, max_eval_samples=2**21 // window)).work
+    assert more.windows * window == 2**21  # control: as asked
 
 
 def test_what_chooses_a_share_is_a_part_of_its_own(large):

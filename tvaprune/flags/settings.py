@@ -12,6 +12,7 @@ from tvaprune.errors import InputError
 from tvaprune.flags.ranges import AUTO, BYTES, NUMBERS, amount, check_ranges, number_or
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
+REPORTED_TOKENS = 2**19  # evaluated by default, 256 windows of 2,048: more cost as much as the training
 RELEASED_BATCH = 128  # blocks of one fine-tuning step, over all devices and accumulation steps
 
 Method = Literal["vib", "magnitude", "wanda_sp", "flap", "taylor", "taylor_global", "bonsai", "random"]
@@ -77,7 +78,9 @@ class DataSettings(_InRange):
         None, f"Tokens of an evaluation window; default: the model's longest, at most {RELEASED_MAX_WINDOW}."
     )
     max_train_samples: int | None = flag(None, "Training blocks drawn; default: 4,500, for one-shot scores 128.")
-    max_eval_samples: int | None = flag(None, "Evaluation windows drawn; default: all, of C4 256.")
+    max_eval_samples: int | None = flag(
+        None, f"Evaluation windows drawn; default: all, at most {REPORTED_TOKENS:,} tokens, of C4 at most 256 windows."
+    )
     protocol: Literal["own", "wikitext2-2048", "wikitext2-4096", "ptb-2048", "ptb-4096", "c4-2048", "c4-4096"] = flag(
         "own",
         "What perplexity is reported on. own: --eval_split of --dataset_name, windows of --ctx_length; else a test "
