@@ -149,6 +149,8 @@ IDLE = [
     ("apply", "", "--zero_eval_limit 3", "without --do_zero_eval True"),
     ("apply", "", "--write_out True", "without --do_zero_eval True"),
     ("prune", "--use_cpu", "--fp16 True", "without a GPU"),
+    ("apply", "--device_map auto", "--memory 24", "beside --shard True or --device_map auto"),
+    ("apply", f"--do_eval True --stream True --mask_loc {__file__}", "--memory 24", "beside --stream True"),
     ("prune", "", "--dataloader_persistent_workers True", "without --dataloader_num_workers"),
 ]  # fmt: skip
 

@@ -51,6 +51,8 @@ CONDITIONS = (
               lambda args: ranks.launched() == 1),
     Condition(("speed_batches",), "beside --shard True or --device_map auto, which time the way between the GPUs",
               lambda args: not args.is_spread),
+    Condition(("memory",), "beside --shard True or --device_map auto, as what each GPU holds is not counted",
+              lambda args: not args.is_spread),
     Condition(("prompt_tokens",), "beside --shard True or --stream True, where no whole model is in memory: tvaprune "
               "report --prompts asks those that are saved",
               lambda args: not (args.evaluation.prompt_tokens and (args.source.shard or args.prune.stream))),
@@ -67,8 +69,8 @@ CONDITIONS = (
               lambda args: args.training.eval_strategy != "no"),
     Condition(("refit_samples", "refit_offload"), "without --weight_update refit or reconstruct",
               lambda args: args.prune.refits),
-    Condition(("refit_offload", "speed_batches", "device_map"), "beside --stream True, where no model is in memory",
-              lambda args: not args.prune.stream),
+    Condition(("refit_offload", "speed_batches", "device_map", "memory"), "beside --stream True, where no model is in "
+              "memory", lambda args: not args.prune.stream),
     Condition(("stream",), "without --mask_loc or --plan, as there is nothing to cut",
               lambda args: args.prune.mask_loc is not None or args.prune.plan is not None),
     Condition(("save_pruned",), "without --mask_loc or --plan, as there is nothing to cut",
