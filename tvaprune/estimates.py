@@ -118,14 +118,19 @@ def _counted(args: Arguments, work: Work) -> Work:
     return replace(work, steps=cadence.num_tokens // work.tokens, scorings=scorings)
 
 
-def announce(args: Arguments, units: Masks | KeepPlan | None = None) -> Estimate:
+def announce(args: Arguments, units: Masks | KeepPlan | None = None, cuts: bool = True) -> Estimate:
     """Prints a run's line before it begins, and returns what it will take.
+
+    Args:
+        cuts: Whether it cuts anything; else the dense model is measured, and that is all.
 
     Raises:
         InputError: If it cannot fit the GPU's free memory, or on a CPU the machine's whole. Of one
             that is spread it is not known.
     """
     found = estimate_of(args, units)
+    if not cuts:
+        found = replace(found, phases=found.phases[:1])
     print(found.line())
     if found.is_spread:
         return found

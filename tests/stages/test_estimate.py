@@ -229,6 +229,18 @@ def test_a_run_begins_with_its_line_and_ends_there_if_it_cannot_fit(small, tmp_p
     assert not any((tmp_path / "not").glob("*"))
 
 
+def test_a_dense_model_that_is_measured_tells_its_need_too(small, tmp_path, monkeypatch, capsys):
+    flags = [*small[0], "--output_dir", str(tmp_path / "out")]
+    run_verb("apply", ["--do_eval", "True", *flags])
+    told = capsys.readouterr().out
+    (line,) = (line for line in told.splitlines() if line.startswith("estimate: "))
+    assert line.split("(")[1].startswith("dense perplexity)") and "phase 1 of" not in told  # nothing is refitted
+    memory = copy.copy(psutil.virtual_memory())._replace(total=2**14)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert run_command(lambda: run_verb("apply", ["--do_eval", "True", *flags, "--overwrite_output_dir"])) == 2
+    assert "the dense perplexity needs" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_on_a_gpu_what_is_free_counts(large, monkeypatch, capsys):
     args = parse("prune", ["--model_name_or_path", str(large)])
     monkeypatch.setattr(type(args.training), "device", torch.device("cuda"))

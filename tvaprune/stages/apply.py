@@ -64,9 +64,9 @@ def _scratch(args: Arguments) -> Iterator[Path | None]:
 
 def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | None, scratch: Path | None) -> Results:
     counted: Mapping[str, float] = {}
-    if units is not None and not args.prune.stream:  # it tells its need itself, and waits for disks
-        counted = announce(args, units).counted
-    phases = _phases(args, tasks, counted)
+    if _measures(args, tasks) if units is None else not args.prune.stream:  # it tells its need itself
+        counted = announce(args, units, cuts=units is not None).counted
+    phases = _phases(args, units is not None, tasks, counted)
     run = Run.load(args, scratch, args.prune.reconstructs, phases)
     plan = None if units is None else run.plan(units)
     if plan is not None and run.streamed is None:
@@ -104,10 +104,15 @@ def _apply(args: Arguments, units: Masks | KeepPlan | None, tasks: ZeroShot | No
     return results
 
 
+def _measures(args: Arguments, tasks: ZeroShot | None) -> bool:
+    """Tells whether a model that nothing is cut of is measured: for zero-shot scores C4 is no text to fetch unasked."""
+    return args.training.do_eval and (tasks is None or "dataset_name" in args.recipe)
+
+
 def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results, earlier: Results | None) -> Results:
     """Measures and scores a model that nothing is cut of; what an earlier run measured stays where this does not."""
     args = run.args
-    if args.training.do_eval and (tasks is None or "dataset_name" in args.recipe):  # C4 is no text to fetch unasked
+    if _measures(args, tasks):
         run.phases.begin(DENSE_MODEL)
         windows = run.windows()
         loss = run.dense_loss(windows)
@@ -121,10 +126,10 @@ def _as_it_is(run: Run, tasks: ZeroShot | None, results: Results, earlier: Resul
     return results
 
 
-def _phases(args: Arguments, tasks: ZeroShot | None, counted: Mapping[str, float]) -> Phases:
-    measures = args.training.do_eval
+def _phases(args: Arguments, cuts: bool, tasks: ZeroShot | None, counted: Mapping[str, float]) -> Phases:
+    measures = args.training.do_eval if cuts else _measures(args, tasks)
     dense = {DENSE_MODEL: (DENSE_PERPLEXITY,)} if measures else {}
-    cut = {CUT: (*NARROWING, PRUNED_PERPLEXITY) if measures else NARROWING}
+    cut = {CUT: (*NARROWING, PRUNED_PERPLEXITY) if measures else NARROWING} if cuts else {}
     return Phases(dense | cut | ({} if tasks is None else {ZERO_SHOT: None}), counted)
 
 
