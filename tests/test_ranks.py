@@ -76,6 +76,12 @@ def test_gradients_are_not_kept_twice(shared):
     assert shared[0]["gradients kept twice"] is False
 
 
+def test_each_process_holds_its_share_of_the_layers_alone(shared):
+    first, second = shared[0]["held"]
+    whole = sum(parameter.numel() for parameter in shared_work.model().get_decoder().layers.parameters())
+    assert first + second == whole and abs(first - second) < 0.1 * whole
+
+
 def test_two_processes_go_on_bit_for_bit(shared):
     whole, resumed = shared[0]["resumed"]
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)

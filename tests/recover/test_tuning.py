@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,15 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvaprune.checkpoints import last_checkpoint
 from tvaprune.errors import InputError
+from tvaprune.flags.arguments import Arguments
 from tvaprune.identity import weights_digest
 from tvaprune.losses import Predictions
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.shape import shape_of
+from tvaprune.phases import Phases
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.recover.lora import LoraSettings
 from tvaprune.recover.teacher import HiddenTarget, LiveTeacher
 from tvaprune.recover.trainer import LossWeights
-from tvaprune.recover.training import kept_step
+from tvaprune.recover.training import kept_step, train
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
@@ -330,6 +333,19 @@ def test_bf16_multiplies_in_bfloat16_and_trains_weights_in_float32(bf16, trainer
     wanted = torch.bfloat16 if bf16 else torch.float32
     assert computed == dict.fromkeys(("student", "student's head", "teacher", "teacher's head"), wanted)
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_what_was_trained_in_bfloat16_is_measured_in_its_own_precision(make_model, tmp_path, input_ids):
+    flags = ["--model_name_or_path", "x", "--output_dir", tmp_path, "--full_ft", True, "--bf16", True,
+             "--distill", False, "--max_steps", 1, "--use_cpu", "--disable_tqdm", True]  # fmt: skip
+    args, student = Arguments.parse([*map(str, flags)], "finetune"), make_model(seed=1).requires_grad_(True)
+    run = SimpleNamespace(args=args, phases=Phases())
+    job = SimpleNamespace(run=run, train_blocks=blocks(), selection_blocks=blocks(2), identity=IDENTITY, checkpoint=None,
+                          teacher_cache=None, lora=None, train_lm_head=True)  # fmt: skip
+    train(job, student)
+    plain = make_model(seed=2)
+    plain.load_state_dict(student.state_dict())
+    assert torch.equal(logits(student.eval(), input_ids), logits(plain, input_ids))
 
 
 def test_a_loss_that_is_no_number_ends_in_one_line(trainer):

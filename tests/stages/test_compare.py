@@ -8,8 +8,10 @@ import shutil
 import sys
 from dataclasses import fields
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import tiny
 
 from tvaprune.cli import run_command, run_verb
@@ -17,7 +19,10 @@ from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.flags.verbs import VERBS
+from tvaprune.models.rotate import Rotation
 from tvaprune.outputs import OF_A_COMPARISON, wrote
+from tvaprune.run import Run
+from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Cell, Grid, as_given
 
 
@@ -105,6 +110,19 @@ def test_a_cell_holds_what_repeats_it_and_what_was_measured(compared, flags):
     assert len({value["pruned"] for value in vib}) == 3  # the update is applied
     magnitude = [tiny.read_json(output / "tiny" / "cells" / f"magnitude-{u}-0.5-0.json") for u in ("none", "fold")]
     assert magnitude[0]["perplexity"] == magnitude[1]["perplexity"]  # control: the means of a score are one
+
+
+def test_models_that_a_refit_left_on_the_cpu_compute_where_the_run_does(make_model):
+    """The unpruned one, and its copy in the basis of a mask: the meta device stands for the GPU."""
+    args = SimpleNamespace(training=SimpleNamespace(device=torch.device("meta")), source=SimpleNamespace(shard=False))
+    measurement, rotation = Measurement.__new__(Measurement), Rotation(torch.eye(36))
+    measurement.grid = SimpleNamespace(arguments=lambda cell, choosing: args)
+    measurement.base = Run(args, make_model(), None)
+    measurement._last = Run(args, make_model(), None, rotation=rotation)
+    run = measurement._run(Cell("vib", "refit", 0.5, 0))
+    turned = measurement._turned(run, rotation)
+    assert run.model is measurement.base.model and run.model.device.type == "meta"
+    assert turned.model is measurement._last.model is not run.model and turned.model.device.type == "meta"
 
 
 def test_masks_that_were_learned_before_serve_in_place_of_gates(compared, flags, tmp_path, command):

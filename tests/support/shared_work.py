@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from conftest import TINY, perturb
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.updates import reconstruct, refit
@@ -124,9 +125,9 @@ def first_step(folder):
 
 
 def tuned(folder, sharded=False):
-    """Three steps of LoRA towards a teacher, and the validation perplexity."""
+    """Three steps of LoRA towards a teacher, the validation perplexity, and what was logged of every step."""
     args = arguments(FinetuneRunArguments, folder, max_steps=3, learning_rate=1e-2, gradient_accumulation_steps=2,
-                     load_best_model_at_end=False, per_device_eval_batch_size=2)  # fmt: skip
+                     load_best_model_at_end=False, per_device_eval_batch_size=2, logging_steps=1)  # fmt: skip
     base, teacher = frozen(sharded), LiveTeacher(frozen(sharded, seed=2), 2.0)
     torch.manual_seed(0)
     student = add_lora(base, LoraSettings(3, 4.0, 0.0, True))
@@ -134,7 +135,15 @@ def tuned(folder, sharded=False):
     trainer.train()
     value = trainer.evaluate()["eval_perplexity"]
     trained = [parameter.detach().flatten() for parameter in student.parameters() if parameter.requires_grad]
-    return torch.cat([*trained, torch.tensor([value])])
+    logged = [row[name] for row in trainer.state.log_history if "ce" in row for name in ("loss", "ce", "kl")]
+    return torch.cat([*trained, torch.tensor([value, *logged])])
+
+
+def held():
+    """The numbers of a sharded model's layers that each process holds once these have computed."""
+    layers = shard(model(), CPU).get_decoder().layers
+    own = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in layers.parameters()]
+    return ranks._gathered(sum(part.numel() for part in own))
 
 
 def scores(method):
@@ -190,6 +199,7 @@ def main():
     found["noise"] = ranks._gathered(drawn)
     found["resumed"] = resumed(folder)
     found["refusals"] = refusals()
+    found["held"] = held()
     if ranks.is_main():
         torch.save(found, folder / "found.pt")
     if ranks.index() == 1:
