@@ -30,6 +30,14 @@ def test_the_sharpness_begins_low_and_never_above_its_end():
     assert begins(beta_start=10, beta=5) == (5, 5)  # as the paper, whose sharpness is constant, for every family
 
 
+def test_the_heads_share_of_the_information_loss_follows_the_target():
+    def share(target, **given):
+        chosen = PruneSettings(target_sparsity=[target], **given)
+        return gate_settings(chosen, DistillSettings(), 100, 100, 10.0, WidthRules()).att_mul
+
+    assert (share(0.6), share(0.61), share(0.61, att_mul=3)) == (256, 512, 3)
+
+
 def test_how_the_steps_are_spent_is_said_and_what_they_cannot_reach():
     def said(steps, **given):
         chosen = gate_settings(PruneSettings(**given), DistillSettings(), steps, steps, 10.0, WidthRules())

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from tvaprune.choose import gates
+from tvaprune.choose.controller import expected_spread
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.settings import gate_settings
@@ -68,6 +69,21 @@ def test_a_trainings_autocast_rounds_neither_sparsity_nor_information(make_model
         assert all(map(torch.equal, beside_the_task(), exact))
         monkeypatch.setattr("tvaprune.choose.objective.in_full", lambda values: nullcontext())
         assert not torch.equal(beside_the_task()[1], exact[1])  # control
+
+
+def test_the_objective_draws_layers_to_one_width_where_they_must_have_it(make_model, input_ids, monkeypatch):
+    gated, free = GatedModel(make_model("llama")), settings()
+    with torch.no_grad():
+        gated.log_variance.normal_(generator=torch.Generator().manual_seed(0))
+    penalties = []
+    for chosen in (free, replace(free, rules=WidthRules(4, uniform=True))):
+        objective = PruningObjective(gated, chosen)
+        monkeypatch.setattr(objective, "_task_loss", lambda ids: torch.zeros(()))
+        with torch.no_grad():
+            objective.lagrangian.lambda_2.fill_(2.0)
+            penalties.append(float(objective(input_ids, beta=2.0, target=0.25)["loss"]))
+    spread = float(expected_spread(gated.log_alpha(), 2.0, gated.shape).detach())
+    assert spread > 1e-4 and penalties[1] - penalties[0] == pytest.approx(2 * spread, rel=1e-2)
 
 
 @pytest.mark.parametrize("distill", [True, False])
@@ -196,6 +212,29 @@ def test_boards_are_given_sparsity_multipliers_and_the_masks_figures(make_model,
 def test_only_the_gates_rate_decays(make_model, tmp_path):
     gates_rate, multipliers_rate = train(make_model("llama"), tmp_path).lr_scheduler.get_last_lr()
     assert (gates_rate, multipliers_rate) == (0.0, 0.1)
+
+
+def test_only_the_gates_rate_warms_up(make_model, tmp_path):
+    trainer, rates = trainer_of(make_model("llama"), tmp_path, warmup_steps=4), []
+    trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(8)
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr())
+        trainer.optimizer.step()
+        scheduler.step()
+    assert [gates_rate for gates_rate, _ in rates] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.075])
+    assert {multipliers_rate for _, multipliers_rate in rates} == {0.1}
+
+
+def test_a_better_mask_of_before_the_interruption_stays_the_best(make_model, tmp_path):
+    first = train(make_model("llama"), tmp_path).best
+    better = first.with_name("mask_info_1.0.pkl")
+    for suffix in (".json", ".pkl"):
+        first.with_suffix(suffix).rename(better.with_suffix(suffix))
+    resumed = trainer_of(make_model("llama"), tmp_path)
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    resumed.score_mask()
+    assert resumed.best == better and list((tmp_path / "best").glob("*.pkl")) == [better]
 
 
 def test_a_resumed_run_continues_bit_for_bit(make_model, tmp_path):
