@@ -340,8 +340,9 @@ def test_what_was_trained_in_bfloat16_is_measured_in_its_own_precision(make_mode
              "--distill", False, "--max_steps", 1, "--use_cpu", "--disable_tqdm", True]  # fmt: skip
     args, student = Arguments.parse([*map(str, flags)], "finetune"), make_model(seed=1).requires_grad_(True)
     run = SimpleNamespace(args=args, phases=Phases())
-    job = SimpleNamespace(run=run, train_blocks=blocks(), selection_blocks=blocks(2), identity=IDENTITY, checkpoint=None,
-                          teacher_cache=None, lora=None, train_lm_head=True)  # fmt: skip
+    texts = {"train_blocks": blocks(), "selection_blocks": blocks(2)}
+    none = dict.fromkeys(("checkpoint", "teacher_cache", "lora"))
+    job = SimpleNamespace(run=run, identity=IDENTITY, train_lm_head=True, **texts, **none)
     train(job, student)
     plain = make_model(seed=2)
     plain.load_state_dict(student.state_dict())
