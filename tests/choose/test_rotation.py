@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,38 @@ def test_the_basis_is_the_same_whatever_the_batch(source, monkeypatch):
         torch.testing.assert_close(needed, found[0][1], rtol=1e-4, atol=1e-4)
     run.args.training.seed += 1  # control: other tokens are drawn
     assert not torch.allclose(moments_of(run)[1], found[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_moments_are_those_of_a_stream_without_gains(source, monkeypatch):
+    """The same where the readers took the norms' gains; and what several processes find is added up."""
+    run, added = run_of(*source, *FLAGS, "--output_dir", "unused"), []
+    monkeypatch.setattr("tvaprune.choose.rotation.ranks.add_up", lambda *tensors: added.extend(tensors))
+    moments = moments_of(run)
+    assert all(map(torch.equal, added, moments)) and len(added) == 2
+    gain = run.model.model.norm.weight.detach()
+    assert (gain - 1).abs().max() > 0.3  # control
+    rotate(run.model, Rotation(torch.eye(36)))
+    for found, expected in zip(moments_of(run), moments, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_kept_tie_turns_what_is_no_axis_by_the_stretched_streams_moments(monkeypatch):
+    carried, needed = (torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    carried, needed = carried @ carried.T, needed @ needed.T
+    stretch, axes = torch.linspace(0.2, 2.0, 8).double(), torch.arange(8) % 4 == 0
+    monkeypatch.setattr(rotation, "kept_tie", lambda *args: (stretch, axes))
+    monkeypatch.setattr(rotation, "rows_of", lambda *args: None)
+    run = SimpleNamespace(args=Arguments.parse(["--model_name_or_path", "x"], "prune"), model=None,
+                          shape=SimpleNamespace(tie_word_embeddings=True))  # fmt: skip
+    found = rotation._rotation(run, carried, needed)
+    matrix = found.matrix.double()
+    assert torch.equal(matrix[axes], torch.eye(8).double()[:2]) and torch.equal(found.stretch, stretch.float())
+    turn, by = matrix[~axes][:, 2:], stretch[~axes].outer(stretch[~axes])
+    values, vectors = torch.linalg.eigh(carried[~axes][:, ~axes] * by)
+    root = vectors * values.sqrt() @ vectors.T
+    counts = turn.T @ root @ (needed[~axes][:, ~axes] / by) @ root @ turn
+    torch.testing.assert_close(counts, counts.diagonal().diag(), rtol=0, atol=1e-4 * float(counts.max()))
+    assert bool((counts.diagonal().diff() < 0).all())
 
 
 def test_the_basis_is_of_the_whole_text_however_many_blocks_gates_train_on(source):
