@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_does_at_the_same_global_batch(name, shared
     torch.testing.assert_close(shared[0][name], alone[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*shared_work.METHODS, "refitted", "perplexity"])
+@pytest.mark.parametrize("name", [*shared_work.METHODS, "refitted", "refitted gains", "perplexity"])
 def test_two_processes_measure_what_one_does(name, shared, alone):
     torch.testing.assert_close(shared[0][name], alone[name], rtol=1e-4, atol=1e-5)
 

@@ -4,7 +4,7 @@ from datasets import Dataset
 from torch.nn import functional
 
 from tvaprune.choose.scores import SCORES, score_masks
-from tvaprune.choose.scores.bonsai import bonsai_scores, coefficients
+from tvaprune.choose.scores.bonsai import RIDGES, bonsai_scores, coefficients
 from tvaprune.choose.scores.calibration import Calibration, InputSums
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.choose.scores.ranking import heads_kept, layerwise, per_unit, ranked
@@ -326,6 +326,33 @@ def test_bonsais_regression_finds_the_coefficients_and_survives_more_units_than_
     torch.testing.assert_close(coefficients(present, present @ worth - 7.0), worth, rtol=0.02, atol=0.02)
     wide = torch.randint(0, 2, (32, 200), generator=draw).double()
     assert int(coefficients(wide, 5 * wide[:, 17]).argmax()) == 17
+
+
+def test_bonsais_ridge_is_the_one_that_predicts_best_what_is_left_out():
+    """Each sub-model in its turn, the means taken without it."""
+
+    def ridge(present, utility, strength):
+        x, y = present - present.mean(0), utility - utility.mean()
+        return torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]).double(), x.T @ y)
+
+    def missed(present, utility, strength, out):
+        rest = torch.arange(len(utility)) != out
+        worth = ridge(present[rest], utility[rest], strength)
+        return utility[out] - utility[rest].mean() - (present[out] - present[rest].mean(0)) @ worth
+
+    chosen = set()
+    for seed in range(8):
+        draw = torch.Generator().manual_seed(seed)
+        present = torch.randint(0, 2, (7, 4), generator=draw).double()
+        utility = present @ torch.randn(4, generator=draw).double() + 0.3 * torch.randn(7, generator=draw).double()
+        centred = present - present.mean(0)
+        strengths = [share * float(torch.linalg.eigvalsh(centred @ centred.T).mean()) for share in RIDGES]
+        errors = [sum(missed(present, utility, each, out) ** 2 for out in range(7)) for each in strengths]
+        best = errors.index(min(errors))
+        expected = ridge(present, utility, strengths[best])
+        torch.testing.assert_close(coefficients(present, utility), expected, rtol=1e-6, atol=1e-9)
+        chosen.add(best)
+    assert len(chosen) > 2  # control
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ CPU = torch.device("cpu")
 WAITED_FOR = "process 1 alone cannot go on"
 
 
-def model(seed=0):
-    return perturb(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)), seed).eval()
+def model(seed=0, kind="llama"):
+    return perturb(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY)), seed).eval()
 
 
 def frozen(sharded, seed=0):
@@ -152,14 +152,14 @@ def scores(method):
     return torch.cat([*values.attn, *values.inter])
 
 
-def refitted(reconstructs=False):
+def refitted(reconstructs=False, kind="llama"):
     """The weights after a refit, perhaps a reconstruction too, and how far of the way the model went."""
-    dense = model()
+    dense = model(kind=kind)
     masks = calibrate(score_masks(dense, "magnitude", blocks(4), 0.3), shape_of(dense.config), 0.3, WidthRules(4))
     plan = plan_from_masks(masks, shape_of(dense.config), WidthRules(4))
     pruned = fold(apply_plan(copy.deepcopy(dense), plan), plan)
     texts = blocks(24), blocks(10, seed=5)
-    done = refit(dense, pruned, plan, *texts, batch_size=4)
+    done = refit(dense, pruned, plan, *texts, batch_size=16)  # of one batch a split each process gets a part
     if reconstructs:  # a step of two processes is of their batches together
         done = reconstruct(dense, pruned, plan, *texts, batch_size=4 // ranks.count())
     weights = [parameter.detach().flatten() for parameter in pruned.parameters()]
@@ -171,7 +171,7 @@ def work(folder):
     found = {"gates": gates(folder), "gates, sharded": gates(folder, sharded=ranks.launched() > 1)}
     found |= {"tuned": tuned(folder), "tuned, sharded": tuned(folder, sharded=ranks.launched() > 1)}
     found |= {method: scores(method) for method in METHODS} | {"refitted": refitted()}
-    found |= {"reconstructed": refitted(reconstructs=True)}
+    found |= {"reconstructed": refitted(reconstructs=True), "refitted gains": refitted(kind="gemma3_text")}
     loss = text_loss(model(), blocks(7), 2)
     return found | {"perplexity": torch.tensor([loss.perplexity, *loss.windows], dtype=torch.float64)}
 

@@ -119,6 +119,7 @@ def test_of_a_large_text_documents_are_drawn_before_they_are_tokenised(cache, to
     words = " ".join(f"{document} [END]" for document in seen).split()
     assert sum(drawn, []) == [WORDS.index(word) for word in words]
     assert draw(3) == drawn and seen == []  # cached
+    assert len(token_blocks(tokenizer, path, "train", 12, max_blocks=14, seed=3)) == 14  # of which ten would be too few
     assert draw(4) != drawn and len(seen) == 20
     assert seen != sorted(seen, key=DOCUMENTS.index)  # drawn from all of the text, not its beginning
     assert {DOCUMENTS.index(document) > 45 for document in seen} == {True, False}
