@@ -82,6 +82,7 @@ def test_layers_take_turns_so_that_the_same_share_goes_everywhere(make_model, me
     scores = score_masks(make_model("llama"), method, BLOCKS).log_alpha.inter
     cuts = [[int((score < cut).sum()) for score in scores] for cut in torch.cat(scores).sort().values]
     assert all(max(widths) - min(widths) <= 1 for widths in cuts)
+    assert cuts[1:3] == [[1, 0, 0], [1, 1, 0]]  # of those that stay: the last layer's go first
     assert len({sum(widths) for widths in cuts}) == len(cuts)  # every number of channels can be had
 
 
@@ -250,6 +251,14 @@ def test_flaps_bias_equals_the_formula(make_model):
     compensate_bias(model, without(model, attn=[1]), BLOCKS)
     torch.testing.assert_close(attention.o_proj.bias, before + attention.o_proj.weight[:, 12:] @ means)
     assert torch.equal(model.model.layers[1].self_attn.o_proj.bias, later)  # nothing goes there
+
+
+def test_flaps_bias_makes_up_for_all_heads_of_a_layer_whose_stand_in_passes_nothing_on(make_model):
+    model = make_model("llama", attention_bias=True)
+    output = model.model.layers[0].self_attn.o_proj
+    means, before = inputs_of(output, model).mean(0), output.bias.clone()
+    compensate_bias(model, without(model, attn=[0, 1]), BLOCKS)
+    torch.testing.assert_close(output.bias, before + output.weight @ means)
 
 
 def test_flaps_bias_adds_nothing_where_the_architecture_has_none(make_model):

@@ -48,6 +48,12 @@ def test_a_tie_that_costs_too_much_is_not_kept(tied, input_ids, capsys, monkeypa
     assert "note: --rotate auto turns nothing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_what_16_bits_round_is_no_cost_of_the_tie(dtype, kept, tied, monkeypatch):
+    monkeypatch.setattr(tie, "tried", lambda *args: iter([(torch.ones(36), torch.zeros(36) > 0, 2e-3)]))
+    assert (kept_tie(tied.to(dtype), torch.ones(36), None) is not None) == kept
+
+
 def test_the_cost_is_the_divergence_of_the_stretched_norms(tied, input_ids):
     stretch = torch.linspace(0.5, 2, tied.config.hidden_size).double()
     with tie._stretched_norms(tied, stretch):

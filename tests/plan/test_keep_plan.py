@@ -226,6 +226,7 @@ def edit(path, change):
         lambda path: edit(path, lambda content: content["hidden"]["scale"].pop()),  # an index without its factor
         lambda path: edit(path, lambda content: content["hidden"]["kept"].__setitem__(-1, 48)),  # out of 0 ... 47
         lambda path: edit(path, lambda content: content["hidden"]["kept"].reverse()),
+        lambda path: edit(path, lambda content: content["hidden"]["kept"].__setitem__(1, content["hidden"]["kept"][0])),
         lambda path: edit(path, lambda content: content.update(keeps_norm_width=47)),
         lambda path: edit(path, lambda content: content.update(prune_method=3)),
         lambda path: path.write_text("[" * 100_000),
@@ -250,6 +251,7 @@ def edit(path, change):
         "factor missing",
         "out of range",
         "descending",
+        "twice",
         "norms of some width",
         "a method without a name",
         "nested too deep",

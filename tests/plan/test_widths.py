@@ -1,5 +1,7 @@
 """Equal widths in every layer, and widths that devices can share: in the plan, at the target, and in the training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,13 @@ def test_uniform_widths_are_the_means_of_the_free_ones(masks, dim_multiple):
     for kept, score in zip((*plan.kept.attn, *plan.kept.inter), (*scores.attn, *scores.inter), strict=True):
         gone = torch.ones(len(score), dtype=torch.bool).index_fill(0, kept, False)
         assert score[kept].max() < score[gone].min()  # each layer keeps its own best
+
+
+def test_layers_of_a_model_that_differ_become_equally_wide_as_far_as_the_narrowest_goes():
+    shape = replace(SHAPE, num_key_value_heads=(8, 2, 8, 8, 8), intermediate_size=(160, 40, 160, 160, 160))
+    widths = Widths(shape, WidthRules(uniform=True))
+    assert widths.heads([8, 2, 8, 7, 8]) == [2] * 5 and widths.channels([99, 40, 99, 99, 99]) == [40] * 5
+    assert widths.heads([1, 2, 1, 1, 1]) == [1] * 5  # control
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.7])
