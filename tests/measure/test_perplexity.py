@@ -112,6 +112,14 @@ def test_windows_of_one_document_count_for_less_than_as_many_documents():
     assert TextLoss(0.0, torch.ones(5, dtype=torch.float64)).stderr == 0.0
 
 
+def test_neighbours_count_the_less_the_farther_they_are():
+    windows = torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1] * 2, dtype=torch.float64)
+    # Of 16 two lags: squares of a half add up to 4, products with the next to 12/4 - 3/4, with the one past it to 8/4
+    # - 6/4; their weights are 2/3 and 1/3, and each counts twice.
+    expected = math.sqrt((4 + 2 * (2 / 3 * 2.25 + 1 / 3 * 0.5)) / 15 / 16)
+    assert TextLoss(0.5, windows).stderr == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_gap_is_paired_by_window():
     easy = torch.tensor([1.0, 2.0, 4.0, 5.0], dtype=torch.float64)
     dense, pruned, mixed = (TextLoss(float(each.mean()), each) for each in (easy, easy + 0.5, easy.flip(0) + 0.5))

@@ -271,3 +271,12 @@ def test_a_broken_plan_is_refused(breaks, make_masks, tmp_path):
     breaks(path)
     with pytest.raises(InputError, match=r"plan.json: not a keep plan \(.*\); give the plan.json of a run"):
         KeepPlan.load(path)
+
+
+def test_a_plan_of_an_untied_model_is_of_a_tied_one_where_a_rotation_untied_it(make_masks):
+    plan, tied = plan_from_masks(make_masks(MHA), MHA), replace(MHA, tie_word_embeddings=True)
+    assert not MHA.tie_word_embeddings
+    plan.check_fits(MHA, "--plan x")
+    replace(plan, rotation="0" * 16).check_fits(tied, "--plan x")
+    with pytest.raises(InputError, match="tie_word_embeddings False for True"):
+        plan.check_fits(tied, "--plan x")
