@@ -13,9 +13,11 @@ from support.families import MORE_ROWS, ROWS, make_plan, sliced
 from support.other_families import OTHER_ROWS
 from support.updates import CALIBRATION, HELD_OUT, divergence, refit, weights_differ
 
+from tvaprune.cut.refit import _Refit
 from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
-from tvaprune.cut.walk import importance
+from tvaprune.cut.walk import Batch, importance
 from tvaprune.models.families import family_of
+from tvaprune.models.layers import Half
 
 
 @pytest.fixture(params=(ROWS | MORE_ROWS | OTHER_ROWS).values(), ids=ROWS | MORE_ROWS | OTHER_ROWS)
@@ -125,6 +127,27 @@ def test_the_gain_past_an_attention_is_refitted_too(make_model, make_masks, monk
     assert math.isfinite(with_gains.strengths["layer 1 post_attention_layernorm"])
     monkeypatch.setattr("tvaprune.cut.refit._Refit._fit_gain", lambda *args: math.inf)  # control
     assert min(with_gains.divergences) < 0.97 * min(refit(model, without, plan, CALIBRATION, HELD_OUT).divergences)
+
+
+@pytest.mark.parametrize(("held_out", "strength", "gain"), [(2.5, 0.0, 2.5), (1.1, math.inf, 1.0)])
+def test_a_gain_is_fitted_by_what_tokens_count_and_chosen_on_held_out_ones(held_out, strength, gain):
+    """Of two tokens the larger counts a quarter: it lacks 3 times what the norm gives, the other twice."""
+    norm = torch.nn.LayerNorm(1, bias=False)
+    norm.forward = lambda values: values * norm.weight
+    fit = torch.tensor([[[[1.0], [2.0]]]])
+    batches = [Batch(torch.zeros(1, 2), fit, fit, held) for held in (False, True)]
+
+    def lacking(batch):
+        return batch.pruned[0] * (held_out if batch.held_out else torch.tensor([[2.0], [3.0]])), batch.pruned[0]
+
+    walk = SimpleNamespace(
+        dense=SimpleNamespace(family=SimpleNamespace(norm_offset=0.0)), device=torch.device("cpu"), batches=batches,
+        strengths=(math.inf, 1.0, 0.0), _lacking=lacking,
+    )  # fmt: skip
+    with torch.no_grad():
+        half = Half(torch.nn.Identity(), torch.nn.Identity(), {}, post_norm=norm)
+        assert _Refit._fit_gain(walk, half) == strength
+    assert float(norm.weight.detach()) == pytest.approx(gain)
 
 
 def test_every_linear_misses_its_calibration_target_by_less_than_the_fold(make_model, make_masks, monkeypatch):
