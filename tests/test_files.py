@@ -235,8 +235,10 @@ def test_weights_are_read_by_whom_the_user_lets_read(tmp_path, monkeypatch):
     with files.new_folder("save_pruned", tmp_path / "model", False) as temporary:
         (temporary / "inner").mkdir()
         save_file(weights, temporary / "inner" / "model.safetensors")
-    for path in (tmp_path / "one.safetensors", tmp_path / "model" / "inner" / "model.safetensors"):
-        assert path.stat().st_mode & 0o777 == 0o640
+    with files.first_folder(tmp_path / "cache") as temporary:
+        save_file(weights, temporary / "model.safetensors")
+    for path in ("one.safetensors", "model/inner/model.safetensors", "cache/model.safetensors"):
+        assert (tmp_path / path).stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "own.safetensors").stat().st_mode & 0o077 == 0  # control: else nothing is to be done
 
 

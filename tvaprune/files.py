@@ -354,6 +354,7 @@ def first_folder(folder: Path) -> Iterator[Path]:
     with _temporary(folder, "part") as temporary:
         temporary.mkdir(parents=True)
         yield temporary
+        _let_read(*temporary.rglob("*"))
         try:
             os.rename(temporary, folder)
         except OSError:
