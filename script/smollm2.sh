@@ -21,6 +21,18 @@ if ! "$PYTHON" -P -c "import gguf" 2>/dev/null; then # now, not after hours
     echo "script/smollm2.sh: writes GGUF files, and $PYTHON has no gguf: $PYTHON -m pip install gguf" >&2
     exit 2
 fi
+check() { # VERB FLAG...: what the verb does not know is told now, not after hours
+    local why
+    if ! why="$("$PYTHON" -P -c "import sys
+from tvaprune.cli import run_command
+from tvaprune.flags.verbs import check_flags
+raise SystemExit(run_command(lambda: check_flags(sys.argv[1], sys.argv[2:])))" "$@" 2>&1)"; then
+        echo "script/smollm2.sh: ${why#-c: }; PRUNE=\"--FLAG VALUE\" before the command goes to prune alone, TUNE to finetune" >&2
+        exit 2
+    fi
+}
+check prune "$@" ${PRUNE:-}
+check finetune "$@" ${TUNE:-}
 
 MODEL=${MODEL:-smollm2}
 DTYPE=auto # float32, unless the CPU computes in bfloat16

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from models.test_from_gguf import DIGITS, SIZES, byte_level
@@ -103,6 +104,18 @@ def test_without_gguf_nothing_begins(tmp_path):
         f"script/smollm2.sh: writes GGUF files, and {program} has no gguf: {program} -m pip install gguf\n"
     )
     assert "prune" not in (tmp_path / "calls").read_text() and not (tmp_path / "out").exists()
+
+
+def test_a_flag_of_one_step_alone_is_told_before_the_other_begins(tmp_path):
+    """For 20% a user writes --target_sparsity 0.2: finetune would have refused it after hours of pruning."""
+    command = ["bash", tiny.ROOT / "script" / "smollm2.sh", "out", "--target_sparsity", "0.2"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, list(tmp_path.iterdir())) == (2, "", []), ended.stderr
+    assert ended.stderr.splitlines()[-1] == (
+        "script/smollm2.sh: --target_sparsity acts in prune, not in finetune: leave it out; "
+        'PRUNE="--FLAG VALUE" before the command goes to prune alone, TUNE to finetune'
+    )
 
 
 def test_an_untied_embedding_is_looked_up_and_not_passed_through(make_model):
