@@ -11,12 +11,29 @@ import torch
 from support import tiny
 from support.folders import edit_config
 
-from tvaprune import DataSettings, EvalSettings, ModelSettings, PruneSettings, estimate, estimates
+from tvaprune import (
+    DataSettings,
+    DistillSettings,
+    EvalSettings,
+    FinetuneSettings,
+    ModelSettings,
+    PruneSettings,
+    estimate,
+    estimates,
+)
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
 from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.shape import shape_of
-from tvaprune.phases import DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, RECONSTRUCT_CHOICE, REFIT_CHOICE
+from tvaprune.phases import (
+    DENSE_PERPLEXITY,
+    FINE_TUNING,
+    NARROWING,
+    PRUNED_PERPLEXITY,
+    RECONSTRUCT_CHOICE,
+    REFIT,
+    REFIT_CHOICE,
+)
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
 from tvaprune.plan.widths import WidthRules
@@ -103,6 +120,25 @@ def test_what_chooses_a_share_is_a_part_of_its_own(large):
     assert found.counted[REFIT_CHOICE] == 2 * found.counted[RECONSTRUCT_CHOICE]  # six shares, and three
     folded = estimate(large, "apply", weight_update="fold").counted  # control
     assert folded["cut"] == 0 and folded.keys().isdisjoint(NARROWING[1:])
+
+
+def test_what_a_phase_is_helped_by_is_not_done_already(large):
+    """Of what a run of defaults has set for 24 GB nothing is named: checkpointing, a block a pass."""
+    found = {memory: estimate(large, "finetune", ModelSettings(str(large), memory=memory)) for memory in (24.0, 200.0)}
+    assert {memory: (one.work.checkpointing, one.work.batch) for memory, one in found.items()} == {
+        24.0: (True, 1),
+        200.0: (False, 8),
+    }
+    always = ["a smaller --block_size", "a smaller --lora_r", "--teacher_cache DIR"]
+    more = ["--activation_checkpointing True", "a smaller --per_device_train_batch_size"]
+    told = {memory: phases(one) for memory, one in found.items()}
+    assert told[24.0][FINE_TUNING].helps.split(", ") == always
+    assert told[200.0][FINE_TUNING].helps.split(", ") == more + always
+    assert told[24.0][PRUNED_PERPLEXITY].helps.startswith("--teacher_cache DIR, ")
+    assert "teacher" not in told[24.0][DENSE_PERPLEXITY].helps
+    assert told[24.0][REFIT].helps == "--weight_update fold" and "offload" in told[200.0][REFIT].helps
+    full = phases(estimate(large, "finetune", FinetuneSettings(full_ft=True), DistillSettings(distill=False)))
+    assert full[FINE_TUNING].helps.endswith("a smaller --block_size, LoRA in place of --full_ft")
 
 
 def test_a_rotation_is_counted_where_the_run_turns(large):

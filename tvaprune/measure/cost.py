@@ -304,33 +304,40 @@ def phases(verb: str, work: Work, on_card: bool = True) -> list[Phase]:
         scored = work.scorings * forward_flops(work.dense, work.selection_blocks * work.block, work.block)
         flops = work.steps * gate_flops(work) + scored
         if work.steps:
-            found.append(Phase(GATE_TRAINING, gate_step(work), 0, flops, _SMALLER_STEP))
+            found.append(Phase(GATE_TRAINING, gate_step(work), 0, flops, ", ".join(_smaller_step(work))))
         if work.scored_batch:
             passes = -(-work.scored_blocks // work.scored_batch)
             helps = "a smaller --per_device_eval_batch_size or --block_size"
             found.append(Phase(UNIT_SCORES, scoring_pass(work), 0, passes * scoring_flops(work), helps))
     beside = weights(work.dense, work) if work.keep_dense else 0
-    measured = [_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside)] if work.measures else []
+    frees = ["--teacher_cache DIR"] if verb == "finetune" and beside and work.distill else []
+    measured = [_evaluated(PRUNED_PERPLEXITY, work, work.pruned, beside, frees)] if work.measures else []
     found += [replace(phase, times=work.targets) for phase in (*_cut(work), *measured)]
     if verb == "finetune":
         scored = work.scorings * forward_flops(work.pruned, work.selection_blocks * work.block, work.block)
         scored += forward_flops(work.pruned, work.windows * work.window, work.window)  # of what was tuned
         flops = work.steps * finetuning_flops(work) + scored
-        helps = f"{_SMALLER_STEP}, --lora_r, --teacher_cache DIR"
-        found.append(Phase(FINE_TUNING, finetuning_step(work), 0, flops, helps))
+        smaller = _smaller_step(work) + ["a smaller --lora_r" if work.lora_r else "LoRA in place of --full_ft"]
+        smaller += ["--teacher_cache DIR"] if work.distill else []
+        found.append(Phase(FINE_TUNING, finetuning_step(work), 0, flops, ", ".join(smaller)))
     if not on_card:
         return [replace(phase, device=phase.device + phase.host, host=0) for phase in found]
     found[0] = replace(found[0], host=max(found[0].host, weights(work.dense, work)))  # what is loaded passes the host
     return found
 
 
-_SMALLER_STEP = "--activation_checkpointing True, a smaller --per_device_train_batch_size or --block_size"
+def _smaller_step(work: Work) -> list[str]:
+    """Returns what makes a training step need less that is not done already."""
+    found = [] if work.checkpointing else ["--activation_checkpointing True"]
+    return [*found, *(["a smaller --per_device_train_batch_size"] if work.batch > 1 else []), "a smaller --block_size"]
 
 
-def _evaluated(name: str, work: Work, shape: ModelShape, beside: int) -> Phase:
+def _evaluated(name: str, work: Work, shape: ModelShape, beside: int, frees: Sequence[str] = ()) -> Phase:
+    """Returns the measuring of a model; ``frees`` takes from the card what is ``beside`` it."""
     device = weights(shape, work) + beside + evaluation(shape, work, work.window)
     flops = forward_flops(shape, work.windows * work.window, work.window)
-    return Phase(name, device, 0, flops, "a smaller --per_device_eval_batch_size or --ctx_length")
+    batch = ["a smaller --per_device_eval_batch_size"] if work.pass_tokens(work.window) > work.window else []
+    return Phase(name, device, 0, flops, ", ".join([*frees, *batch, "a smaller --ctx_length"]))
 
 
 def _rotation(work: Work) -> Phase:
@@ -347,9 +354,10 @@ def _cut(work: Work) -> Iterator[Phase]:
         yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
     host = pruned + work.refit_offload * (dense + streams(work))
-    helps, last = "--refit_offload True, --weight_update fold", (REFIT_CHOICE, choice_flops(work, len(REFIT_SHARES)))
-    yield Phase(REFIT, refit(work), host, refit_flops(work), helps, last)
+    offload = "" if work.refit_offload else "--refit_offload True, "
+    last = REFIT_CHOICE, choice_flops(work, len(REFIT_SHARES))
+    yield Phase(REFIT, refit(work), host, refit_flops(work), f"{offload}--weight_update fold", last)
     if work.reconstructs:
-        helps = "--refit_offload True, a smaller --per_device_eval_batch_size, --weight_update refit"
+        helps = f"{offload}a smaller --per_device_eval_batch_size, --weight_update refit"
         last = RECONSTRUCT_CHOICE, choice_flops(work, len(RECONSTRUCT_SHARES))
         yield Phase(RECONSTRUCT, reconstruct(work), host, reconstruct_flops(work), helps, last)
