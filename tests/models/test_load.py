@@ -221,6 +221,13 @@ def test_a_place_for_images_behind_the_embedding_is_left_out_of_the_tokenizer(ch
     assert "the tokenizer is not the model's" in refused(folder)
 
 
+@pytest.mark.parametrize("path", ["./mistyped", "/no/such/folder", "a/b/c", "some/file.gguf"])
+def test_a_path_that_leads_nowhere_is_told_as_one_and_not_asked_of_the_hub(path):
+    line = refused(path, load_config)
+    assert "is not there, nor a hub id; give a " in line and ("GGUF" in line) == path.endswith(".gguf")
+    assert "is not there" not in refused("somebody/model", load_config)  # control: the hub may have it
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"model": {"type": "Unheard"}}', '{"version": "9.0"}'])
 def test_a_tokenizer_that_cannot_be_read_is_one_line(content, checkpoint):
     folder = checkpoint()

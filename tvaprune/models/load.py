@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -51,6 +53,7 @@ def load_config(path: str | None) -> Any:
     if path is None:
         raise InputError("--model_name_or_path is missing: give a checkpoint's folder or hub id")
     named, path = f"--model_name_or_path {path}", located(path)
+    _check_there(path, named)
     file = gguf_file(path, named)
     check_folder(path if file is None else file.parent, named)
     with _in_one_line(named, file or path):
@@ -292,6 +295,19 @@ def _check_whole(named: str, loaded: dict[str, Any]) -> None:
         f"{named}: the weights are not those of its config ({'; '.join(parts)}); give a whole, "
         "unquantised checkpoint of a causal language model"
     )
+
+
+def _check_there(path: str, named: str) -> None:
+    """Refuses what is no path here and no name that the hub could have; it would tell of the name alone."""
+    if Path(path).exists():
+        return
+    try:
+        validate_repo_id(path)
+        is_hubs = not path.endswith(SUFFIX)
+    except HFValidationError:
+        is_hubs = False
+    if not is_hubs:
+        raise InputError(f"{named}: is not there, nor a hub id; give {_needed(Path(path))}")
 
 
 @contextmanager
