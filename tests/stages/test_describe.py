@@ -49,7 +49,7 @@ def test_json_and_table_say_the_same(mask_and_config, monkeypatch, capsys):
 
 
 def test_a_folder_without_config_is_refused(mask_and_config, tmp_path):
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="nowhere: is not there, nor a hub id"):
         describe(mask_and_config[0], str(tmp_path / "nowhere"), PruneSettings())
 
 
