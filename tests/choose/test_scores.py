@@ -1,11 +1,10 @@
 import pytest
 import torch
-from datasets import Dataset
+from support.scored import BLOCKS, EVEN, make_constant
 from torch.nn import functional
 
 from tvaprune.choose.scores import SCORES, score_masks
-from tvaprune.choose.scores.bonsai import RIDGES, bonsai_scores, coefficients
-from tvaprune.choose.scores.calibration import Calibration, InputSums
+from tvaprune.choose.scores.calibration import Calibration
 from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.choose.scores.ranking import heads_kept, layerwise, per_unit, ranked
 from tvaprune.choose.scores.taylor import group_importance, protected_layers
@@ -16,7 +15,6 @@ from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks
 
-BLOCKS = Dataset.from_dict({"input_ids": torch.arange(8 * 12).remainder(47).view(8, 12).tolist()}).with_format("torch")
 IDS = BLOCKS[:]["input_ids"]
 
 
@@ -84,11 +82,6 @@ def test_layers_take_turns_so_that_the_same_share_goes_everywhere(make_model, me
     assert all(max(widths) - min(widths) <= 1 for widths in cuts)
     assert cuts[1:3] == [[1, 0, 0], [1, 1, 0]]  # of those that stay: the last layer's go first
     assert len({sum(widths) for widths in cuts}) == len(cuts)  # every number of channels can be had
-
-
-# Hidden width 32, heads of 8 with as many query heads as KV heads: a KV head has 4 * 8 * 32 = 1,024 parameters, a
-# channel 3 * 32 = 96; a layer of 4 heads and 64 channels 4,096 + 6,144, and 64 in its norms: 10,304 counted.
-EVEN = {"hidden_size": 32, "head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
 
 
 @pytest.mark.parametrize(
@@ -187,13 +180,6 @@ def test_flap_equals_the_formula_on_the_inputs_as_they_come(make_model):
     attn = standardised(metric(layer.self_attn.o_proj).square())
     torch.testing.assert_close(-scores.inter[2], inter, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(-scores.attn[2], torch.stack([attn[:12].mean(), attn[12:].mean()]), rtol=1e-4, atol=1e-4)
-
-
-def make_constant(mlp, channel):
-    """Makes a channel's value silu(20) * 5 = 100 whatever comes in."""
-    with torch.no_grad():
-        mlp.gate_proj.weight[channel], mlp.up_proj.weight[channel] = 0.0, 0.0
-        mlp.gate_proj.bias[channel], mlp.up_proj.bias[channel] = 20.0, 5.0
 
 
 def test_flap_ignores_a_constant_input_that_wanda_keeps(make_model):
@@ -326,90 +312,3 @@ def test_taylor_global_compares_layers(make_model):
         for m in ("taylor", "taylor_global")
     }
     assert plans["taylor_global"].intermediate_size[1] < 3 < min(plans["taylor"].intermediate_size)
-
-
-def test_bonsais_regression_finds_the_coefficients_and_survives_more_units_than_sub_models():
-    draw = torch.Generator().manual_seed(0)
-    present = torch.randint(0, 2, (64, 4), generator=draw).double()
-    worth = torch.tensor([3.0, 0.0, -1.0, 0.5]).double()
-    torch.testing.assert_close(coefficients(present, present @ worth - 7.0), worth, rtol=0.02, atol=0.02)
-    wide = torch.randint(0, 2, (32, 200), generator=draw).double()
-    assert int(coefficients(wide, 5 * wide[:, 17]).argmax()) == 17
-
-
-def test_bonsais_ridge_is_the_one_that_predicts_best_what_is_left_out():
-    """Each sub-model in its turn, the means taken without it."""
-
-    def ridge(present, utility, strength):
-        x, y = present - present.mean(0), utility - utility.mean()
-        return torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]).double(), x.T @ y)
-
-    def missed(present, utility, strength, out):
-        rest = torch.arange(len(utility)) != out
-        worth = ridge(present[rest], utility[rest], strength)
-        return utility[out] - utility[rest].mean() - (present[out] - present[rest].mean(0)) @ worth
-
-    chosen = set()
-    for seed in range(8):
-        draw = torch.Generator().manual_seed(seed)
-        present = torch.randint(0, 2, (7, 4), generator=draw).double()
-        utility = present @ torch.randn(4, generator=draw).double() + 0.3 * torch.randn(7, generator=draw).double()
-        centred = present - present.mean(0)
-        strengths = [share * float(torch.linalg.eigvalsh(centred @ centred.T).mean()) for share in RIDGES]
-        errors = [sum(missed(present, utility, each, out) ** 2 for out in range(7)) for each in strengths]
-        best = errors.index(min(errors))
-        expected = ridge(present, utility, strengths[best])
-        torch.testing.assert_close(coefficients(present, utility), expected, rtol=1e-6, atol=1e-9)
-        chosen.add(best)
-    assert len(chosen) > 2  # control
-
-
-@pytest.fixture
-def one_token(make_model, monkeypatch):
-    """A model of one layer with 40 channels, and a text that repeats token 5."""
-    monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 32)
-    model = make_model("llama", num_hidden_layers=1, intermediate_size=40, mlp_bias=True)
-    return model, Dataset.from_dict({"input_ids": torch.full((4, 12), 5).tolist()}).with_format("torch")
-
-
-def test_bonsai_tells_the_only_heads_of_several_layers_apart(make_model, monkeypatch):
-    """Of three or four KV heads one is looked at: dropped by a coin in each layer, so that no two columns are alike."""
-    monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 32)
-    drawn = []
-
-    def regress(present, utility):
-        drawn.append(present)
-        return coefficients(present, utility)
-
-    monkeypatch.setattr("tvaprune.choose.scores.bonsai.coefficients", regress)
-    model = make_model("llama", num_hidden_layers=5, **EVEN)
-    bonsai_scores(Calibration(model, BLOCKS, 0.05, 0, 4))
-    heads = drawn[0][:, :5]
-    assert heads.shape == (32, 5) and torch.linalg.matrix_rank(heads - heads.mean(0)) == 5
-    assert torch.equal(heads[0::2] + heads[1::2], torch.ones(16, 5))  # each sub-model's complement follows it
-
-
-def test_bonsai_keeps_a_planted_unit_against_its_prior(one_token, monkeypatch):
-    """One channel speaks for the token; the prior is turned upside down, so that it looks the least of all."""
-    model, blocks = one_token
-    shape, layer = shape_of(model.config), model.model.layers[0]
-    make_constant(layer.mlp, 11)
-    with torch.no_grad():
-        layer.mlp.down_proj.weight[:, 11] = 0.01 * model.lm_head.weight[5]
-    wanda = InputSums.wanda
-    monkeypatch.setattr(InputSums, "wanda", lambda entry: wanda(entry).max() - wanda(entry))
-    plans = {m: plan_from_masks(calibrate(score_masks(model, m, blocks), shape, 0.5), shape) for m in SCORES}
-    assert 11 in plans["bonsai"].kept.inter[0]
-    assert 11 not in plans["wanda_sp"].kept.inter[0]  # negative control: the prior alone drops it
-
-
-def test_bonsai_drops_first_what_writes_nothing(one_token):
-    """Every channel speaks for the token, each a little louder than the one before; channel 9 says nothing."""
-    model, blocks = one_token
-    layer = model.model.layers[0]
-    with torch.no_grad():
-        for channel in range(40):
-            make_constant(layer.mlp, channel)
-            layer.mlp.down_proj.weight[:, channel] = (40 + channel) * 1e-5 * model.lm_head.weight[5]
-        layer.mlp.down_proj.weight[:, 9] = 0.0
-    assert int(bonsai_scores(Calibration(model, blocks, 0.2, 0, 4)).inter[0].argmin()) == 9
