@@ -99,7 +99,7 @@ def test_a_gpus_own_error_is_read(monkeypatch, capsys):
 
 def test_a_librarys_message_is_part_of_one_line():
     assert reason(ValueError("first\n  second\x1b[2J\ttab")) == "first second?[2J tab"
-    assert reason(KeyError()) == "KeyError"
+    assert reason(KeyError()) == "KeyError" and reason(KeyError("gelu_9")) == "unknown: 'gelu_9'"
     assert reason(ValueError("x" * 1000)) == "x" * 200 + " ..." and reason(ValueError("x" * 200)) == "x" * 200
     assert reason(ValueError("word " * 60)) == "word " * 39 + "word ..."
 

@@ -46,6 +46,8 @@ def one_line(text: str) -> str:
 def reason(error: BaseException) -> str:
     """Returns a library's message as a part of one line, and not an endless one."""
     words = one_line(str(error)) or type(error).__name__
+    if isinstance(error, KeyError) and error.args:  # its message is the key alone
+        words = f"unknown: {words}"
     return words if len(words) <= LONGEST else f"{words[:LONGEST].rpartition(' ')[0] or words[:LONGEST]} ..."
 
 
