@@ -55,11 +55,16 @@ def test_a_learning_rate_that_breaks_the_model_ends_in_one_line(source, tmp_path
 @pytest.mark.parametrize(("asked", "tied"), [((), True), (("--train_lm_head", True), False)])
 def test_tied_embeddings_stay_tied_unless_the_head_is_trained(asked, tied, make_source, tmp_path, command, input_ids):
     output = tmp_path / "out"
-    code, _, error = command(
+    code, told, error = command(
         *make_source(tie_word_embeddings=True), *RUN, *asked, "--output_dir", output, "--speed_batches", 1
     )
     assert code == 0, error
     merged = load_pruned(output / "merged")
+    more = merged.num_parameters() - load_pruned(output / "pruned").num_parameters()
+    assert (more > 0) is not tied
+    assert (
+        f"note: --train_lm_head unties the lm_head from the embeddings: {more:,} parameters more" in told
+    ) is not tied
     assert merged.config.tie_word_embeddings is tied
     assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight) is tied
     adapted = PeftModel.from_pretrained(load_pruned(output / "pruned"), str(output / "adapter"))

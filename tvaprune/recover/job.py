@@ -64,6 +64,11 @@ class Job:
         job = cls(run, run.plan(units), checkpoint, windows, *blocks, *precisions, use_cache)
         fit(run.args, job.plan)
         job.identity = _identity(job)
+        if job.unties:
+            print(
+                "note: --train_lm_head unties the lm_head from the embeddings: "
+                f"{job.plan.shape.vocab_size * len(job.plan.kept.hidden):,} parameters more in the merged model"
+            )
         if checkpoint is not None:
             check_identity("checkpoint", checkpoint, job.identity)
         return job
