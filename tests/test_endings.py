@@ -10,9 +10,11 @@ import time
 import pytest
 from safetensors import SafetensorError
 from support import tiny
+from tqdm.auto import tqdm
 
 from tvaprune import endings, ranks
 from tvaprune.cli import run_command
+from tvaprune.errors import InputError
 from tvaprune.flags.recipes import advice_of
 
 
@@ -43,6 +45,17 @@ def test_a_signal_ends_a_command_at_once(number, code, capsys):
     assert run_command(command) == code
     assert "interrupted; --resume_from_checkpoint True goes on" in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+def test_the_line_stands_behind_no_bar_that_an_error_left_open(capsys):
+    def command():
+        command.bar = tqdm(total=3)  # as a Trainer holds its own
+        command.bar.update()
+        raise InputError("give a folder")
+
+    assert run_command(command) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert "33%" in before[-1] and line.endswith(": give a folder") and "33%" not in line
 
 
 def test_in_a_training_a_signal_waits_for_the_next_step_also_where_an_exception_is_swallowed():

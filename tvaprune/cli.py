@@ -56,6 +56,7 @@ def _end(code: int, line: str) -> int:
     """Says why a command ends, unless another process of the run did, and returns the exit code of all."""
     if not ranks.ends_first():
         return ranks.code_told(otherwise=code)
+    endings.close_bars()
     print(line, file=sys.stderr, flush=True)
     ranks.told(code)
     return code

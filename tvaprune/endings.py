@@ -149,6 +149,13 @@ class _Unclosed:
         return getattr(self._stream, name)
 
 
+def close_bars() -> None:
+    """Ends the line of every bar that an error left open, a training's: what is said next has a line of its own."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        bar.close()
+
+
 def full_disk(error: BaseException) -> str | None:
     """Returns a line if an error means that there is no room on the disk; None if it means something else."""
     chain: list[BaseException] = [error]
