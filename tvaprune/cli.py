@@ -31,6 +31,7 @@ def run_command(command: Callable[[], object], advice: str = VERBS["prune"].goes
         advice: What an interrupted user is told.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of a hub that is away it would tell at every try
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # of a file that cannot be read it would tell before us
     name = Path(program()[-1]).name
     try:
         with endings.unclosed(), endings.watched(), ranks.quiet():

@@ -2,10 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from support import tiny
 from support.texts import DOCUMENTS, SPLITS, write_hub_copies, write_text
 
 from tvaprune.errors import InputError
@@ -172,6 +175,23 @@ def test_a_text_that_cannot_be_read_is_one_clear_line(make, tmp_path):
     with pytest.raises(InputError, match=f"--dataset_name {path}") as caught:
         load_documents(str(path), "train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_command_says_of_a_damaged_file_nothing_but_that_line(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 damaged")
+    code = (
+        "import sys\n"
+        "from tvaprune.cli import run_command\n"
+        "def command():\n"
+        "    from tvaprune.text.sources import load_documents\n"
+        "    load_documents(sys.argv[1], 'train')\n"
+        "sys.exit(run_command(command))\n"
+    )
+    call = [sys.executable, "-c", code, str(tmp_path / "a.parquet")]
+    environment = {name: value for name, value in os.environ.items() if name != "DATASETS_VERBOSITY"}
+    done = subprocess.run(call, env=environment, cwd=tiny.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "not a readable .parquet file" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_local_copies_of_hub_repositories(tmp_path):
