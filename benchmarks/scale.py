@@ -35,7 +35,7 @@ from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost
 from tvaprune.measure.hardware import describe_device
 from tvaprune.measure.speed import WARM_UP_BATCHES, seconds, turn_about
-from tvaprune.measure.work import GIB, Work, narrower
+from tvaprune.measure.work import GIB, Work, narrower, weights
 from tvaprune.models.parameters import model_parameters
 from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
@@ -159,11 +159,16 @@ def named(phase: str, work: Work) -> str:
 
 def memory_line(setting: Setting) -> str:
     """Returns what the whole of ``prune`` takes at most on a card, by the formulas, with what ``--memory`` sets."""
-    told = []
+    told, on_host = [], []
     for memory in (DEFAULT_MEMORY, 24):
-        most = setting.estimate("prune", memory).largest
+        found = setting.estimate("prune", memory)
+        most = found.largest
         told.append(f"{most.device / GIB:.2f} GiB at --memory {memory:g} ({most.name})")
-    return f"All of `prune`, by the formulas, at most: {', '.join(told)}."
+        on_host.append(f"{found.host / weights(found.work.dense, found.work):.2f}")
+    return (
+        f"All of `prune`, by the formulas, at most: {', '.join(told)}; on the host {' and '.join(on_host)} times the "
+        "weights."
+    )
 
 
 def row(name: str, taken: Taken | None, took: float | None, formula: tuple[float, float]) -> str:

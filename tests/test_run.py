@@ -104,7 +104,8 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
     monkeypatch.setattr("torch.nn.Module.to", move)
     monkeypatch.setattr(narrowing, "apply_plan", lambda copied, plan, device: cut_to.append(device) or copied)
     monkeypatch.setattr(narrowing, "fold", lambda copied, plan: copied)
-    monkeypatch.setattr(narrowing, "Layers", lambda model, device, is_used_up=False: model)
+    monkeypatch.setattr(narrowing, "Layers", lambda model, device, **options: model)
+    monkeypatch.setattr(narrowing, "Cut", lambda dense, narrow, plan: None)
     monkeypatch.setattr(narrowing, "refit_layers", stop)
     flags = SimpleNamespace(
         prune=PruneSettings(refit_offload=offload),

@@ -15,9 +15,10 @@ from support.updates import CALIBRATION, HELD_OUT, divergence, refit, weights_di
 
 from tvaprune.cut.refit import _Refit
 from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
+from tvaprune.cut.slice import Cut
 from tvaprune.cut.walk import Batch, importance
 from tvaprune.models.families import family_of
-from tvaprune.models.layers import Half
+from tvaprune.models.layers import Half, Layers
 
 
 @pytest.fixture(params=(ROWS | MORE_ROWS | OTHER_ROWS).values(), ids=ROWS | MORE_ROWS | OTHER_ROWS)
@@ -223,15 +224,21 @@ def test_it_is_deterministic_and_does_not_depend_on_the_batch(make_model, make_m
     assert weights_differ(first, sliced(model, plan)) > 0.01
 
 
-def test_dense_layers_leave_the_memory_behind_the_walk_and_nothing_else_changes(make_model, make_masks):
-    model = make_model()
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_fold_is_made_of_the_dense_weights_again_bit_for_bit(tied, make_model, make_masks):
+    """Every weight, and what a refit on half of its way leaves."""
+    model = make_model(tie_word_embeddings=tied)
     plan = make_plan(model, make_masks)
-    kept, used = sliced(model, plan), sliced(model, plan)
-    refit(model, kept, plan, CALIBRATION, HELD_OUT)
-    assert model.model.layers[0].mlp.up_proj.weight.device.type == "cpu"  # control
-    refit(model, used, plan, CALIBRATION, HELD_OUT, is_used_up=True)
-    assert weights_differ(kept, used) == 0
-    assert {weight.device.type for weight in model.model.layers.parameters() if weight.dim() > 1} == {"meta"}
+    of_copies, of_cuts = sliced(model, plan), sliced(model, plan)
+    cut = Cut(Layers(model), of_cuts, plan)
+    for name, weight in of_cuts.named_parameters(remove_duplicate=False):
+        assert torch.equal(cut(name), weight)
+    refit(model, of_copies, plan, CALIBRATION, HELD_OUT, shares=[0.5])
+    refit(model, of_cuts, plan, CALIBRATION, HELD_OUT, shares=[0.5], before=cut)
+    assert weights_differ(of_copies, of_cuts) == 0
+    wrong = sliced(model, plan)
+    refit(model, wrong, plan, CALIBRATION, HELD_OUT, shares=[0.5], before=Cut(Layers(model), wrong, plan, folds=False))
+    assert weights_differ(of_copies, wrong) > 0.001  # control
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

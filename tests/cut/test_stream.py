@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks import room
 from tvaprune import losses
 from tvaprune.checkpoint import weights
-from tvaprune.cut import reconstruct, stream
+from tvaprune.cut import reconstruct
 from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
-from tvaprune.cut.slice import narrow_shell
+from tvaprune.cut.slice import Cut, narrow_shell
 from tvaprune.models import layers, load, shards
 from tvaprune.models.pruned import bare_model
 from tvaprune.models.rotate import Rotation
@@ -35,7 +35,7 @@ from tvaprune.phases import (
     REFIT_CHOICE,
     Phases,
 )
-from tvaprune.plan.edits import Edit, edits_of
+from tvaprune.plan.edits import Edit
 from tvaprune.plan.rotation import save_rotation
 
 pytestmark = pytest.mark.usefixtures("other_families")
@@ -203,7 +203,7 @@ def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_l
         shell = bare_model(model.config, torch.float32, "sdpa", torch.device("cpu"))
         dense = layers.Streamed(shell, lambda name: stored[name].clone(), torch.device("cpu"), tmp_path)
         narrow = narrow_shell(shell, plan, torch.device("cpu"))
-        cut = stream._Cut(dense, narrow, edits_of(plan, dense.family), folds=True)
+        cut = Cut(dense, narrow, plan)
         pruned = layers.Streamed(narrow, cut, torch.device("cpu"), tmp_path)
         with MemoryMeter(shell) as meter:
             update(dense, pruned, plan, blocks, blocks.select(range(2)), 2, shares=(0.0, 1.0))

@@ -76,10 +76,17 @@ CASES = [
 ]
 
 
+def on_host(phase, work):
+    """Returns the bytes on the host that the formulas give."""
+    formulas = {"refit": update_cost.refit_host, "reconstruct": update_cost.reconstruct_host}
+    return formulas[phase](work) if phase in formulas else 0
+
+
 @pytest.mark.parametrize(("name", "phase", "settings"), CASES)
 def test_the_formulas_give_what_the_simulation_counts(name, phase, settings):
     config, work = work_of(name, 2, **settings)
     taken = simulate(config, work, phase)
+    assert taken.host == pytest.approx(on_host(phase, work), rel=0.02, abs=2**24)
     size, flops = by_formula(phase, work)
     assert is_near(size, taken.card) and is_near(flops, taken.flops)
     other, more = by_formula(phase, work_of(name, 8, **settings)[1])

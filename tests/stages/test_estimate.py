@@ -23,7 +23,7 @@ from tvaprune import (
 )
 from tvaprune.cli import run_command, run_verb
 from tvaprune.flags.conditions import parse
-from tvaprune.measure.work import forward_flops, narrower
+from tvaprune.measure.work import forward_flops, narrower, weights
 from tvaprune.models.shape import shape_of
 from tvaprune.phases import (
     DENSE_PERPLEXITY,
@@ -68,6 +68,11 @@ def small(make_model, make_masks, tmp_path_factory):
 
 def phases(found):
     return {phase.name: phase for phase in found.phases}
+
+
+def weights_of(found):
+    """The bytes of the dense model."""
+    return weights(found.work.dense, found.work)
 
 
 def test_an_estimate_needs_the_config_alone_and_follows_the_flags(large):
@@ -155,6 +160,20 @@ def test_a_rotation_is_counted_where_the_run_turns(large):
         assert "rotation" not in phases(estimate(large, "prune", off))
     assert "rotation" in phases(estimate(large, "prune", PruneSettings(prune_method="flap", rotate="on")))
     assert "rotation" not in phases(estimate(large, "apply"))
+
+
+def test_the_host_holds_little_more_than_the_weights(large):
+    """Offloaded too: a refit folds again what it goes back to, a reconstruction takes the place of dense layers."""
+
+    def held(memory, update, *settings):
+        found = estimate(large, "prune", ModelSettings(str(large), memory=memory), *settings, weight_update=update)
+        assert found.work.refit_offload == (memory == 24)
+        return found.host / weights_of(found)
+
+    alone = EvalSettings(speed_batches=0)
+    for memory, update, *settings in [(24, "refit"), (40, "refit"), (40, "reconstruct"), (24, "reconstruct", alone)]:
+        assert 1 <= held(memory, update, *settings) <= 1.3
+    assert held(24, "reconstruct") > 1.3  # control: what is timed beside the narrower model stays
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])

@@ -32,9 +32,9 @@ def weights_differ(model, other):
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
-def refit(dense, pruned, *texts, is_used_up=False, **options):
+def refit(dense, pruned, *texts, before=None, **options):
     dense.eval(), pruned.eval()
-    return refit_layers(Layers(dense, pruned.device, is_used_up), Layers(pruned), *texts, **options)
+    return refit_layers(Layers(dense, pruned.device), Layers(pruned, before=before), *texts, **options)
 
 
 def reconstruct(dense, pruned, *texts, is_used_up=False, **options):

@@ -14,7 +14,7 @@ from tvaprune.choose.scores.flap import compensate_bias
 from tvaprune.cut.fold import fold
 from tvaprune.cut.reconstruct import Reconstruction, reconstruct_layers
 from tvaprune.cut.refit import RefitReport, refit_layers
-from tvaprune.cut.slice import apply_plan, lent
+from tvaprune.cut.slice import Cut, apply_plan, lent
 from tvaprune.errors import REFITTING, InputError, running_out_in
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Layers
@@ -108,14 +108,13 @@ def _fitted(
     texts: tuple[KeepPlan, Dataset, Dataset, int],
 ) -> tuple[RefitReport, Reconstruction | None]:
     """Refits a cut and folded model on a device, and reconstructs it where asked for."""
-    trains = run.args.prune.reconstructs
     run.model.eval(), model.eval()
     run.phases.start(REFIT)  # what was read and cut before is no operation
-    dense = Layers(run.model, device, is_used_up=not (keep_dense or trains))
-    done = refit_layers(dense, Layers(model, device), *texts, phases=run.phases)
-    if not trains:
-        return done, None
     dense = Layers(run.model, device, is_used_up=not keep_dense)
+    folded = Cut(dense, model, texts[0])  # once more, where a share of the way from there is asked for
+    done = refit_layers(dense, Layers(model, device, before=folded), *texts, phases=run.phases)
+    if not run.args.prune.reconstructs:
+        return done, None
     seed = run.args.training.seed
     return done, reconstruct_layers(dense, Layers(model, device), *texts, seed=seed, phases=run.phases)
 

@@ -102,7 +102,6 @@ class _Refit(Walk):
             for index, block, options in halves:
                 with self.dense.holding(*paths_of(block)), self.pruned.changing(*paths_of(block)):
                     self._half(f"layer {index} ", block, options)
-                self.dense.done(block.module)  # a norm may be the next half's too
                 advance()
             if has_head:
                 self._head()

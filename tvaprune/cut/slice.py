@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tvaprune.models.families import family_of
+from tvaprune.models.layers import Layers
 from tvaprune.models.pruned import config_of_widths, empty_model, set_parameter, shared_names
 from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
@@ -47,6 +48,29 @@ def check_size(name: str, weight: torch.Tensor, wanted: torch.Size) -> None:
     """Raises `ValueError` if a cut weight is not of the size that the narrower model has."""
     if weight.shape != wanted:
         raise ValueError(f"no edit makes {name} of shape {tuple(wanted)}: the family's row lacks it")
+
+
+class Cut:
+    """Fetches the weights of a narrower model, as the cut leaves them, from the dense one's.
+
+    Args:
+        dense: The dense model; a weight is cut where it is.
+        narrow: The narrower one, whose own weights need not be there.
+        folds: Whether the means are folded in.
+    """
+
+    def __init__(self, dense: Layers, narrow: PreTrainedModel, plan: KeepPlan, folds: bool = True) -> None:
+        self.dense, self.edits, self.folds = dense, edits_of(plan, dense.family), folds
+        self.names = {name: names[0] for names in shared_names(dense.model) for name in names}
+        self.shapes = {name: weight.shape for name, weight in narrow.named_parameters(remove_duplicate=False)}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Returns a weight, cut and folded."""
+        dense = self.dense.weight(name)
+        edit = self.edits.get(self.names[name], Edit()).on(dense.device)
+        weight = edit.kept(dense)
+        check_size(name, weight, self.shapes[name])
+        return edit.folded(weight) if self.folds else weight
 
 
 def lent(model: PreTrainedModel) -> PreTrainedModel:

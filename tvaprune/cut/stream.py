@@ -7,25 +7,20 @@ layer of both models, the moments of one linear, and a batch of hidden states.
 
 import shutil
 import time
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from tvaprune.cut.narrow import refit_texts, rounded, told
 from tvaprune.cut.reconstruct import reconstruct_layers
 from tvaprune.cut.refit import refit_layers
 from tvaprune.cut.room import disk_needed, memory_needed
-from tvaprune.cut.slice import check_size, narrow_shell
+from tvaprune.cut.slice import Cut, narrow_shell
 from tvaprune.errors import InputError
 from tvaprune.flags.settings import PruneSettings
 from tvaprune.measure.perplexity import windows_per_pass
 from tvaprune.models.layers import Streamed
-from tvaprune.models.pruned import shared_names
 from tvaprune.phases import REFIT
-from tvaprune.plan.edits import Edit, edits_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import Run
 
@@ -43,7 +38,7 @@ def narrow_streamed(run: Run, dense: Streamed, plan: KeepPlan) -> tuple[Streamed
             "refit or none, or leave --stream out"
         )
     model = narrow_shell(dense.model, plan, device)
-    cut = _Cut(dense, model, edits_of(plan, dense.family), folds=prune.weight_update != "none")
+    cut = Cut(dense, model, plan, folds=prune.weight_update != "none")
     pruned, update = Streamed(model, cut, device, dense.scratch), {}
     if prune.refits:
         calibration, held_out = refit_texts(run)
@@ -79,26 +74,3 @@ def _check_room(
             "--refit_samples"
         )
     print(f"out of core: the {update} needs some {memory:.1f} GiB of memory and {disk / 2**30:.1f} GiB of disk")
-
-
-class _Cut:
-    """Fetches the weights of a narrower model from the dense one's.
-
-    Args:
-        dense: The dense model.
-        narrow: The narrower one, without weights.
-        edits: What the plan does to the dense one's weights.
-        folds: Whether the means are folded in.
-    """
-
-    def __init__(self, dense: Streamed, narrow: PreTrainedModel, edits: Mapping[str, Edit], folds: bool) -> None:
-        self.dense, self.edits, self.folds = dense, edits, folds
-        self.names = {name: names[0] for names in shared_names(dense.model) for name in names}
-        self.shapes = {name: weight.shape for name, weight in narrow.named_parameters(remove_duplicate=False)}
-
-    def __call__(self, name: str) -> torch.Tensor:
-        """Returns a weight, cut and folded."""
-        edit = self.edits.get(self.names[name], Edit())
-        weight = edit.kept(self.dense.weight(name))
-        check_size(name, weight, self.shapes[name])
-        return edit.folded(weight) if self.folds else weight

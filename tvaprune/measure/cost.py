@@ -17,9 +17,10 @@ from tvaprune.measure.update_cost import (
     choice_flops,
     reconstruct,
     reconstruct_flops,
+    reconstruct_host,
     refit,
     refit_flops,
-    streams,
+    refit_host,
 )
 from tvaprune.measure.work import GIB, Work, copies, forward_flops, head_flops, layer_widths, pairs_kept, weights
 from tvaprune.models.parameters import counted_parameters, model_parameters
@@ -348,16 +349,16 @@ def _rotation(work: Work) -> Phase:
 
 
 def _cut(work: Work) -> Iterator[Phase]:
-    """The fits, which hold the weights before on the host, or the cut alone, weight by weight."""
+    """The fits, or the cut alone, weight by weight."""
     dense, pruned = weights(work.dense, work), weights(work.pruned, work)
     if not work.refits:
         yield Phase(CUT, dense + work.keep_dense * pruned, 0, 0.0, "--dtype bfloat16")
         return
-    host = pruned + work.refit_offload * (dense + streams(work))
     offload = "" if work.refit_offload else "--refit_offload True, "
     last = REFIT_CHOICE, choice_flops(work, len(REFIT_SHARES))
-    yield Phase(REFIT, refit(work), host, refit_flops(work), f"{offload}--weight_update fold", last)
+    yield Phase(REFIT, refit(work), refit_host(work), refit_flops(work), f"{offload}--weight_update fold", last)
     if work.reconstructs:
         helps = f"{offload}a smaller --per_device_eval_batch_size, --weight_update refit"
         last = RECONSTRUCT_CHOICE, choice_flops(work, len(RECONSTRUCT_SHARES))
+        host = reconstruct_host(work)
         yield Phase(RECONSTRUCT, reconstruct(work), host, reconstruct_flops(work), helps, last)

@@ -111,6 +111,16 @@ def refit(work: Work) -> float:
     return there + weights(work.pruned, work) + max(share, compared(work), *(fit.bytes for fit in _fits(work)))
 
 
+def refit_host(work: Work) -> float:
+    """Returns the bytes on the host in the refit: with ``--refit_offload`` the dense model and the streams.
+
+    The narrower one as it was folded is made of these again, weight by weight.
+    """
+    head = (not work.dense.tie_word_embeddings) * work.dense.vocab_size  # cut alone; others are cut, then folded
+    cut = work.weight_bytes * work.pruned.hidden_size * max(head, 2 * max(work.pruned.intermediate_size))
+    return work.refit_offload * (weights(work.dense, work) + streams(work) + cut)
+
+
 def compared(work: Work) -> int:
     """Returns the bytes of comparing predictions at a share of the way: of a window's chunk, both models'.
 
@@ -154,6 +164,18 @@ def reconstruct(work: Work) -> float:
     if work.refit_offload:
         there = max(_held(work, work.dense))
     return there + weights(work.pruned, work) + max(_window_training(work))
+
+
+def reconstruct_host(work: Work) -> float:
+    """Returns the bytes on the host in the reconstruction: the layers before it, and what is offloaded.
+
+    Where the dense model is not needed again, its layers leave the memory window by window as these come.
+    """
+    before = work.weight_bytes * sum(layer_sizes(work.pruned))
+    if not work.refit_offload:
+        return before
+    first = work.weight_bytes * sum(layer_sizes(work.pruned)[_windows(work)[0]])
+    return weights(work.dense, work) + streams(work) + (before if work.keep_dense else first)
 
 
 def reconstruct_streamed(work: Work) -> float:

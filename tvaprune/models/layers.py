@@ -33,16 +33,24 @@ class Layers:
         model: Its modules; their weights may be used while they are held.
         device: Where they are then.
         is_used_up: Whether weights leave the memory once they are `done`.
+        before: Returns a weight of that name as it was before it changed; None: copies of these wait on the CPU.
         passes: How many versions of a model should go through a layer while it is held: many, where fetching is dear.
     """
 
     passes = 1
 
-    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, is_used_up: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device | None = None,
+        is_used_up: bool = False,
+        before: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
         self.model, self.device, self.is_used_up = model, device or model.device, is_used_up
+        self.before = before
         self.family = family_of(model.config)
         self.layout = layout_of(self.family, shape_of(model.config))
-        self._before: dict[str, torch.Tensor] = {}
+        self._copies: dict[str, torch.Tensor] = {}
         self._after: dict[str, torch.Tensor] = {}
 
     @property
@@ -62,6 +70,10 @@ class Layers:
         named = ((path, self.model.get_submodule(path).named_parameters()) for path in paths)
         return {f"{path}.{name}": weight for path, weights in named for name, weight in weights}
 
+    def weight(self, name: str) -> torch.Tensor:
+        """Returns a weight as it is, where it is."""
+        return self.model.get_parameter(name).detach()
+
     @contextmanager
     def holding(self, *paths: str) -> Iterator[None]:
         """Holds some modules on the device for a while."""
@@ -79,7 +91,8 @@ class Layers:
     def changing(self, *paths: str) -> Iterator[None]:
         """Holds modules whose weights are changed meanwhile; `at` knows the way to what they became."""
         with self.holding(*paths):
-            self._before |= _copied(self.weights(*paths))
+            if self.before is None:
+                self._copies |= _copied(self.weights(*paths))
             yield
         self._after |= {name: weight.data for name, weight in self.weights(*paths).items()}
 
@@ -100,11 +113,12 @@ class Layers:
         """Leaves all weights at a share of the way, which is gone after that."""
         for name in list(self._after):
             self.model.get_parameter(name).copy_(self._at(name, share))
-            del self._before[name], self._after[name]
+            del self._after[name]
+        self._copies.clear()
 
     def _at(self, name: str, share: float) -> torch.Tensor:
-        before, after = (values[name].to(self.device) for values in (self._before, self._after))
-        return between(before, after, share)
+        before = self._copies[name] if self.before is None else self.before(name)
+        return between(before.to(self.device), self._after[name].to(self.device), share)
 
     def room_of(self, ids: torch.Tensor, width: int) -> torch.Tensor:
         """Returns room for the states of a batch of tokens, in as many lanes as a `Half` of the family passes on."""
