@@ -30,6 +30,19 @@ class InOneLine(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def check_file(given: str, path: str | Path, wanted: str) -> None:
+    """Raises `InputError` if there is no file of a path.
+
+    Args:
+        given: What the user gave, as a message begins.
+        wanted: What to give.
+    """
+    if not str(path) or not Path(path).exists():
+        raise InputError(f"{given}: there is no such file; give {wanted}")
+    if Path(path).is_dir():
+        raise InputError(f"{given}: is a folder; give {wanted}")
+
+
 def program() -> list[str]:
     """Returns the words that started this process, before its flags: a script, a module, an installed command."""
     path, home = Path(sys.argv[0]), Path(__file__).resolve().parents[1]

@@ -63,6 +63,7 @@ def test_words_that_yaml_takes_for_truth_values_are_words(tmp_path):
         ("seed:", "seed needs a plain value"),
         ("- seed", "needs lines of `flag: value`"),
         ("seed: [1", "is not YAML"),
+        ("seed: 1\nblock_size: 64\nseed: 2", "seed is there twice"),
     ],
 )
 def test_a_recipe_that_cannot_be_used_is_refused_in_one_line(content, words, tmp_path):
@@ -75,6 +76,8 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
         expand("prune", ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(InputError, match="there is no such file"):
         expand("prune", ["--config"])
+    with pytest.raises(InputError, match="is a folder; give a recipe.yaml"):
+        expand("prune", ["--config", str(tmp_path)])
 
 
 def test_a_preset_is_a_recipe_that_is_there(tmp_path):

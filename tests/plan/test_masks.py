@@ -148,6 +148,8 @@ def test_a_byte_lost_among_the_numbers_is_refused(make_masks, tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is a folder; give a mask_info"):
+        load_masks(tmp_path)
     with pytest.raises(InputError, match="nothing.pkl: there is no such file; give a mask_info"):
         load_masks(tmp_path / "nothing.pkl")
 

@@ -4,13 +4,14 @@
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, check_file
 from tvaprune.flags.verbs import TARGETS, VERBS, Verb, flag_name, given_names
 
 RECIPE_NAME = "recipe.yaml"
@@ -47,15 +48,17 @@ def _preset(name: str) -> str:
 
 
 def _flags_of(verb: str, given: str, recipe: str, is_target_given: bool) -> list[str]:
-    if not recipe or not Path(recipe).is_file():
-        raise InputError(f"{given}: there is no such file; give a recipe.yaml")
+    check_file(given, recipe, "a recipe.yaml")
     try:
         text = Path(recipe).read_text(encoding="utf-8")
         content = yaml.load(text, Loader=yaml.BaseLoader)  # all values are text: off and no are no booleans
+        names = [key.value for key, _ in yaml.compose(text, yaml.BaseLoader).value] if isinstance(content, dict) else []
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{given}: is not YAML ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(content, dict):
         raise InputError(f"{given}: needs lines of `flag: value`")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{given}: {twice[0]} is there twice, and only the last would count; leave one out")
     if content.pop("verb", verb) != verb:
         raise InputError(f"{given}: is a recipe of another verb than {verb}; call the verb that it names")
     flags = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, check_file
 from tvaprune.flags.ranges import AUTO, BYTES, NUMBERS, amount, check_ranges, number_or
 
 RELEASED_MAX_WINDOW = 8192  # the longest window that the released tool reports (Llama-3, Mistral)
@@ -205,8 +205,8 @@ class PruneSettings:
         for name, units in (("target_params", NUMBERS), ("target_memory", BYTES)):
             if (given := getattr(self, name)) is not None:
                 amount(name, given, units)
-        if self.mask_loc is not None and not Path(self.mask_loc).is_file():
-            raise InputError(f"--mask_loc {self.mask_loc}: there is no such file; give a mask_info_*.pkl")
+        if self.mask_loc is not None:
+            check_file(f"--mask_loc {self.mask_loc}", self.mask_loc, "a mask_info_*.pkl")
         if self.plan is not None:
             self._check_plan()
 
@@ -227,8 +227,7 @@ class PruneSettings:
             raise InputError(
                 f"--plan {self.plan}: says already what is kept; leave out {' and '.join(other)}, or --plan"
             )
-        if not Path(self.plan or "").is_file():
-            raise InputError(f"--plan {self.plan}: there is no such file; give the plan.json of a run")
+        check_file(f"--plan {self.plan}", self.plan or "", "the plan.json of a run")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tvaprune.errors import InputError, quoted, reason
+from tvaprune.errors import InputError, check_file, quoted, reason
 from tvaprune.files import clear_leftovers, read_json, replacing, write_json
 from tvaprune.identity import Identity, differences
 from tvaprune.models.shape import ModelShape
@@ -84,8 +84,7 @@ def load_masks(path: str | Path, shape: ModelShape | None = None) -> Masks:
             mask's.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--mask_loc {path}: there is no such file; give a mask_info_*.pkl")
+    check_file(f"--mask_loc {path}", path, "a mask_info_*.pkl")
     _check_size(path, shape)
     try:
         loaded = read_tensors(path.read_bytes())
