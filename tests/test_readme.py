@@ -193,7 +193,7 @@ def test_the_describe_command_runs(line):
 @pytest.mark.parametrize("line", commands("--do_eval"))
 def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path):
     folders = ("--save_loc", tmp_path, "--output_dir", tmp_path)
-    short = ("--max_eval_samples", 64, "--speed_batches", 2)
+    short = ("--max_eval_samples", 64, "--speed_batches", 2, "--refit_samples", 32)
     result = tiny.run(" ".join(shlex.split(line)[1:]), *folders, *short, **SHIPPED_TEXT)
     assert result.returncode == 0, result.stderr
     results = tiny.read_json(tmp_path / "results.json")
@@ -204,7 +204,7 @@ def test_the_evaluation_command_prints_a_pruned_model_that_works(line, tmp_path)
 @pytest.mark.slow
 def test_a_saved_model_generates_by_transformers_alone_and_is_exported(tmp_path):
     (save,) = commands("--save_pruned out/pruned_mistral")
-    for line in [save, *commands("tvaprune.export")]:
+    for line in [f"{save} --refit_samples 32", *commands("tvaprune.export")]:
         result = tiny.run(" ".join(shlex.split(line)[1:]).replace(" out/", f" {tmp_path}/"), **SHIPPED_TEXT)
         assert result.returncode == 0, result.stderr
     opens = code("from transformers import AutoModelForCausalLM, AutoTokenizer").replace('"out/', f'"{tmp_path}/')
@@ -238,6 +238,7 @@ def test_three_commands_and_the_page_of_both_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_main_job_runs_as_a_new_user_runs_it(tmp_path):
+    """With fewer blocks, for CI's sake."""
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=tiny.ROOT, capture_output=True, text=True
     )
@@ -246,10 +247,11 @@ def test_the_main_job_runs_as_a_new_user_runs_it(tmp_path):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tiny.ROOT / name, tmp_path / name)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    short = ["--max_train_samples", "240", "--refit_samples", "32", "--max_eval_samples", "64", "--speed_batches", "8"]
     result = subprocess.run(
-        ["bash", "script/tva_prune.sh"], cwd=tmp_path, env=env | SHIPPED_TEXT | {"PATH": path}, capture_output=True,
-        text=True, timeout=1200,
+        ["bash", "script/tva_prune.sh", *short], cwd=tmp_path, env=env | SHIPPED_TEXT | {"PATH": path},
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     results = tiny.read_json(tmp_path / "out" / "mini_mistral" / "results.json")
@@ -300,18 +302,18 @@ def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
         shutil.copytree(tiny.ROOT / name, tmp_path / name)
     for name in ("lora_ft_vib.py", "pyproject.toml", *(path.name for path in tiny.ROOT.glob("requirement*.txt"))):
         shutil.copy(tiny.ROOT / name, tmp_path / name)
-    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= SHIPPED_TEXT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    short = ["--max_train_samples", "400", "--max_eval_samples", "64", "--speed_batches", "4"]
     result = subprocess.run(
-        ["bash", "script/tva_fine.sh", "--max_train_samples", "800", "--speed_batches", "4"], cwd=tmp_path, env=env,
-        capture_output=True, text=True, timeout=1200,
+        ["bash", "script/tva_fine.sh", *short], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     output = tmp_path / "out" / "mini_mistral_tuned"
     results = tiny.read_json(output / "results.json")
     ppl, told = results["perplexity"], results["finetune"]
     # Fewer blocks than the script's own, for CI's sake: less of the gap is closed.
-    assert math.log(ppl["finetuned"] / ppl["dense"]) < 0.7 * math.log(ppl["pruned"] / ppl["dense"])
+    assert math.log(ppl["finetuned"] / ppl["dense"]) < 0.85 * math.log(ppl["pruned"] / ppl["dense"])
     assert told["adapter_merged_difference"] < 0.2  # bfloat16's rounding; tests/stages/test_finetune.py has float32
     assert results["training_speed_up"]["whole_set"] > 1.0
     assert (output / "adapter" / "adapter_config.json").is_file()

@@ -15,8 +15,8 @@ from tvaprune.plan.keep_plan import KeepPlan
 
 SIZES = {
     "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 64,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 32,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -40,7 +40,7 @@ sys.exit(cli.main())
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The folder of a model of 730 MB in float32, which computes so, and a plan that halves its channels."""
+    """The folder of a model of 290 MB in float32, which computes so, and a plan that halves its channels."""
     folder = tmp_path_factory.mktemp("large")
     config = LlamaConfig(**SIZES)
     with torch.device("meta"):
@@ -78,10 +78,10 @@ def limited(large, output, size, *flags):
 @pytest.mark.parametrize("update", [("--weight_update", "fold"), ("--refit_samples", 8)])
 def test_out_of_core_a_model_is_cut_in_half_the_memory_that_it_takes(update, large, tmp_path):
     half = weights_of(large / "dense") // 2
-    assert half > 350e6
+    assert half > 140e6
     ended = limited(large, tmp_path, half, "--stream", "True", *update)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert (tmp_path / "pruned" / "model.safetensors").stat().st_size > 80e6
+    assert (tmp_path / "pruned" / "model.safetensors").stat().st_size > 30e6
     ended = limited(large, tmp_path / "control", half, *update)
     assert ended.returncode != 0 and "memory" in ended.stderr, ended.stderr[-3000:]
     assert not (tmp_path / "control" / "pruned").exists()
