@@ -8,10 +8,10 @@ not stay.
 
     python -m benchmarks.host
 
-    prune, fold: 540 MiB, 1.66 times the weights; 1.66 without files
-    prune, refit: 702 MiB, 2.16 times the weights; 2.16 without files
-    apply, fold: 499 MiB, 1.53 times the weights; 0.54 without files
-    apply, refit: 747 MiB, 2.29 times the weights; 1.29 without files
+    prune, fold: 547 MiB, 1.68 times the weights; 1.65 without files
+    prune, refit: 580 MiB, 1.78 times the weights; 1.78 without files
+    apply, fold: 532 MiB, 1.63 times the weights; 0.66 without files
+    apply, refit: 538 MiB, 1.65 times the weights; 0.65 without files
 
 (Two cores of an AMD EPYC.)
 """
