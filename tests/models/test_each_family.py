@@ -194,7 +194,6 @@ REFUSED_ONNX = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of its own parts
 def test_onnx_runtime_gives_the_same_logits(model, make_masks, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -4,7 +4,11 @@ The cache's inputs and outputs are per layer, ``past_key_values.{i}.key`` of sha
 tokens, head_dim)``: their second size differs between the layers. No generation loop comes with them.
 """
 
+import logging
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from tvaprune.files import new_folder
 from tvaprune.models.formats import check_graph
 from tvaprune.models.shape import shape_of
 from tvaprune.models.vetting import drop_code
+from tvaprune.phases import told_bar
 
 MODEL_NAME = "model.onnx"
 WITH_PAST_NAME = "model_with_past.onnx"
@@ -70,8 +75,10 @@ def export_onnx(
     check_graph(model.config)
     model = model.float()
     with new_folder("format onnx", out, overwrite) as temporary:
-        _export_text(model, temporary / MODEL_NAME)
-        _export_step(model, temporary / WITH_PAST_NAME)
+        with _quiet(), told_bar(2, "exporting", "graph") as advance:
+            for written, name in ((_export_text, MODEL_NAME), (_export_step, WITH_PAST_NAME)):
+                written(model, temporary / name)
+                advance()
         if tokenizer is not None:  # with its chat template, in whatever files it has
             write_tokenizer(tokenizer, temporary)
         for name in (CONFIG_NAME, "generation_config.json"):
@@ -80,6 +87,20 @@ def export_onnx(
                 drop_code(temporary / name)
         if verify:
             _verify(model, temporary)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what torch's exporter tells of its own parts: packages that no graph needs, axes that it renames."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
