@@ -364,7 +364,7 @@ def _tell_precision(run: Run) -> None:
         name = str(run.model.dtype).removeprefix("torch.")
         print(
             f"note: the checkpoint is float16, in which small gradients are lost: trained in {name}; --dtype float16 "
-            "keeps it"
+            "--fp16 True keeps it, and scales the loss"
         )
     many = run.model.num_parameters() >= MANY_PARAMETERS
     if run.args.training.device.type == "cpu" and many and hardware.computes_bfloat16():
