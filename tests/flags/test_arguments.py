@@ -62,6 +62,7 @@ def test_the_help_of_a_verb_fits_two_screens_and_says_all_that_acts(verb, capsys
     assert len(shown.splitlines()) <= 110 and max(map(len, shown.splitlines())) <= 120
     assert [name for name in VERBS[verb].first if f"--{name}" not in shown] == []
     assert ("--lora_r" in shown) == (verb == "finetune")
+    assert "--output_dir (out): " in shown and "--save_loc: " in shown  # which has no default
 
 
 def test_help_says_all_of_a_flag_that_is_named_beside_it(capsys):

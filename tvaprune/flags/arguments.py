@@ -231,7 +231,9 @@ def help_text(verb: str, parser: HfArgumentParser, named: Collection[str] = ()) 
     if verb == "prune":
         lines.append("  --preset paper: read those that make the paper's method, likewise")
     if not named:
-        lines.append(f"  --help --{row.expert[0]}: say all of a flag, where the list below ends in ...")
+        lines.append(
+            f"  --help --{row.expert[0]}: say all of a flag, where the list below ends in ...; in brackets: defaults"
+        )
     for title, names, is_short in (
         ("", row.first, False),
         ("for experts", (*row.expert, *ALWAYS), True),
@@ -244,12 +246,14 @@ def help_text(verb: str, parser: HfArgumentParser, named: Collection[str] = ()) 
         for action in shown:
             is_cut = is_short and not named
             choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices and not is_cut else ""
+            values = action.default if isinstance(action.default, list) else [action.default]
+            default = " ".join(str(value) for value in values if value not in (None, False, ""))
+            name = f"--{action.dest}{choices}" + f" ({default})" * bool(default)
             said = " ".join((action.help or "").replace("%%", "%").split())
             said = f"One of {', '.join(CHOICES[action.dest])}." if action.dest in CHOICES else said
             if is_cut:
-                said = shorten(said, 118 - 3 - len(action.dest) - 4, placeholder=" ...")
-            text = f"--{action.dest}{choices}: {said}"
-            lines += wrap(text, 118, initial_indent="  ", subsequent_indent="      ")
+                said = shorten(said, 118 - 3 - len(name) - 2, placeholder=" ...")
+            lines += wrap(f"{name}: {said}", 118, initial_indent="  ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
