@@ -93,6 +93,7 @@ def test_the_gates_are_drawn_to_the_ungated_model_by_the_forward_kl(make_model, 
 
 
 def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(make_model, input_ids):
+    torch.manual_seed(0)
     objective = PruningObjective(GatedModel(make_model("llama"), -3.0), settings())
     with torch.no_grad():
         objective.gated.log_variance.add_(3 * torch.randn_like(objective.gated.log_variance))
@@ -123,6 +124,7 @@ def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(
 
 def test_settled_gates_compute_what_their_mask_will(make_model, input_ids):
     """Their norms divide by what they did before, which the cut knows."""
+    torch.manual_seed(0)
     gated = GatedModel(make_model("llama"), -3.0, keeps_norm_width=True)
     objective = PruningObjective(gated, settings())
     with torch.no_grad():
