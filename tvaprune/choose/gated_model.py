@@ -142,6 +142,7 @@ class GatedModel(nn.Module):
         self._fixed = values.map(lambda value: value.to(device))
         self._fixed_kept = (values.map(lambda value: value != 0) if kept is None else kept).map(lambda v: v.to(device))
         self._fixed_keeps_norm_width = keeps_norm_width
+        self._begin()  # what is called may be layers alone, past the embedding
 
     @contextmanager
     def using(self, values: PerUnit, kept: PerUnit | None = None, keeps_norm_width: bool = False) -> Iterator[None]:

@@ -1,10 +1,14 @@
 """Scores from the weights that a unit writes through and the size of what it writes: magnitude and Wanda-sp."""
 
+from collections.abc import Iterator
+
+import torch
 from tqdm.auto import tqdm
 
 from tvaprune.choose.gated_model import GatedModel
-from tvaprune.choose.scores.calibration import Calibration, output_projections, read_inputs
+from tvaprune.choose.scores.calibration import Calibration, both_blocks, output_projections, summed_inputs
 from tvaprune.choose.scores.ranking import by_head, heads_kept, layerwise, places, ranked
+from tvaprune.models.layers import Half, Layers, attention_options, embed
 from tvaprune.models.units import PerUnit
 
 
@@ -32,15 +36,38 @@ def wanda_sp_scores(calibration: Calibration) -> PerUnit:
     shape = calibration.shape
     values, kept_heads = PerUnit.full(shape, 1.0), heads_kept(shape, calibration.target)
     attn, inter = [], []
-    gated = GatedModel(calibration.model)
+    gated, layers = GatedModel(calibration.model), Layers(calibration.model)
     try:
-        for layer, projections in enumerate(tqdm(output_projections(gated.model), desc="Wanda-sp", unit="layer")):
-            with gated.using(values):
-                output, down = read_inputs(calibration, projections, None)
+        with gated.using(values):
+            options = attention_options(layers, len(calibration.blocks[0]["input_ids"]))
+            states = [_embedded(layers, ids, shape.hidden_size) for ids in calibration.batches(None)]
+        for layer, pair in enumerate(tqdm(both_blocks(gated.model), desc="Wanda-sp", unit="layer")):
+            halves = [Half.of(layers, block, given) for block, given in zip(pair, (options[layer], {}), strict=True)]
+            with gated.using(values), summed_inputs([half.writer for half in halves]) as (output, down):
+                for _ in _passed(halves, states):
+                    pass
             attn.append(by_head(output.wanda(), shape))
             inter.append(down.wanda())
             values.attn[layer].copy_(places(attn[-1]) >= len(attn[-1]) - kept_heads[layer])
             values.inter[layer].copy_(ranked(inter[-1]) > calibration.target)
+            with gated.using(values):
+                for before, past in zip(states, _passed(halves, states), strict=True):
+                    before.copy_(past)
     finally:
         gated.detach_gates()
     return layerwise(shape, calibration.target, attn, inter)
+
+
+def _embedded(layers: Layers, ids: torch.Tensor, width: int) -> torch.Tensor:
+    """Returns the states of a batch before the first layer."""
+    room = layers.room_of(ids, width)
+    embed(layers, [ids], [room])
+    return room
+
+
+def _passed(halves: list[Half], states: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yields the states past some halves, batch by batch."""
+    for hidden in states:
+        for half in halves:
+            hidden = half(hidden)
+        yield hidden

@@ -4,7 +4,7 @@ KV heads and MLP channels write through the output and down projections; most sc
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,19 +116,25 @@ class _AllRead(Exception):
 @torch.inference_mode()
 def read_inputs(calibration: Calibration, linears: Sequence[Any], description: str | None) -> list[InputSums]:
     """Returns the input sums of linear layers, given in the order of the forward pass."""
-    sums = [InputSums(linear) for linear in linears]
 
     def stop(module: nn.Module, args: object) -> None:
         raise _AllRead
 
-    with ExitStack() as hooks:
-        for entry in sums:
-            hooks.enter_context(entry.linear.register_forward_pre_hook(entry.add))
-        hooks.enter_context(linears[-1].register_forward_pre_hook(stop))
+    with summed_inputs(linears) as sums, linears[-1].register_forward_pre_hook(stop):
         for ids in calibration.batches(description):
             with suppress(_AllRead):
                 calibration.model(input_ids=ids, use_cache=False)
+    return sums
+
+
+@contextmanager
+def summed_inputs(linears: Sequence[Any]) -> Iterator[list[InputSums]]:
+    """Yields sums of what comes into linear layers within; at the end they are those of all processes."""
+    sums = [InputSums(linear) for linear in linears]
+    with ExitStack() as hooks:
+        for entry in sums:
+            hooks.enter_context(entry.linear.register_forward_pre_hook(entry.add))
+        yield sums
     for entry in sums:
         ranks.add_up(entry.total, entry.squares)
         entry.count = int(ranks.total(entry.count)[0])
-    return sums
