@@ -164,16 +164,6 @@ def test_wanda_scores_a_layer_on_what_the_pruned_layers_before_it_give(make_mode
     assert order(model) != order(model_cut)  # negative control: it matters
 
 
-def test_wanda_passes_each_layer_twice_whatever_their_number(make_model):
-    model, calls = make_model("llama", num_hidden_layers=6), []
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, output: calls.append(module))
-    score_masks(model, "wanda_sp", BLOCKS, batch_size=len(BLOCKS))
-    assert [calls.count(layer.mlp) for layer in model.model.layers] == [2] * 6
-    model(IDS)
-    assert len(calls) == 6 * 3  # control: it is called
-
-
 def test_flap_equals_the_formula_on_the_inputs_as_they_come(make_model):
     model = make_model("mistral")
     layer = model.model.layers[2]

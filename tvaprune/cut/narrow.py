@@ -111,7 +111,8 @@ def _fitted(
     run.model.eval(), model.eval()
     run.phases.start(REFIT)  # what was read and cut before is no operation
     dense = Layers(run.model, device, is_used_up=not keep_dense)
-    folded = Cut(dense, model, texts[0])  # once more, where a share of the way from there is asked for
+    plan, *_ = texts
+    folded = Cut(dense, model, plan)  # once more, where a share of the way from there is asked for
     done = refit_layers(dense, Layers(model, device, before=folded), *texts, phases=run.phases)
     if not run.args.prune.reconstructs:
         return done, None
