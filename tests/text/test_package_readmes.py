@@ -6,7 +6,6 @@ from support import tiny
 from tvaprune.errors import InputError
 from tvaprune.text import package_readmes
 from tvaprune.text.package_readmes import PACKAGES, SPLITS, prose, read_splits, split_of
-from tvaprune.text.python_docs import overlap
 from tvaprune.text.sources import load_documents
 
 SENTENCE = "A paragraph of English prose has some words and few signs."
@@ -63,14 +62,3 @@ def test_the_text_is_kept_after_the_first_reading(monkeypatch, tmp_path):
     assert first == read_splits()["test"]
     monkeypatch.setattr(package_readmes, "read_splits", None)
     assert load_documents("package_readmes", "test") == first
-
-
-@pytest.mark.slow
-def test_the_text_is_not_in_the_training_text_of_python_docs(monkeypatch):
-    monkeypatch.delenv("TVAPRUNE_CACHE")  # the extraction takes over a minute: use the user's own cache
-    train = load_documents("python_docs", "train")
-    splits = read_splits()
-    assert overlap(splits["test"], train) < 0.01
-    assert overlap(splits["train"] + splits["validation"], train) < 0.01
-    left_out = prose(package_readmes.distribution("multiprocess").metadata.json["description"])
-    assert overlap([left_out], train) > 0.5  # control

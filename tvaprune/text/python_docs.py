@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,28 +129,25 @@ def split_of(module: str) -> str:
     return next((split for split, buckets in HELD_OUT_MODULES.items() if bucket in buckets), "train")
 
 
-def shingles(text: str) -> np.ndarray:
-    """Returns the hashes of the text's distinct runs of `SHINGLE_WORDS` words: sorted ``uint64``, shape ``(n,)``."""
+def shingles(*texts: str) -> np.ndarray:
+    """Returns the hashes of the texts' distinct runs of `SHINGLE_WORDS` words: sorted ``uint64``, shape ``(n,)``."""
+    return np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *map(_runs, texts)]))
+
+
+def _runs(text: str) -> np.ndarray:
     words = np.fromiter((zlib.crc32(word.encode()) for word in text.lower().split()), dtype=np.uint64)
     if len(words) < SHINGLE_WORDS:
         return np.empty(0, dtype=np.uint64)
     hashes = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
     for offset in range(SHINGLE_WORDS):  # a polynomial hash; uint64 wraps around
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + words[offset : offset + len(hashes)]
-    return np.unique(hashes)
+    return hashes
 
 
-def _is_in(own: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Returns which of ``own`` stand in the sorted ``seen``; quick where ``own`` is short, unlike ``np.isin``."""
+def overlap(own: np.ndarray, seen: np.ndarray) -> float:
+    """Returns the share of a text's shingles that stand among others'; quick for a short one, unlike `np.isin`."""
     places = np.minimum(np.searchsorted(seen, own), len(seen) - 1)
-    return np.asarray(seen[places] == own)
-
-
-def overlap(held_out: Iterable[str], training: Iterable[str]) -> float:
-    """Returns the share of the held-out texts' shingles that stand in the training texts too."""
-    seen = np.unique(np.concatenate([shingles(text) for text in training]))
-    own = np.unique(np.concatenate([shingles(text) for text in held_out]))
-    return float(_is_in(own, seen).mean())
+    return float((seen[places] == own).mean())
 
 
 def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
@@ -158,10 +155,10 @@ def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for document in sorted(documents, key=lambda document: (document.module, document.name, document.text)):
         splits[split_of(document.module)].append(document)
-    seen = np.unique(np.concatenate([shingles(document.text) for document in splits["train"]]))
+    seen = shingles(*(document.text for document in splits["train"]))
     for split in HELD_OUT_MODULES:
         own = [(document, shingles(document.text)) for document in splits[split]]
-        kept = [(d, s) for d, s in own if len(s) and _is_in(s, seen).mean() <= MAX_SHARED]
+        kept = [(d, s) for d, s in own if len(s) and overlap(s, seen) <= MAX_SHARED]
         splits[split] = [document for document, _ in kept]
         seen = np.unique(np.concatenate([seen, *(s for _, s in kept)]))
     return splits
