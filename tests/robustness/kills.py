@@ -1,6 +1,6 @@
 """Kills a gate training and a fine-tuning at single file operations, goes on, and compares with the undisturbed run.
 
-    python tests/robustness/kills.py              # 20 points, some two minutes on two cores
+    python tests/robustness/kills.py              # 14 points, some two minutes on two cores
     python tests/robustness/kills.py --all        # every file operation
 
 A process that has everything imported forks one for each point; in it an audit hook counts the operations that write
@@ -293,7 +293,7 @@ def in_pairs(tasks: list[Callable[[], str]], workers: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Tries the points, prints what was seen, and returns 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--points", type=int, default=10, help="of each command")
+    parser.add_argument("--points", type=int, default=7, help="of each command")
     parser.add_argument("--all", action="store_true", help="every file operation")
     parser.add_argument("--at", type=int, nargs="+", help="these operations of both commands")
     parser.add_argument("--keep", action="store_true", help="leave the folders where something was wrong")

@@ -1,6 +1,6 @@
 """A run that is killed at a file operation goes on to the same result, bit for bit; what stood there stays whole.
 
-TVAPRUNE_ALL_KILLS=1 tries every file operation in place of twenty.
+TVAPRUNE_ALL_KILLS=1 tries every file operation in place of fourteen.
 """
 
 import os
