@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import tiny
 
-from tvaprune.choose.scores import score_masks
+from tvaprune.choose.scores import bonsai, score_masks
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import load_masks
 from tvaprune.report.folders import read_runs
@@ -30,9 +30,9 @@ def test_units_are_scored_once_where_the_choice_serves_all_targets(
 ):
     asked = []
 
-    def scores(model, method, blocks, target, seed, batch_size):
+    def scores(model, method, blocks, target, seed, batch_size, kept):
         asked.append((target, batch_size))
-        return score_masks(model, method, blocks, target, seed, batch_size)
+        return score_masks(model, method, blocks, target, seed, batch_size, kept)
 
     monkeypatch.setattr("tvaprune.choose.choose.score_masks", scores)
     flags = ("--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, *tiny.SHORT, "--prune_method",
@@ -82,3 +82,45 @@ def test_one_training_is_cut_at_several_targets(checkpoint, text, tmp_path, comm
     assert len(list(output.rglob("mask_info_*.pkl"))) == 2
     for low, high in zip(masks[0.2].log_alpha, masks[0.4].log_alpha, strict=True):
         assert torch.equal(low.argsort(stable=True), high.argsort(stable=True))  # the same gates, cut elsewhere
+
+
+def test_an_interrupted_bonsai_goes_on_after_its_last_round_to_the_same_mask(
+    checkpoint, text, tmp_path, command, monkeypatch
+):
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bonsai, "SUB_MODELS_PER_ROUND", 8)
+    measured, regress = [], bonsai.coefficients
+
+    def run(folder, *flags, rounds=99):
+        def until(present, utility):
+            if len(measured) == rounds:
+                raise KeyboardInterrupt
+            measured.append(len(utility))
+            return regress(present, utility)
+
+        measured.clear()
+        monkeypatch.setattr(bonsai, "coefficients", until)
+        code, said, _ = command(
+            "--do_train", "--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / folder,
+            *tiny.SHORT, "--prune_method", "bonsai", "--max_train_samples", 8, "--target_sparsity", 0.3, *flags,
+        )  # fmt: skip
+        return code, said, len(measured)
+
+    def mask(folder):
+        (path,) = (tmp_path / folder / "best").glob("mask_info_*.pkl")
+        return load_masks(path).log_alpha
+
+    code, _, rounds = run("whole")
+    assert code == 0 and rounds > 3
+    assert run("again", rounds=2)[0] == 130
+    (left,) = (tmp_path / "cache").glob("scores-*")
+    code, said, rest = run("again")
+    assert code == 0 and "note: Bonsai goes on after 2 rounds that an interrupted run measured" in said
+    assert rest == rounds - 2 and not left.exists()
+    assert all(torch.equal(*pair) for pair in zip(mask("whole"), mask("again"), strict=True))
+    assert run("other", rounds=2)[0] == 130
+    (left,) = (tmp_path / "cache").glob("scores-*")
+    left.write_bytes(left.read_bytes()[:-100])
+    assert run("other")[2] == rounds  # control: a damaged file is measured again
+    assert run("third", rounds=2)[0] == 130
+    assert run("third", "--seed", 1)[2] >= rounds  # and so is another seed's

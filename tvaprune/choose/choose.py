@@ -16,11 +16,11 @@ from tvaprune.choose.scores import PER_TARGET, score_masks
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import SCORING_UNITS, TRAINING, InputError, running_out_in
-from tvaprune.files import discard
+from tvaprune.files import cache_folder, discard
 from tvaprune.flags.arguments import EVAL_STEPS, Arguments
 from tvaprune.flags.recipes import RECIPE_NAME
 from tvaprune.given import given_checkpoint
-from tvaprune.identity import Identity, check_identity, read_identity
+from tvaprune.identity import Identity, check_identity, digest_of, read_identity
 from tvaprune.measure.perplexity import perplexity, windows_of_pass
 from tvaprune.models.families import family_of
 from tvaprune.outputs import GENERATIONS_NAME, PAGE_NAME, PLAN_NAME, RESULTS_NAME, WIDTHS_NAME, wrote
@@ -151,12 +151,21 @@ def _score_units(run: Run) -> Path:
     """Scores the units in one shot and returns the mask's file."""
     blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
     target = max(run.args.prune.target_sparsity)
-    masks = scored(run, blocks, target)
+    kept = cache_folder() / f"scores-{_kept_as(run, blocks)}.pt"
+    masks = scored(run, blocks, target, kept)
     flags = {"prune_method": run.args.prune.prune_method, "max_train_samples": len(blocks)}
     identity = run.identity(
         flags | {"target_sparsity": target}, (blocks, run.selection_blocks()), rules_as_flags(run.rules)
     )
-    return _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
+    path = _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
+    ranks.on_main(kept.unlink, missing_ok=True)
+    return path
+
+
+def _kept_as(run: Run, blocks: Dataset) -> str:
+    """Returns what tells the state of an interrupted scoring from any other's; a larger target goes on from it too."""
+    flags = {"prune_method": run.args.prune.prune_method, "windows": _windows(run)}
+    return digest_of(run.identity(flags, (blocks,), {}))
 
 
 def scored_windows(block_size: int, asked: int) -> int:
@@ -164,11 +173,15 @@ def scored_windows(block_size: int, asked: int) -> int:
     return min(SCORED_WINDOWS, windows_of_pass(block_size, asked))
 
 
-def scored(run: Run, blocks: Dataset, target: float) -> Masks:
+def _windows(run: Run) -> int:
+    return scored_windows(run.args.data.block_size, run.args.training.per_device_eval_batch_size)
+
+
+def scored(run: Run, blocks: Dataset, target: float, kept: Path | None = None) -> Masks:
     """Scores units for a target, as ``--prune_method`` says; ``--per_device_eval_batch_size`` makes passes smaller."""
-    batch_size = scored_windows(run.args.data.block_size, run.args.training.per_device_eval_batch_size)
+    method, seed = run.args.prune.prune_method, run.args.training.seed
     with running_out_in(SCORING_UNITS):
-        return score_masks(run.model, run.args.prune.prune_method, blocks, target, run.args.training.seed, batch_size)
+        return score_masks(run.model, method, blocks, target, seed, _windows(run), kept)
 
 
 def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:

@@ -101,9 +101,11 @@ def is_on(recipe: Mapping[str, object], name: str) -> bool:
 
 
 def advice_of(verb: str, arguments: list[str]) -> str:
-    """Returns what the user of an interrupted command is told; scores have no checkpoints."""
-    scored = verb == "prune" and recipe_of(verb, arguments).get("prune_method", "vib") != "vib"
-    return Verb.goes_on if scored else VERBS.get(verb, VERBS["prune"]).goes_on
+    """Returns what the user of an interrupted command is told; scores have no checkpoints, Bonsai keeps its rounds."""
+    method = recipe_of(verb, arguments).get("prune_method", "vib") if verb == "prune" else "vib"
+    if method == "bonsai":
+        return VERBS["compare"].goes_on
+    return Verb.goes_on if method != "vib" else VERBS.get(verb, VERBS["prune"]).goes_on
 
 
 def _is_plain(value: str) -> bool:

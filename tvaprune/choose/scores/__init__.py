@@ -6,6 +6,7 @@ what it ranks over, and gives the group form under GQA, where a KV head is one u
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -51,7 +52,13 @@ def check_scored(method: str, shape: ModelShape) -> None:
 
 @torch.no_grad()
 def score_masks(
-    model: PreTrainedModel, method: str, blocks: Dataset, target: float = 0.5, seed: int = 0, batch_size: int = 4
+    model: PreTrainedModel,
+    method: str,
+    blocks: Dataset,
+    target: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 4,
+    kept: Path | None = None,
 ) -> Masks:
     """Scores every KV head and MLP channel.
 
@@ -62,6 +69,7 @@ def score_masks(
             order for the largest serves the smaller ones too.
         seed: Of the draws of ``random`` and ``bonsai``.
         batch_size: Windows per forward pass.
+        kept: As `Calibration` says; of this model, text, seed and batch size alone.
 
     Returns:
         Masks of mean 1; the larger a unit's ``log_alpha``, the sooner it goes.
@@ -71,6 +79,6 @@ def score_masks(
     """
     shape = shape_of(model.config)
     check_scored(method, shape)
-    scores = SCORES[method](Calibration(model, blocks, target, seed, batch_size))
+    scores = SCORES[method](Calibration(model, blocks, target, seed, batch_size, kept))
     ones = PerUnit.full(shape, 1.0)
     return Masks(mu=ones, log_variance=scores.map(lambda score: -score.float().cpu()))
