@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -177,6 +178,32 @@ def test_more_processes_than_gpus_and_processes_that_nobody_numbers_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="--nproc_per_node 3: the machine has 2 GPUs"):
         RunArguments(output_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("verb", ["prune", "describe"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "abc"), ("RANK", "2.0"), ("LOCAL_RANK", "x\ny"), ("LOCAL_WORLD_SIZE", "two")]
+)
+def test_a_number_of_the_launcher_that_is_none_is_refused_in_one_line(verb, name, value, monkeypatch, capsys):
+    numbers = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: value}
+    for each, number in numbers.items():
+        monkeypatch.setenv(each, number)
+    monkeypatch.setattr(sys, "argv", ["tvaprune", verb, "--model_name_or_path", "model"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert cli.main() == 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    told = f"{name} is {value!r} in the environment, and torchrun or accelerate launch would say a whole number"
+    assert capsys.readouterr().err == f"tvaprune: {told}: start the command by one of them, or unset it\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", ""), ("RANK", "-1"), ("LOCAL_RANK", "-1")])
+def test_what_means_no_launcher_is_none(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    ranks.check_numbers()
+    assert (ranks.launched(), ranks.launched_here(), ranks.index()) == (1, 1, 0)
 
 
 def test_a_verb_of_one_process_refuses_several(monkeypatch, capsys):

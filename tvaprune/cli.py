@@ -72,6 +72,7 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
     Raises:
         InputError: If the flags cannot be used.
     """
+    ranks.check_numbers()
     module, _, function = VERBS[verb].entry.partition(":")
     if not VERBS[verb].first:  # a verb with a parser of its own
         if ranks.launched() > 1:

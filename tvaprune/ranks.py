@@ -13,28 +13,57 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, quoted
 
 # The others wait for what main does alone, of any length; a process that died is noticed at once, by its connection.
 _PATIENCE = timedelta(days=7)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # that a launcher gives to each process
 _alone: list[bool] = []  # within `on_main`, and before any other process is known
 _side: list[Any] = []  # a group over the CPU, for what is small: made once
 Value = TypeVar("Value")
 Item = TypeVar("Item")
+Default = TypeVar("Default", int, None)
 Given = ParamSpec("Given")
+
+
+def check_numbers() -> None:
+    """Refuses an environment that no launcher made.
+
+    Raises:
+        InputError: If what numbers the processes is no number.
+    """
+    for name in _NUMBERS:
+        if _number(name, otherwise=None) is None and os.environ.get(name):
+            raise InputError(
+                f"{name} is {quoted(os.environ[name])} in the environment, and torchrun or accelerate launch would say "
+                "a whole number: start the command by one of them, or unset it"
+            )
+
+
+def _number(name: str, otherwise: Default) -> int | Default:
+    """Returns a number of the launcher's; what is none counts as not given, so that all can say that it is none."""
+    try:
+        return int(os.environ.get(name, ""))
+    except ValueError:
+        return otherwise
 
 
 def launched() -> int:
     """Returns how many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE", otherwise=1)
+
+
+def launched_here() -> int:
+    """Returns how many of them it started on this machine."""
+    return _number("LOCAL_WORLD_SIZE", otherwise=launched())
 
 
 def index() -> int:
     """Returns this process's number among all; 0 is main."""
     if (distributed := _distributed()) is not None:
         return int(distributed.get_rank())
-    return int(os.environ.get("RANK") or 0) if launched() > 1 else 0
+    return _number("RANK", otherwise=0) if launched() > 1 else 0
 
 
 def is_main() -> bool:
@@ -185,7 +214,7 @@ def ends_first() -> bool:
     if launched() == 1:
         return True
     if _distributed() is None:  # the flags were wrong, in all alike: one of each machine tells
-        return int(os.environ.get("LOCAL_RANK") or 0) == 0
+        return _number("LOCAL_RANK", otherwise=0) == 0
     with suppress(RuntimeError):  # of a store whose process is gone
         return int(_store().add("tvaprune-ends", 1)) == 1
     return False

@@ -103,7 +103,7 @@ def _check_devices(args: RunArguments) -> None:
             f"WORLD_SIZE is {ranks.launched()} and no launcher numbers this process (RANK, LOCAL_RANK): start the "
             "command by torchrun or accelerate launch, or unset WORLD_SIZE"
         )
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.launched()), torch.cuda.device_count()
+    here, gpus = ranks.launched_here(), torch.cuda.device_count()
     if args.use_cpu:
         return
     if gpus == 0 and not torch.accelerator.is_available():
