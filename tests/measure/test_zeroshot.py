@@ -1,6 +1,9 @@
 import copy
 import json
 import random
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,10 +174,28 @@ def test_an_unknown_task_gives_the_nearest_names():
     zeroshot.check_known(["piqa"], ["hellaswag", "piqa", "rte"])
 
 
+def test_a_task_that_no_file_of_the_harness_names_is_refused_before_the_harness_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # its import fails
+    with pytest.raises(InputError, match="lambada_openay: no such task.* nearest are.*lambada_openai"):
+        ZeroShot(["piqa", "lambada_openay"], "data")
+    with pytest.raises(ImportError):  # control
+        ZeroShot(["piqa"], "data")
+
+
 @pytest.mark.slow
-def test_an_unknown_task_is_looked_up_in_the_whole_harness():
-    with pytest.raises(InputError, match="nearest are.*lambada_openai"):
-        ZeroShot(["lambada_openay"], "data")
+def test_a_task_that_is_no_more_than_a_word_of_these_files_is_looked_up_in_the_whole_harness():
+    with pytest.raises(InputError, match="lambada_opena: no such task.* nearest are.*lambada_openai"):
+        ZeroShot(["lambada_opena"], "data")
+
+
+@pytest.mark.slow
+def test_every_task_of_the_harness_stands_in_the_files_that_are_looked_at():
+    import lm_eval.tasks
+
+    known = lm_eval.tasks.TaskManager(include_path=zeroshot.task_folder()).all_tasks
+    text = "\n".join(zeroshot._texts([Path(lm_eval.tasks.__file__).parent, zeroshot.task_folder()]))
+    words = set(re.split(r"[\s\"',\[\]{}#:]+", text))  # quicker than a look at the text for each
+    assert [name for name in known if name not in words and name not in text] == [] and len(known) > 10_000
 
 
 def test_groups_and_tags_are_scored_task_by_task():

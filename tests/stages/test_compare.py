@@ -22,6 +22,7 @@ from tvaprune.flags.verbs import VERBS
 from tvaprune.models.rotate import Rotation
 from tvaprune.outputs import OF_A_COMPARISON, wrote
 from tvaprune.run import Run
+from tvaprune.study import cells
 from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Cell, Grid, as_given
 
@@ -322,6 +323,12 @@ def test_cells_of_a_text_that_was_written_anew_are_not_joined(compared, flags, c
 def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tmp_path, command):
     assert words in refusal(command, [*flags, *change], tmp_path)
     assert files_of(tmp_path) == []
+
+
+def test_a_wrong_task_is_told_before_the_model_is_loaded(flags, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(cells.Run, "load", lambda *_, **__: pytest.fail("loaded"))
+    tasks = ("--zero_eval_sparsities", 0.5, "--zero_eval_tasks", "tva_nme")
+    assert "--zero_eval_tasks tva_nme: no such task" in refusal(command, [*flags, *tasks], tmp_path)
 
 
 def test_a_model_that_is_not_there_ends_it_before_the_first_is_measured(flags, tmp_path, command):

@@ -366,3 +366,13 @@ def test_a_narrower_model_is_saved_in_the_checkpoints_precision(
     assert again == 0
     pruned, dense = (tiny.read_json(tmp_path / name / "results.json")["perplexity"] for name in ("out", "again"))
     assert dense["dense"] == pytest.approx(pruned["pruned"], rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", [("--do_train", "--target_params", 1), ("--do_eval", "--mask_loc", __file__)])
+def test_a_task_that_is_not_there_is_told_before_anything_else(flags, checkpoint, text, tmp_path, command):
+    source = ("--model_name_or_path", checkpoint, "--dataset_name", text, "--output_dir", tmp_path / "out")
+    other = tiny.refusal(*command(*source, *flags)[::2])
+    tasks = ("--do_zero_eval", "True", "--zero_eval_tasks", "tva_nme")
+    line = tiny.refusal(*command(*source, *flags, *tasks)[::2])
+    assert "--zero_eval_tasks tva_nme: no such task" in line and "zero_eval" not in other
+    assert not (tmp_path / "out").exists()

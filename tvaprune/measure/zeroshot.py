@@ -9,9 +9,11 @@ import difflib
 import importlib.util
 import io
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ OFFLINE_GROUP = "tva_offline"
 OFFLINE_DATA = "python_docs"
 # Where the released tasks lie in the harness; its whole index of 14,000 tasks takes half a minute to read.
 _RELEASED_FOLDERS = ("hellaswag", "winogrande", "openbookqa", "arc", "piqa", "super_glue/boolq", "glue/rte")
+_NAME = re.compile(r"^[\s-]*(?:task|group|tag): *[\"']?([\w.-]+)", re.MULTILINE)  # in such a file
 _HEADLINES = ("acc_norm", "acc")  # the first that a task has is the one reported
 CPU_BATCH = 16
 _FEWSHOT_SEED = 1234  # the harness's own default
@@ -153,16 +156,37 @@ def task_folder() -> Path:
 
 def _manager(names: Sequence[str]) -> Any:
     """Returns a task manager that knows the names, reading the harness's whole index only where it must."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None  # a package that this one needs
+    released = Path(spec.origin).parent / "tasks"
+    folders = [task_folder(), *(released / folder for folder in _RELEASED_FOLDERS)]
+    _check_written(names, [*folders, released])
     import lm_eval.tasks
 
-    released = Path(lm_eval.tasks.__file__).parent
-    folders = [task_folder(), *(released / folder for folder in _RELEASED_FOLDERS)]
     manager = lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=False)
     if set(names) <= set(manager.all_tasks):
         return manager
     manager = lm_eval.tasks.TaskManager(include_path=task_folder())
     check_known(names, manager.all_tasks)
     return manager
+
+
+def _check_written(names: Sequence[str], folders: Iterable[Path]) -> None:
+    """Refuses a name that no file of the harness holds: to look takes seconds, the harness's own index a minute."""
+    left, known = set(names), set[str]()
+    for text in _texts(folders):
+        known.update(_NAME.findall(text))
+        left = {name for name in left if name not in text}
+        if not left:
+            return
+    check_known([name for name in names if name in left], sorted(known))
+
+
+def _texts(folders: Iterable[Path]) -> Iterator[str]:
+    """Yields what stands in the files that tasks are read from, those that others include among them: of no suffix."""
+    for path in chain.from_iterable(folder.rglob("*") for folder in folders):
+        if path.suffix in (".yaml", "") and path.is_file():
+            yield path.read_text(encoding="utf-8")
 
 
 def check_known(names: Sequence[str], known: Sequence[str]) -> None:

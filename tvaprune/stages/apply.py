@@ -37,10 +37,9 @@ def run_apply(args: Arguments) -> Results:
     Raises:
         InputError: If there is nothing to do, or something that was given cannot be used.
     """
-    units = given_units(args)
+    tasks, units = zero_shot_tasks(args), given_units(args)
     if units is None and not _leaves_results(args):
         raise InputError("nothing to do: give --mask_loc FILE or --plan FILE, --do_eval True or --do_zero_eval True")
-    tasks = zero_shot_tasks(args)
     settle_multiple(args)
     ranks.on_main(_prepare, args)
     with _scratch(args) as scratch:

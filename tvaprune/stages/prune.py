@@ -52,9 +52,10 @@ def run_prune(args: Arguments) -> dict[float, Results]:
     Returns:
         The results of every target sparsity.
     """
+    tasks = zero_shot_tasks(args)
     if (target := settle_target(args)) is not None:
         print(settled(args, target))
-    tasks, checkpoint = zero_shot_tasks(args), ranks.on_main(_prepared, args)
+    checkpoint = ranks.on_main(_prepared, args)
     settle_multiple(args)
     fit(args)
     check_training(args)

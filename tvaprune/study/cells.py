@@ -52,16 +52,16 @@ class Measurement:
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.args = grid, grid.args
-        self.base = Run.load(grid.arguments(grid.missing[0]), trains=True)
+        args = grid.arguments(grid.missing[0])
+        data, evaluation = args.data, args.evaluation
+        self.tasks = None
+        if any(map(grid.is_scored, grid.missing)):  # the harness takes seconds to import
+            names = evaluation.zero_eval_tasks or [OFFLINE_GROUP]
+            self.tasks = ZeroShot(names, data.data_dir, evaluation.num_fewshot, self.args.zero_eval_limit)
+        self.base = Run.load(args, trains=True)
         for cell in grid.missing:
             check_scored(cell.method, self.base.shape)
         self._last: Run | None = None
-        data = self.base.args.data
-        self.tasks = None
-        if any(map(grid.is_scored, grid.missing)):  # the harness takes seconds to import
-            evaluation, limit = self.base.args.evaluation, self.args.zero_eval_limit
-            names = evaluation.zero_eval_tasks or [OFFLINE_GROUP]
-            self.tasks = ZeroShot(names, data.data_dir, evaluation.num_fewshot, limit)
         self.texts = {
             name: token_blocks(self.base.tokenizer, name, self.args.split, self.base.window, data.max_eval_samples,
                                data_dir=data.data_dir, bos=self.base.bos)
