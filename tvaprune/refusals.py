@@ -65,6 +65,21 @@ def check_training(args: Arguments) -> None:
         raise InputError(f"the training cannot begin: {reason(error)}") from error
 
 
+def check_beside_model(args: Arguments) -> None:
+    """Refuses folders of which a run would write into the model's own."""
+    model = args.source.model_name_or_path
+    for one in (args, *args.each_target().values()):
+        for flag, folder in (("output_dir", one.output_dir), ("save_loc", one.save_loc)):
+            for place in (folder, folder / "best"):  # that of the masks
+                check_not_model(flag, place, "model_name_or_path", model)
+
+
+def check_not_model(flag: str, folder: Path, model_flag: str, model: str | None) -> None:
+    """Raises `InputError` if a folder that files are added to is the model's: they would stand among its own."""
+    if model is not None and folder.resolve() == Path(located(model)).resolve():
+        raise InputError(f"--{flag} {folder}: is the model of --{model_flag} {model}; give a folder apart from it")
+
+
 def check_results(args: Arguments, may_hold_some: bool) -> None:
     """Refuses to replace results that nothing says to touch, and files of the user's own by their names."""
     if (args.save_loc / RESULTS_NAME).exists() and not (args.training.overwrite_output_dir or may_hold_some):

@@ -265,6 +265,29 @@ def test_a_fine_tuning_does_not_replace_the_model_that_it_is_of(models, one_shot
     assert tree(source) == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "places"),
+    [
+        ("base", ("--output_dir", "{}/model", "--save_loc", "{}/results"), ("model",)),
+        ("base", ("--output_dir", "{}", "--save_loc", "{}/results"), ("best",)),
+        ("base", ("--output_dir", "{}/out", "--save_loc", "{}/model"), ("model",)),
+        ("base", ("--output_dir", "{}", "--target_sparsity", 0.3, 0.5), ("sparsity_0.3", "sparsity_0.5")),
+        ("apply", ("--output_dir", "{}/out", "--save_loc", "{}/model"), ("model",)),
+        ("tune", ("--output_dir", "{}/out", "--save_loc", "{}/model"), ("model",)),
+    ],
+)
+def test_nothing_is_written_into_the_model_s_own_folder(kind, flags, places, models, request, tmp_path, command):
+    mask = ("--do_eval", "--mask_loc", models / "mask_info_1.0.pkl")
+    run = (*request.getfixturevalue("one_shot")[:4], *mask) if kind == "apply" else request.getfixturevalue(kind)
+    for place in places:
+        source = shutil.copytree(models / "model", tmp_path / place)
+        before = tree(tmp_path)
+        given = (str(flag).format(tmp_path) for flag in flags)
+        code, _, error = command(*run, "--model_name_or_path", source, *given, "--overwrite_output_dir")
+        assert f"{place}: is the model of --model_name_or_path {source}" in tiny.refusal(code, error)
+        assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("kind", ["gates", "tuned"])
 def test_a_training_that_is_at_its_end_goes_no_further(kind, models, one_shot, tmp_path, command):
     """As where the disk was full at the cut: four of six steps of an epoch, at a rate that does not fall."""

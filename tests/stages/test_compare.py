@@ -325,6 +325,15 @@ def test_wrong_flags_are_refused_before_the_work_begins(change, words, flags, tm
     assert files_of(tmp_path) == []
 
 
+@pytest.mark.parametrize("output", ["a/tiny", "a"])
+def test_nothing_is_written_into_the_model_s_own_folder(output, flags, tmp_path, command):
+    model = shutil.copytree(flags[1], tmp_path / "a" / "tiny")
+    before = files_of(tmp_path)
+    line = refusal(command, ["--models", model, *flags[2:]], tmp_path / output)
+    assert line.startswith(f"tvaprune: --output {tmp_path}/a/tiny: is the model of --models {model}")
+    assert files_of(tmp_path) == before != []
+
+
 def test_a_wrong_task_is_told_before_the_model_is_loaded(flags, tmp_path, command, monkeypatch):
     monkeypatch.setattr(cells.Run, "load", lambda *_, **__: pytest.fail("loaded"))
     tasks = ("--zero_eval_sparsities", 0.5, "--zero_eval_tasks", "tva_nme")

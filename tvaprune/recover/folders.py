@@ -7,7 +7,7 @@ from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_checkpoint, goes_on
 from tvaprune.models.published import located
 from tvaprune.outputs import PLAN_NAME, RESULTS_NAME
-from tvaprune.refusals import check_results, check_save
+from tvaprune.refusals import check_beside_model, check_results, check_save
 
 
 def found_checkpoint(args: Arguments) -> Path | None:
@@ -26,6 +26,7 @@ def found_checkpoint(args: Arguments) -> Path | None:
 def prepare_folders(args: Arguments, checkpoint: Path | None) -> None:
     """Refuses folders that are in use, before any work."""
     overwrite = args.training.overwrite_output_dir
+    check_beside_model(args)
     if checkpoint is None:
         check_save(args)
     source = args.source.model_name_or_path

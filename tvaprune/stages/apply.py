@@ -21,7 +21,7 @@ from tvaprune.outputs import RESULTS_NAME
 from tvaprune.phases import CUT, DENSE_MODEL, DENSE_PERPLEXITY, NARROWING, PRUNED_PERPLEXITY, ZERO_SHOT, Phases
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
-from tvaprune.refusals import check_results, check_save, check_widths
+from tvaprune.refusals import check_beside_model, check_results, check_save, check_widths
 from tvaprune.report.results import ModelPerplexity, Results
 from tvaprune.report.steps import ask, measure, save, tell, write_plan, zero_shot
 from tvaprune.report.zero_shot import DENSE, PRUNED
@@ -137,6 +137,7 @@ def _prepare(args: Arguments) -> None:
     check_save(args)
     check_widths(args)
     if _leaves_results(args):
+        check_beside_model(args)
         check_results(args, args.evaluation.do_zero_eval)
         prepare_folder("save_loc", args.save_loc, may_hold_files=True)
 

@@ -13,6 +13,7 @@ from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.models.load import load_config
 from tvaprune.outputs import OF_A_COMPARISON, PAGE_NAME, check_replaced
+from tvaprune.refusals import check_not_model
 from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Grid
 from tvaprune.study.page import comparison_page
@@ -31,6 +32,9 @@ def run_compare(settings: CompareSettings) -> Path:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     output = Path(settings.output)
+    for model in settings.models:
+        for folder in (output, output / Path(model).name):  # that of its cells and masks
+            check_not_model("output", folder, "models", model)
     prepare_folder("output", output, may_hold_files=True)
     check_replaced("output", output, OF_A_COMPARISON)
     grids = [Grid(settings, model) for model in settings.models]

@@ -34,7 +34,7 @@ from tvaprune.phases import (
 )
 from tvaprune.plan.exact_cut import TOLERANCE
 from tvaprune.plan.masks import load_masks
-from tvaprune.refusals import check_results, check_save, check_training, check_widths
+from tvaprune.refusals import check_beside_model, check_results, check_save, check_training, check_widths
 from tvaprune.report import plots
 from tvaprune.report.results import Results
 from tvaprune.report.steps import ask, measure, save, tell, write_page, write_plan, zero_shot
@@ -152,6 +152,7 @@ def _prepared(args: Arguments) -> str | None:
     """
     check_scored(args.prune.prune_method, shape_of(load_config(args.source.model_name_or_path)))
     check_widths(args)
+    check_beside_model(args)
     checkpoint = gate_checkpoint(args)
     for one in args.each_target().values():
         check_save(one)
