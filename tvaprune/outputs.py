@@ -9,6 +9,7 @@ from tvaprune.flags.recipes import RECIPE_NAME
 PLAN_NAME, WIDTHS_NAME, RESULTS_NAME = "plan.json", "widths.png", "results.json"
 TRAINING_LOG, FINETUNE_LOG, GENERATIONS_NAME = "training_log.json", "finetune_log.json", "generations.json"
 PAGE_NAME = "report.html"
+OF_GATES, OF_TUNING = (TRAINING_LOG, "training.png"), (FINETUNE_LOG, "finetune.png")
 COMPARISON_NAME = "compare.json"
 # What stands in each file.
 _WORDS = {
@@ -21,7 +22,7 @@ _WORDS = {
     FINETUNE_LOG: b'"log"',
     COMPARISON_NAME: b'"cells"',
     "compare.md": b"# Learned gates against one-shot scores",
-} | dict.fromkeys((WIDTHS_NAME, "training.png", "finetune.png", "compare.png"), b"Matplotlib")
+} | dict.fromkeys((WIDTHS_NAME, OF_GATES[1], OF_TUNING[1], "compare.png"), b"Matplotlib")
 OF_A_COMPARISON = (COMPARISON_NAME, "compare.md", "compare.png", PAGE_NAME)
 BESIDE_RESULTS = tuple(name for name in _WORDS if name != RESULTS_NAME and not name.startswith("compare"))
 
@@ -50,3 +51,10 @@ def wrote(path: Path, name: str | None = None) -> bool:
         name: What the file is called in a run's folder, where its path says something else.
     """
     return path.is_file() and _WORDS[name or path.name] in path.read_bytes()
+
+
+def drop(folder: Path, names: Iterable[str]) -> None:
+    """Removes files of results that this tool wrote, nothing else."""
+    for name in names:
+        if wrote(folder / name):
+            (folder / name).unlink()

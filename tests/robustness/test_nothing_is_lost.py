@@ -17,7 +17,7 @@ from tvaprune.checkpoints import CheckpointedTrainer, last_checkpoint
 from tvaprune.cli import run_command, run_verb
 from tvaprune.files import MARK_NAME, lock_folder
 from tvaprune.models.shape import shape_of
-from tvaprune.outputs import BESIDE_RESULTS, wrote
+from tvaprune.outputs import BESIDE_RESULTS, OF_GATES, OF_TUNING, wrote
 from tvaprune.plan.masks import load_masks, save_masks
 
 RUN = (
@@ -224,6 +224,33 @@ def test_somebodys_trainer_folder_keeps_its_checkpoints(kind, request, tmp_path,
     code, _, error = command(*flags)
     assert f"checkpoint-500 is not of this tool (no {MARK_NAME} in it); move it away" in tiny.refusal(code, error)
     assert [path.name for path in output.rglob("*")] == ["checkpoint-500", "trainer_state.json"]
+
+
+ONE_SHOT = ("--prune_method", "magnitude")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "flags", "left"),
+    [
+        ("gates", "tune", (), OF_TUNING),
+        ("gates", "tune", ("--mask_loc", "best"), (*OF_GATES, *OF_TUNING)),  # of the mask that it begins with
+        ("gates", "one_shot", ONE_SHOT, ()),
+        ("gates", "one_shot", (*ONE_SHOT, "--target_sparsity", 0.3, 0.5), ()),
+        ("tuned", "one_shot", ONE_SHOT, ()),
+        ("tuned", "base", (), OF_GATES),
+        ("tuned", "base", ("--target_sparsity", 0.3, 0.5), OF_GATES),
+    ],
+)
+def test_overwriting_leaves_no_curve_of_another_run(earlier, later, flags, left, request, tmp_path, command):
+    output = copy(request.getfixturevalue(earlier), tmp_path)
+    masks = sorted((output / "best").glob("mask_info_*.pkl"))
+    if "best" in flags:
+        flags = ("--mask_loc", masks[0])
+    given = ("--output_dir", output, "--overwrite_output_dir", *flags)
+    code, _, error = command(*request.getfixturevalue(later), *given)
+    assert code == 0, error
+    assert {name for name in (*OF_GATES, *OF_TUNING) if (output / name).exists()} == set(left)
+    assert later != "tune" or sorted((output / "best").glob("mask_info_*.pkl")) == masks  # hours of work
 
 
 @pytest.mark.parametrize("name", ["pruned", "merged", "adapter"])

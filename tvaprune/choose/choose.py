@@ -23,7 +23,15 @@ from tvaprune.given import given_checkpoint
 from tvaprune.identity import Identity, check_identity, digest_of, read_identity
 from tvaprune.measure.perplexity import perplexity, windows_of_pass
 from tvaprune.models.families import family_of
-from tvaprune.outputs import GENERATIONS_NAME, PAGE_NAME, PLAN_NAME, RESULTS_NAME, WIDTHS_NAME, wrote
+from tvaprune.outputs import (
+    GENERATIONS_NAME,
+    OF_TUNING,
+    PAGE_NAME,
+    PLAN_NAME,
+    RESULTS_NAME,
+    WIDTHS_NAME,
+    drop,
+)
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import describe_widths, plan_from_masks
 from tvaprune.plan.masks import Masks, keep_best, load_masks, read_record
@@ -43,7 +51,7 @@ _GATE_FLAGS = (
 
 
 # What a target's folder holds beside its mask and its zero-shot examples.
-_TARGET_FILES = (PLAN_NAME, WIDTHS_NAME, RESULTS_NAME, RECIPE_NAME, PAGE_NAME, GENERATIONS_NAME)
+_TARGET_FILES = (PLAN_NAME, WIDTHS_NAME, RESULTS_NAME, RECIPE_NAME, PAGE_NAME, GENERATIONS_NAME, *OF_TUNING)
 
 
 @dataclass(frozen=True)
@@ -236,9 +244,7 @@ def _gate_identity(run: Run, settings: GateSettings, train: Dataset, choice: Dat
 
 def clear_results(folder: Path) -> None:
     """Removes what a run left of one target beside its mask, nothing else."""
-    for name in _TARGET_FILES:
-        if wrote(folder / name):
-            (folder / name).unlink()
+    drop(folder, _TARGET_FILES)
     drop_rotations(folder)
     shutil.rmtree(folder / "zero_shot", ignore_errors=True)
 

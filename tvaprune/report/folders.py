@@ -55,9 +55,8 @@ class RunFolder:
             raise InputError(f"{path}: holds no {RESULTS_NAME}; give the folder of a run or of a comparison")
         place = path.resolve()  # "." has no name
         places = (place, place.parent) if place.name.startswith("sparsity_") else (place,)  # targets share a training
-        trained = results.target_sparsity is not None and results.prune_method == "vib"
         logs = (place / TRAINING_LOG for place in places)
-        log = next((file for file in logs if file.is_file()), None) if trained else None
+        log = next((file for file in logs if file.is_file()), None) if results.trained_gates else None
         tuned = path / FINETUNE_LOG
         recipe = path / RECIPE_NAME
         return cls(

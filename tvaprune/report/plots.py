@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from tvaprune.files import replacing, write_json
-from tvaprune.outputs import TRAINING_LOG
+from tvaprune.outputs import OF_GATES
 from tvaprune.plan.keep_plan import KeepPlan
 
 matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no other backend
@@ -14,8 +14,9 @@ matplotlib.use("Agg")  # pictures go to files; a machine without a screen has no
 
 def write_training(history: list[dict[str, float]], folder: Path) -> None:
     """Writes the log of a gate training, and its picture."""
-    plot_training(history, folder / "training.png")
-    write_json({"log": history}, folder / TRAINING_LOG)
+    log, picture = OF_GATES
+    plot_training(history, folder / picture)
+    write_json({"log": history}, folder / log)
 
 
 def plot_training(history: list[dict[str, float]], path: Path) -> None:

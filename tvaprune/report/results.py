@@ -256,6 +256,11 @@ class Results:
                 results.calibration = RefitBlocks(data.dataset_name, data.block_size, prune.refit_samples, seed)
         return results
 
+    @property
+    def trained_gates(self) -> bool:
+        """Whether the run that these are of trained the gates: a mask or a plan was given to any other."""
+        return self.target_sparsity is not None and self.prune_method == "vib"
+
     def note_update(self, update: Mapping[str, object]) -> None:
         """Takes what the weight update did, as `cut.narrow.narrow` tells it or a file kept it."""
         parts = dict(update)

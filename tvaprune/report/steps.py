@@ -25,7 +25,7 @@ from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION, model_parameters
-from tvaprune.outputs import PAGE_NAME, PLAN_NAME, WIDTHS_NAME
+from tvaprune.outputs import OF_GATES, OF_TUNING, PAGE_NAME, PLAN_NAME, WIDTHS_NAME, drop
 from tvaprune.phases import PRUNED_PERPLEXITY
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation
@@ -117,12 +117,23 @@ def write_results(args: Arguments, results: Results) -> None:
     """
     results.write(args.save_loc)
     drop_rotations(args.save_loc)  # that of the results which these replace
+    if args.training.overwrite_output_dir:
+        _drop_curves(args, results)
     write_recipe(args)
     try:
         write_page([args.save_loc], args.save_loc)
     except InputError as error:
         (args.save_loc / PAGE_NAME).unlink(missing_ok=True)  # an older run's
         print(f"note: no {PAGE_NAME} is written: {error}")
+
+
+def _drop_curves(args: Arguments, results: Results) -> None:
+    """Removes the logs of another run's trainings; those of the gates stay where the mask or plan that is cut lies."""
+    cut = args.prune.mask_loc or args.prune.plan
+    if not results.trained_gates and (cut is None or args.save_loc.resolve() not in Path(cut).resolve().parents):
+        drop(args.save_loc, OF_GATES)
+    if results.finetune is None:
+        drop(args.save_loc, OF_TUNING)
 
 
 def write_page(folders: Sequence[Path], place: Path) -> None:

@@ -26,7 +26,7 @@ from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.sharding import shard
-from tvaprune.outputs import FINETUNE_LOG
+from tvaprune.outputs import OF_TUNING
 from tvaprune.phases import DENSE_PERPLEXITY, FINE_TUNING, NARROWING, PRUNED_PERPLEXITY, ZERO_SHOT, Phases
 from tvaprune.recover.folders import found_checkpoint, prepare_folders
 from tvaprune.recover.job import Job
@@ -162,8 +162,9 @@ def _tuned(job: Job, pruned: PreTrainedModel, results: Results) -> Student:
     results.finetune, history = train(job, student)
     assert results.perplexity is not None
     before = results.perplexity.dense, results.perplexity.pruned
-    ranks.on_main(plots.plot_finetuning, history, folder / "finetune.png", *before)
-    ranks.on_main(write_json, {"log": history}, folder / FINETUNE_LOG)
+    log, picture = OF_TUNING
+    ranks.on_main(plots.plot_finetuning, history, folder / picture, *before)
+    ranks.on_main(write_json, {"log": history}, folder / log)
     return student
 
 

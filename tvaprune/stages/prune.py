@@ -19,7 +19,7 @@ from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.load import load_config
 from tvaprune.models.shape import shape_of
-from tvaprune.outputs import PAGE_NAME
+from tvaprune.outputs import OF_GATES, PAGE_NAME, drop
 from tvaprune.phases import (
     CUT,
     DENSE_MODEL,
@@ -117,6 +117,8 @@ def _measured(
     targets, found = args.each_target(), {}
     if len(targets) > 1:  # each has a folder of its own: what lies here is of an earlier run's only one
         ranks.on_main(clear_results, args.save_loc)
+        if chosen.history is None:
+            ranks.on_main(drop, args.save_loc, OF_GATES)
     for target, one in targets.items():
         run.phases.begin(_cut(target))
         part = replace(run, args=one)
