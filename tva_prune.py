@@ -3,6 +3,7 @@
 import sys
 
 from tvaprune.cli import run_command, run_verb
+from tvaprune.flags.recipes import advice_of
 
 
 def main() -> None:
@@ -11,4 +12,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, advice_of("prune", sys.argv[1:])))

@@ -23,8 +23,8 @@ from tvaprune.flags.recipes import advice_of
     [
         ("prune", [], "--resume_from_checkpoint True"),
         ("prune", ["--prune_method", "vib"], "--resume_from_checkpoint True"),
-        ("prune", ["--prune-method=taylor"], "the same command does it again"),
-        ("prune", ["--prune_method", "bonsai"], "the same command goes on where it was"),
+        ("prune", ["--prune-method=taylor"], "the same command with --overwrite_output_dir does it again"),
+        ("prune", ["--prune_method", "bonsai"], "the same command with --overwrite_output_dir goes on after its last"),
         ("finetune", ["--prune_method", "flap"], "--resume_from_checkpoint True"),
         ("apply", [], "the same command does it again"),
         ("export", ["--format", "gguf"], "the same command does it again"),

@@ -1,5 +1,6 @@
 """Whole commands on a tiny checkpoint: a run knows whose it is, and takes nothing of the user's away."""
 
+import errno
 import json
 import os
 import re
@@ -14,11 +15,12 @@ from support import tiny
 
 import lora_ft_vib
 from tvaprune.checkpoints import CheckpointedTrainer, last_checkpoint
-from tvaprune.cli import run_command, run_verb
+from tvaprune.cli import main, run_command, run_verb
 from tvaprune.files import MARK_NAME, lock_folder
 from tvaprune.models.shape import shape_of
 from tvaprune.outputs import BESIDE_RESULTS, OF_GATES, OF_TUNING, wrote
 from tvaprune.plan.masks import load_masks, save_masks
+from tvaprune.report import plots
 
 RUN = (
     "--do_train", "--block_size", 16, "--ctx_length", 16, "--max_eval_samples", 8, "--max_train_samples", 24,
@@ -359,6 +361,32 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(gates, base, t
     code, out, error = command(*base, "--output_dir", output, *RESUME)
     assert code == 0, error
     assert "there is no checkpoint in" in out and same_mask(gates, output)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [("finetune", TUNE), ("prune", GATES_ALONE), ("prune", ("--prune_method", "magnitude"))],
+)
+def test_what_the_user_is_told_at_a_full_disk_begins_anew(verb, flags, tune, one_shot, tmp_path, capsys, monkeypatch):
+    """Where it was full before the first checkpoint, and, of scores, at the end."""
+    run = tune[: -2 - len(TUNE)] if verb == "finetune" else one_shot
+    run = (*(word for word in run if word != "--do_train"), *flags, *(tune[-2:] if verb == "finetune" else ()))
+
+    def ended(*more):
+        monkeypatch.setattr(sys, "argv", ["tvaprune", verb, *map(str, (*run, "--output_dir", tmp_path / "out", *more))])
+        return main(), capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "save_figure", full)
+        code, error = ended()
+    assert code == 2 and "there is no room on the disk" in error and any((tmp_path / "out").iterdir())
+    assert "is not empty" in ended()[1]
+    (advice,) = re.findall(r"--\w+_\w+ True|--overwrite_output_dir", error)
+    code, error = ended(*advice.split())
+    assert code == 0, error
 
 
 def test_a_folder_of_other_files_is_no_interrupted_run(base, tmp_path, command):

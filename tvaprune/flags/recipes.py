@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tvaprune.errors import InputError, check_file
-from tvaprune.flags.verbs import TARGETS, VERBS, Verb, flag_name, given_names
+from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, given_names
 
 RECIPE_NAME = "recipe.yaml"
 PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
@@ -101,11 +101,12 @@ def is_on(recipe: Mapping[str, object], name: str) -> bool:
 
 
 def advice_of(verb: str, arguments: list[str]) -> str:
-    """Returns what the user of an interrupted command is told; scores have no checkpoints, Bonsai keeps its rounds."""
+    """Returns what the user of an interrupted command is told; scores have no checkpoints, and may have left files."""
     method = recipe_of(verb, arguments).get("prune_method", "vib") if verb == "prune" else "vib"
-    if method == "bonsai":
-        return VERBS["compare"].goes_on
-    return Verb.goes_on if method != "vib" else VERBS.get(verb, VERBS["prune"]).goes_on
+    if method == "vib":
+        return VERBS.get(verb, VERBS["prune"]).goes_on
+    what = "goes on after its last round" if method == "bonsai" else "does it again"
+    return f"the same command with --overwrite_output_dir {what}"
 
 
 def _is_plain(value: str) -> bool:
