@@ -40,17 +40,10 @@ def check_protocol(args: Arguments) -> None:
 
 
 def check_widths(args: Arguments) -> None:
-    """Refuses ``--tensor_parallel`` where it divides the model's own widths as little as those of any cut.
-
-    And a ``--dim_multiple`` that no width reaches: nothing would be cut.
-    """
-    shape = shape_of(load_config(args.source.model_name_or_path))
-    multiple, widest = args.prune.dim_multiple, max(shape.hidden_size, *shape.intermediate_size)
-    if isinstance(multiple, int) and multiple > widest:
-        raise InputError(
-            f"--dim_multiple {multiple}: no width of the model is as large, the widest is {widest}; give less"
-        )
-    Widths(shape, WidthRules(tensor_parallel=args.prune.tensor_parallel or 1))
+    """Refuses a ``--dim_multiple`` that no width reaches, a ``--tensor_parallel`` that divides not even the model's."""
+    multiple = args.prune.dim_multiple
+    rules = WidthRules(multiple if isinstance(multiple, int) else 1, tensor_parallel=args.prune.tensor_parallel or 1)
+    Widths(shape_of(load_config(args.source.model_name_or_path)), rules)
 
 
 def check_training(args: Arguments) -> None:

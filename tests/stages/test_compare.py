@@ -314,6 +314,7 @@ def test_cells_of_a_text_that_was_written_anew_are_not_joined(compared, flags, c
         (("--methods", "flap", "flap"), "--methods flap flap: one is given twice"),
         (("--seeds", -1), "--seeds is -1: give a whole number from 0"),
         (("--methods", "melt"), "--methods melt: give some of vib"),
+        (("--dim_multiple", 53), "--dim_multiple 53: no width of the model is as large, the widest is 52"),
         (("--lora_r", 4), "--lora_r acts in finetune, not in prune"),
         (("--save_pruned", "narrow"), "--save_pruned: does nothing in a comparison, which saves tables alone"),
         (("--protocol", "wikitext2-2048"), "--protocol: does nothing in a comparison"),

@@ -29,6 +29,13 @@ def test_the_description_is_the_plan(mask_and_config):
     assert content.learned.dim_multiple == 1
 
 
+def test_a_multiple_that_no_width_reaches_is_refused(mask_and_config):
+    mask, model, _ = mask_and_config
+    with pytest.raises(InputError, match="--dim_multiple 53: no width of the model is as large, the widest is 52"):
+        describe(mask, str(model), PruneSettings(dim_multiple=53))
+    assert describe(mask, str(model), PruneSettings(dim_multiple=52)).adjusted.intermediate_size == [52] * 3
+
+
 def test_zero_switches_the_adjustment_off(mask_and_config):
     mask, model, _ = mask_and_config
     content = describe(mask, str(model), PruneSettings(dim_multiple=0))

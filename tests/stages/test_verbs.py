@@ -160,7 +160,7 @@ def test_zero_shot_scores_of_the_same_model_and_mask_join(source, scoring, tmp_p
 
 def test_a_multiple_that_no_width_reaches_is_refused(source, tmp_path, capsys):
     flags = (*source[0], "--dim_multiple", 10_000, "--output_dir", tmp_path / "out")
-    for verb, more in (("prune", ()), ("apply", ("--mask_loc", source[1], "--do_eval", "True"))):
+    for verb, more in (("prune", ()), ("apply", ("--mask_loc", source[1])), ("finetune", ("--mask_loc", source[1]))):
         line = refused(capsys, verb, *flags, *more)
         assert "--dim_multiple 10000: no width of the model is as large, the widest is 52; give less" in line
     assert list(tmp_path.rglob("*.json")) == []

@@ -47,12 +47,22 @@ NO_RULES = WidthRules()
 
 @dataclass(frozen=True)
 class Widths:
-    """From the units that a cut leaves of a model to the widths of the plan."""
+    """From the units that a cut leaves of a model to the widths of the plan.
+
+    Raises:
+        InputError: If no width of the model obeys the rules.
+    """
 
     shape: ModelShape
     rules: WidthRules = NO_RULES
 
     def __post_init__(self) -> None:
+        widest = max(self.shape.hidden_size, *self.shape.intermediate_size)
+        if self.rules.dim_multiple > widest:  # nothing would be cut
+            raise InputError(
+                f"--dim_multiple {self.rules.dim_multiple}: no width of the model is as large, the widest is {widest}; "
+                "give less"
+            )
         parts = self.rules.tensor_parallel
         for name in ("num_key_value_heads", "intermediate_size"):
             for size in sorted(set(getattr(self.shape, name))):

@@ -11,9 +11,8 @@ from tvaprune.errors import InputError
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
-from tvaprune.models.load import load_config
 from tvaprune.outputs import OF_A_COMPARISON, PAGE_NAME, check_replaced
-from tvaprune.refusals import check_not_model
+from tvaprune.refusals import check_not_model, check_widths
 from tvaprune.study.cells import Measurement
 from tvaprune.study.grid import Grid
 from tvaprune.study.page import comparison_page
@@ -41,7 +40,7 @@ def run_compare(settings: CompareSettings) -> Path:
     for grid in grids:
         if grid.missing:  # all are there before the first is measured
             with _naming("--models", "--model_name_or_path"):
-                load_config(grid.model)
+                check_widths(grid.arguments(grid.missing[0]))
             _check_texts(settings)
     with tqdm(total=sum(len(grid.missing) for grid in grids), desc="cells", unit="cell") as progress:
         for grid in grids:
