@@ -73,7 +73,8 @@ def test_where_something_is_missing_or_out_of_range_the_pins_are_installed_into_
     assert python == choose.venv
     assert said.count("\n") == 1 and f"{choose.active} has {lacks}\n" in said
     installed = choose.log.read_text(encoding="utf-8")
-    assert installed == f"{choose.repository}: -m pip install --quiet --disable-pip-version-check --no-compile -r requirement.txt\n"
+    flags = "--quiet --disable-pip-version-check --no-compile"
+    assert installed == f"{choose.repository}: -m pip install {flags} -r requirement.txt\n"
 
 
 def test_a_venv_that_serves_is_used_where_the_active_python_does_not(choose):
