@@ -318,7 +318,7 @@ def test_fine_tuning_recovers_the_shipped_model_and_leaves_what_loads(tmp_path):
         shutil.copy(tiny.ROOT / name, tmp_path / name)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= SHIPPED_TEXT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    short = ["--max_train_samples", "400", "--max_eval_samples", "64", "--speed_batches", "4"]
+    short = ["--max_train_samples", "320", "--refit_samples", "32", "--max_eval_samples", "64", "--speed_batches", "4"]
     result = subprocess.run(
         ["bash", "script/tva_fine.sh", *short], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
