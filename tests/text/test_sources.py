@@ -256,15 +256,15 @@ def test_a_path_is_the_file_of_that_name(name, kind, tmp_path):
     ("value", "kind"), [(None, "null"), (3, "int"), (2.5, "float"), (["a"], "list"), ({"a": "b"}, "dict")]
 )
 @pytest.mark.parametrize("row", [1, 30])  # in whatever split
-def test_a_text_that_is_no_string_is_named_by_its_row(value, kind, row, tmp_path):
+def test_a_text_that_is_no_string_is_named_by_its_line(value, kind, row, tmp_path):
     rows = [{"text": document} for document in DOCUMENTS[:40]]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     assert load_documents(str(path), "train") == DOCUMENTS[:36]  # control
     rows[row - 1] = {"text": value}
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text("".join(json.dumps(one) + "\n\n" for one in rows))
     for split in SPLITS:
-        with pytest.raises(InputError, match=f"'text' of row {row} is {kind}, needs a string") as caught:
+        with pytest.raises(InputError, match=f"'text' of line {2 * row - 1} is {kind}, needs a string") as caught:
             load_documents(str(path), split)
         assert "\n" not in str(caught.value)
 

@@ -290,8 +290,9 @@ def _path_documents(path: Path, split: str) -> list[str]:
     for number, text in enumerate(texts, start=1):
         told = "null" if text is None else type(text).__name__
         if not isinstance(text, str) or (told := _no_unicode(text)):
+            where = f"line {rows.lines[number - 1]}" if isinstance(rows, _Rows) else f"row {number}"
             raise InputError(
-                f"--dataset_name {path}: 'text' of row {number} is {told}, needs a string; leave the row out or mend it"
+                f"--dataset_name {path}: 'text' of {where} is {told}, needs a string; leave it out, or mend it"
             )
     if not own_splits:
         first, last = (round(share * len(texts)) for share in PATH_SHARES[split])
@@ -318,16 +319,22 @@ def _joint(text: str) -> str:
 
 
 class _Rows:
-    """The rows of a JSON Lines file; the JSON reader of `datasets` dies of some damaged ones, with all of Python."""
+    """The rows of a JSON Lines file; the JSON reader of `datasets` dies of some damaged ones, with all of Python.
+
+    Attributes:
+        lines: Their numbers in the file, blank lines counted.
+    """
 
     def __init__(self, path: Path) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.lines: list[int] = []
         with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
                     self.rows.append(dict(**json.loads(line)))
+                    self.lines.append(number)
                 except (ValueError, TypeError, RecursionError) as error:
                     raise InputError(
                         f"--dataset_name {path}: line {number} is no JSON object ({type(error).__name__}); mend it, or "
