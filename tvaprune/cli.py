@@ -16,7 +16,7 @@ from typing import Any
 
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
-from tvaprune.flags.recipes import advice_of, expand, is_on, recipe_of
+from tvaprune.flags.recipes import advice_of, expand, is_on, naming_recipe, recipe_of
 from tvaprune.flags.verbs import MODES, VERBS, check_flags, underscored
 
 EXIT_INPUT = 2
@@ -78,16 +78,17 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
         if ranks.launched() > 1:
             raise InputError(f"{verb} runs in one process: call it without torchrun or accelerate launch")
         return getattr(import_module(module), function)(arguments)
-    arguments = expand(verb, arguments)
-    check_flags(verb, arguments, also)
-    from transformers.utils import logging
+    with naming_recipe(verb, arguments):
+        arguments = expand(verb, arguments)
+        check_flags(verb, arguments, also)
+        from transformers.utils import logging
 
-    from tvaprune.flags.conditions import parse
+        from tvaprune.flags.conditions import parse
 
-    logging.set_verbosity_error()
-    parsed = parse(verb, arguments)
-    ranks.agree(parsed.recipe)
-    return getattr(import_module(module), function)(parsed)
+        logging.set_verbosity_error()
+        parsed = parse(verb, arguments)
+        ranks.agree(parsed.recipe)
+        return getattr(import_module(module), function)(parsed)
 
 
 def main() -> int:

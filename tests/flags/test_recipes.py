@@ -2,9 +2,11 @@ import pytest
 import yaml
 from support import tiny
 
+from tvaprune.cli import run_verb
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import PRESETS, expand, recipe_of
+from tvaprune.stages.estimate import estimate
 
 FLAGS = ["--target_sparsity", "0.2", "0.5", "--uniform", "--dataset_name", "a b", "--run_name", "007", "--seed=3"]
 
@@ -97,3 +99,23 @@ def test_every_preset_parses():
         assert Arguments.parse(
             [*expand("prune", ["--preset", name]), "--model_name_or_path", "m", "--output_dir", "o"], "prune"
         )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "words"),
+    [
+        ({"lora_r": -1}, (), "--config {}: --lora_r is -1: give a number above 0"),
+        ({"lora_r": "many"}, (), "--config {}: argument --lora_r/--lora-r: invalid int value"),
+        ({"full_ft": True, "lora_r": 4}, (), "--config {}: --lora_r would do nothing beside --full_ft True"),
+        ({"model_name_or_path": "nowhere"}, ("--mask_loc", __file__), "--config {}: --model_name_or_path nowhere:"),
+        ({"seed": 3}, ("--lora_r", "-1"), "--lora_r is -1: give"),
+        ({"lora_r": -2}, ("--lora-r", "-1"), "--lora_r is -1: give"),  # the command line wins
+    ],
+)
+@pytest.mark.parametrize("verb", ["finetune", "estimate"])
+def test_what_is_refused_of_a_recipe_names_its_file(verb, recipe, flags, words, tmp_path):
+    path = write(tmp_path, yaml.safe_dump({"model_name_or_path": str(tmp_path)} | recipe))
+    given = ["--config", path, *flags, "--use_cpu"]
+    with pytest.raises(InputError) as caught:
+        run_verb("finetune", given) if verb == "finetune" else estimate("finetune", given)
+    assert str(caught.value).startswith(words.format(path))

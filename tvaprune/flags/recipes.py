@@ -4,8 +4,10 @@
 """
 
 import difflib
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,30 @@ def expand(verb: str, arguments: list[str]) -> list[str]:
         InputError: If there is no such preset, or the file cannot be read, is of another verb, or has a key that is no
             flag of this one.
     """
+    rest, recipes = _parted(arguments)
+    flags: list[str] = []
+    for said, recipe in recipes:
+        flags += _flags_of(verb, said, recipe, not set(TARGETS).isdisjoint(given_names(rest)))
+    return flags + rest
+
+
+@contextmanager
+def naming_recipe(verb: str, arguments: list[str]) -> Iterator[None]:
+    """Names the recipe in what is refused within, where the flag that is refused, the first, stands there alone."""
+    try:
+        yield
+    except InputError as error:
+        rest, recipes = _parted(arguments)
+        flag = re.search(r"--([a-z_]+)", str(error))
+        if flag is not None and flag[1] in VERBS[verb].flags - {"config", *given_names(rest)}:
+            for said, recipe in reversed(recipes):  # the last that has it counts
+                if flag[1] in given_names(_flags_of(verb, said, recipe, is_target_given=False)):
+                    raise InputError(f"{said}: {error}") from error
+        raise
+
+
+def _parted(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns a command line without its recipes, and these: as they were said, and their files."""
     rest, recipes = [], []
     words = iter(arguments)
     for word in words:
@@ -35,10 +61,7 @@ def expand(verb: str, arguments: list[str]) -> list[str]:
             continue
         given = value if equals else next(words, "")
         recipes.append((f"{flag} {given}", given if flag == "--config" else _preset(given)))
-    flags: list[str] = []
-    for said, recipe in recipes:
-        flags += _flags_of(verb, said, recipe, not set(TARGETS).isdisjoint(given_names(rest)))
-    return flags + rest
+    return rest, recipes
 
 
 def _preset(name: str) -> str:

@@ -11,7 +11,7 @@ from tvaprune.estimates import TFLOPS, Estimate, estimate_of, in_gib
 from tvaprune.files import as_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.conditions import parse
-from tvaprune.flags.recipes import expand
+from tvaprune.flags.recipes import expand, naming_recipe
 from tvaprune.flags.verbs import VERBS, check_flags
 from tvaprune.given import given_units
 from tvaprune.measure import cost
@@ -30,7 +30,11 @@ def estimate(verb: str, flags: list[str]) -> Estimate:
     """
     if verb not in RUNS:
         raise InputError(f"--verb {verb}: give one of {', '.join(RUNS)}")
-    flags = expand(verb, [*VERBS[verb].given, *flags])
+    with naming_recipe(verb, flags):
+        return _estimated(verb, expand(verb, [*VERBS[verb].given, *flags]))
+
+
+def _estimated(verb: str, flags: list[str]) -> Estimate:
     check_flags(verb, flags)
     args = parse(verb, flags)
     if args.prune.stream:
