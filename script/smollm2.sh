@@ -46,6 +46,19 @@ step() { # NAME RESULT COMMAND...; the result is what the command leaves last
     echo "== $1"
     "$PYTHON" -P -m "${@:3}" # -P: not a tvaprune of the caller's folder
 }
+failed=""
+try() { # as step, for what no other step needs: the others go on, and what failed is told at the end
+    local code=0
+    step "$@" || code=$?
+    case $code in
+    0) ;;
+    130 | 143) exit "$code" ;; # interrupted
+    *)
+        failed="${failed:+$failed, }$1"
+        echo "script/smollm2.sh: $1 failed (exit code $code): what is left is done without it" >&2
+        ;;
+    esac
+}
 TEXT=(--model_name_or_path "$MODEL" --dtype "$DTYPE" --dataset_name python_docs --block_size 256 --ctx_length 256
     --max_eval_samples 128 --eval_split test --resume_from_checkpoint True --overwrite_output_dir)
 
@@ -67,8 +80,12 @@ if [ ! -e "$OUTPUT/generations.md" ]; then
 fi
 cat "$OUTPUT/generations.md"
 for outtype in ${OUTTYPES:=f16 q8_0}; do
-    step "export $outtype" "$OUTPUT/tuned-$outtype.gguf" tvaprune export \
+    try "export $outtype" "$OUTPUT/tuned-$outtype.gguf" tvaprune export \
         --format gguf "$OUTPUT/tuned/merged" "$OUTPUT/tuned-$outtype.gguf" --outtype "$outtype"
 done
-step "time" "$OUTPUT/speed/speed.md" benchmarks.speed "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" \
+try "time" "$OUTPUT/speed/speed.md" benchmarks.speed "$MODEL" "$OUTPUT/pruned" "$OUTPUT/tuned/merged" \
     --output "$OUTPUT/speed" --outtypes $OUTTYPES ${SPEED:-}
+if [ -n "$failed" ]; then
+    echo "script/smollm2.sh: failed: $failed; the same command tries that again" >&2
+    exit 1
+fi

@@ -73,6 +73,28 @@ def test_the_script_goes_from_a_model_to_its_table_and_does_nothing_twice(place)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.parametrize(("crash", "code", "left"), [("q8_0", 139, True), ("speed", 2, True), ("f16", 130, False)])
+def test_what_no_other_step_needs_may_fail_and_is_told(crash, code, left, tmp_path):
+    """With an interpreter that does nothing, and dies of one step."""
+    program, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    program.parent.mkdir()
+    (tmp_path / "out").mkdir()
+    dies = f'*"--outtype {crash}" | *"benchmarks.{crash} "*) exit {code};;'
+    program.write_text(f'#!/bin/sh\necho "$* " >> "{calls}"\ncase "$*" in {dies} esac\n', encoding="utf-8")
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "MODEL": "model"}
+    command = ["bash", tiny.ROOT / "script" / "smollm2.sh"]
+    ended = subprocess.run([*command, "out"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    steps = ("--outtype f16 ", "--outtype q8_0 ", "benchmarks.speed ")
+    begun = [words for words in steps if words in calls.read_text()]
+    assert begun == list(steps if left else steps[:1])
+    name = "time" if crash == "speed" else f"export {crash}"
+    told = [f"script/smollm2.sh: {name} failed (exit code {code}): what is left is done without it",
+            f"script/smollm2.sh: failed: {name}; the same command tries that again"]  # fmt: skip
+    assert ended.stderr.splitlines()[-2:] == told if left else "failed" not in ended.stderr
+    assert ended.returncode == (1 if left else code)
+
+
 def test_checkpoints_of_one_name_are_timed_by_files_of_their_own(make_model, tmp_path):
     def gguf_of(name):
         (file,) = speed.gguf_files(str(tmp_path / name / "pruned"), tmp_path / "speed", ["f16"]).values()
