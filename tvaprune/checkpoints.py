@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -105,6 +106,7 @@ class CheckpointedTrainer(Trainer):
             self.add_callback(bar)
         self.identity = identity
         self._resumed: str | None = None
+        self._rows: list[int] = []  # of each batch of the step
         self.add_callback(_AtSteps(self._find_best))
         model: Any = self.model  # frozen weights and buffers are the same in all processes, or sharded
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -121,6 +123,21 @@ class CheckpointedTrainer(Trainer):
         if self.args.should_save:  # also where a kill came between the last checkpoint and this
             self._rotate(Path(str(self.args.output_dir)), self.args.save_total_limit)
         return result
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """Returns the batches of a step, and notes how many rows each has: an epoch's last may have fewer."""
+        found = super().get_batch_samples(*args, **options)
+        self._rows = [len(batch["input_ids"]) for batch in found[0]]
+        return found
+
+    def of_step(self, loss: torch.Tensor, rows: int) -> torch.Tensor:
+        """Returns a batch's loss so that the mean over the step's batches, which `Trainer` takes, is that of all rows.
+
+        Args:
+            rows: Of the batch.
+        """
+        share = rows * len(self._rows) / sum(self._rows) if self._rows else 1.0
+        return loss if share == 1 else share * loss
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Trains no further where the checkpoint is of the step that ended a run: `Trainer` asks after steps alone."""

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from tvaprune.choose.gated_model import GatedModel
+from tvaprune.choose.objective import PruningObjective
 from tvaprune.choose.trainer import BAND, GateTrainer
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import RunArguments
@@ -235,6 +236,22 @@ def test_gradient_checkpointing_changes_nothing(make_model, tmp_path):
     recomputed = train(make_model("llama"), tmp_path / "recomputed", activation_checkpointing=True).model.state_dict()
     for name, value in plain.items():
         torch.testing.assert_close(value, recomputed[name])
+
+
+def test_a_short_last_batch_of_a_step_weighs_as_its_rows(make_model, tmp_path, monkeypatch):
+    """Of blocks that cost 1 and one that costs 4, alone in its batch, a step of three costs 2."""
+    costs = {2: 1.0, 1: 4.0}
+    monkeypatch.setattr(PruningObjective, "forward", lambda self, input_ids, **_: {
+        "loss": self.gated.mu.sum() * 0 + costs[len(input_ids)], "task_loss": torch.tensor(0.0),
+        "expected_sparsity": torch.tensor(0.3),
+    })  # fmt: skip
+    args = RunArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, eval_strategy="no",
+                        per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1)  # fmt: skip
+    trainer = GateTrainer(
+        GatedModel(make_model("llama"), -2.0), settings(), args, blocks(3), blocks(8), {"model": "tiny"}
+    )
+    trainer.train()
+    assert next(row["loss"] for row in trainer.state.log_history if "loss" in row) == pytest.approx(2.0)
 
 
 def test_accumulated_batches_give_the_same_sparsity_schedule(make_model, tmp_path):

@@ -14,6 +14,7 @@ from support.families import MORE_ROWS
 from support.tuning import IDENTITY, blocks, logits, trainers
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from tvaprune.checkpoints import last_checkpoint
 from tvaprune.errors import InputError
@@ -130,6 +131,42 @@ def test_accumulation_is_the_larger_batch(trainer):
     once.train(), twice.train()
     first, second = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in (once, twice))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_a_short_last_batch_of_a_step_weighs_as_its_rows(trainer):
+    """Three rows in one batch, or in two and one: one step of the same mean."""
+    runs = [
+        trainer(data=blocks(3), per_device_train_batch_size=size, gradient_accumulation_steps=4 - size, max_steps=1)
+        for size in (3, 2)
+    ]
+    gradients = []
+    for run in runs:
+        run.add_callback(Noting(run, gradients))
+        run.train()
+    first, second = gradients
+    assert first.abs().max() > 1e-2
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    assert runs[0].state.log_history[0]["loss"] == pytest.approx(runs[1].state.log_history[0]["loss"], rel=1e-4)
+
+
+class Noting(TrainerCallback):
+    """Notes the gradients of a step."""
+
+    def __init__(self, run, found):
+        self.run, self.found = run, found
+
+    def on_pre_optimizer_step(self, *_, **__):
+        self.found.append(torch.cat([p.grad.flatten() for p in self.run.model.parameters() if p.grad is not None]))
+
+
+def test_whole_batches_are_left_as_they_are(trainer):
+    run, loss = trainer(), torch.tensor(0.3)
+    for rows in ([], [2], [2, 2], [3, 3, 3]):
+        run._rows = rows
+        assert run.of_step(loss, max(rows, default=2)) is loss  # bit for bit
+    run._rows = [4, 4, 1]
+    shares = [float(run.of_step(torch.tensor(1.0), rows)) for rows in run._rows]
+    assert shares == pytest.approx([4 / 3, 4 / 3, 1 / 3])  # their mean is 1
 
 
 def test_the_teacher_stays_as_it_was(trainer, make_model):

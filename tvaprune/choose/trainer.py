@@ -103,7 +103,7 @@ class GateTrainer(CheckpointedTrainer):
                 "bfloat16, or lower --vib_learning_rate; what was saved is in --output_dir"
             )
         self._parts = {name: value.detach() for name, value in parts.items()}
-        return parts["loss"]
+        return self.of_step(parts["loss"], len(inputs["input_ids"]))
 
     def _settle(self) -> None:
         """Makes the choice final, and says so where the gates have not come to one by themselves."""

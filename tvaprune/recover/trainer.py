@@ -89,7 +89,7 @@ class FinetuneTrainer(CheckpointedTrainer):
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1
-        return loss
+        return self.of_step(loss, len(batch["input_ids"]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms' means since the last log."""
