@@ -287,3 +287,12 @@ def test_a_txt_file_without_blank_lines_is_cut_at_lines(tmp_path):
     for count in range(20, 70):  # as many as the message says are enough
         path.write_text("\n".join(DOCUMENTS[:count]))
         assert all(load_documents(str(path), split) for split in SPLITS)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.parquet"])
+def test_an_empty_file_is_refused_before_it_is_read(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"{name}: is empty; give a text"):
+        check_named(f"python_docs,{tmp_path / name}")
+    (tmp_path / name).write_text("x")
+    check_named(str(tmp_path / name))  # control

@@ -257,7 +257,7 @@ def _hub_documents(dataset_name: str, split: str, data_dir: str | Path, enough: 
 
 
 def check_named(dataset_name: str) -> None:
-    """Raises `InputError` where a text, or one of a mixture, is neither known nor there to read: before any work."""
+    """Raises `InputError` where a text, or one of a mixture, is unknown, not there, or empty: before any work."""
     for name in names_in(dataset_name):
         if name not in DATASET_NAMES and not os.path.exists(name):  # a name may be too long for any file
             raise InputError(
@@ -266,6 +266,8 @@ def check_named(dataset_name: str) -> None:
             )
         if os.path.isfile(name) and (kind := _kind(name)) not in (".txt", ".jsonl", ".parquet"):
             raise InputError(f"--dataset_name {name}: cannot read '{kind}'; give .txt, .jsonl or .parquet")
+        if os.path.isfile(name) and not os.path.getsize(name):
+            raise InputError(f"--dataset_name {name}: is empty; give a text")
 
 
 def _kind(path: str | Path) -> str:
