@@ -272,14 +272,18 @@ def test_a_folder_without_a_run_of_this_version_is_refused_and_gets_no_page(name
     assert capsys.readouterr().err.count("\n") == 1 and not (run / PAGE_NAME).exists()
 
 
+def arguments(folder, **flags):
+    training = SimpleNamespace(overwrite_output_dir=False)
+    return SimpleNamespace(save_loc=folder, recipe={"verb": "prune", **flags}, training=training)
+
+
 @pytest.mark.parametrize("content", [[1], {"command": COMMAND}, None])
 def test_a_file_that_no_page_can_be_made_of_ends_no_run(content, run, capsys):
     report([run])
     older = (run / PAGE_NAME).read_bytes()
     if content is not None:
         (run / "generations.json").write_text(json.dumps(content))
-    args = SimpleNamespace(save_loc=run, recipe={"verb": "prune", "seed": 2})
-    write_results(args, results())
+    write_results(arguments(run, seed=2), results())
     assert "seed: 2" in (run / "recipe.yaml").read_text()
     assert ("note: no report.html is written: " in capsys.readouterr().out) == (content is not None)
     assert (run / PAGE_NAME).exists() == (content is None)
@@ -291,7 +295,7 @@ def test_the_rotation_of_results_that_are_replaced_goes(tmp_path):
         (tmp_path / f"rotation_{digest}.safetensors").touch()
         found = results()
         found.rotation = digest
-        write_results(SimpleNamespace(save_loc=tmp_path, recipe={"verb": "prune"}), found)
+        write_results(arguments(tmp_path), found)
     assert [path.name for path in tmp_path.glob("rotation_*")] == [f"rotation_{'1' * 16}.safetensors"]
 
 
