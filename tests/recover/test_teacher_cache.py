@@ -4,10 +4,12 @@ import errno
 import os
 
 import pytest
-from support.tuning import blocks, trainers
+import torch
+from support.tuning import blocks, logits, trainers
 
 from tvaprune.errors import InputError
-from tvaprune.recover.teacher import CachedTeacher, cache_teacher
+from tvaprune.losses import Predictions
+from tvaprune.recover.teacher import CachedTeacher, LiveTeacher, cache_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
 
@@ -32,6 +34,23 @@ def test_a_cached_teacher_with_the_whole_vocabulary_trains_as_the_live_one(train
 
     assert kls(runs[47]) == pytest.approx(kls(live), rel=1e-3)
     assert all(few < full for few, full in zip(kls(runs[2])[:1], kls(live), strict=False))
+
+
+def test_a_cached_teacher_leaves_out_the_labels_that_the_live_one_does(make_model, tmp_path):
+    data, model = blocks(), make_model(seed=2)
+    cached = CachedTeacher(cache_teacher(tmp_path, model, data, 47, 2.0), 2.0)
+    rows = torch.tensor([5, 2])  # by their place in the training set
+    ids = data[rows.tolist()]["input_ids"]
+    student, ignored = Predictions(logits(make_model(seed=1), ids)), ids.clone()
+    ignored[0, 4:9] = -100
+
+    def paid(teacher, labels):
+        terms = teacher.terms(student, None, {"input_ids": ids, "labels": labels, "index": rows})
+        return [float(terms[name]) for name in ("ce", "kl")]
+
+    expected = paid(LiveTeacher(model, 2.0), ignored)
+    assert paid(cached, ignored) == pytest.approx(expected, rel=1e-4)
+    assert all(abs(a / b - 1) > 1e-3 for a, b in zip(paid(cached, ids), expected, strict=True))  # control
 
 
 def test_a_cache_is_found_again_and_never_taken_for_another(make_model, tmp_path):

@@ -28,7 +28,7 @@ from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.recover.lora import LoraSettings
 from tvaprune.recover.teacher import HiddenTarget, LiveTeacher
 from tvaprune.recover.trainer import LossWeights
-from tvaprune.recover.training import kept_step, train
+from tvaprune.recover.training import _teacher, kept_step, train
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
@@ -112,6 +112,24 @@ def test_a_perfect_student_pays_nothing_for_its_hidden_states(make_model, make_m
     assert paid(HiddenTarget.of(plan, weight_update)) == pytest.approx(0.0, abs=1e-6)
     other = HiddenTarget.of(plan, "fold" if weight_update == "none" else "none")  # control: with the means, without
     assert paid(other) > 1e-3
+
+
+@pytest.mark.parametrize("weight_update", ["none", "refit"])
+def test_a_run_compares_hidden_states_as_its_update_left_them(make_model, make_masks, weight_update):
+    model = make_model("llama", tie_word_embeddings=False)
+    plan = plan_from_masks(make_masks(shape_of(model.config)), shape_of(model.config))
+    args = SimpleNamespace(
+        distill=SimpleNamespace(distill=True, distill_temp=3.0), finetune=SimpleNamespace(distill_hidden_alpha=0.5),
+        prune=SimpleNamespace(weight_update=weight_update),
+    )  # fmt: skip
+    run = SimpleNamespace(args=args, dense_model=lambda: model)
+    job = SimpleNamespace(run=run, plan=plan, teacher_cache=None)
+    teacher = _teacher(job)
+    expected = torch.ones(plan.hidden_size) if weight_update == "none" else plan.scale.hidden
+    assert teacher.temperature == 3.0 and teacher.model is model and torch.equal(teacher.hidden.kept, plan.kept.hidden)
+    assert [torch.equal(factors, expected) for factors in teacher.hidden.factors] == [True] * 3
+    args.finetune.distill_hidden_alpha = 0.0
+    assert _teacher(job).hidden is None  # control
 
 
 def test_the_first_step_logs_the_terms_over_all_accumulated_batches(trainer, make_model):
