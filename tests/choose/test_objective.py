@@ -77,17 +77,19 @@ def test_the_teacher_is_the_ungated_model_and_gates_of_one_lose_nothing(make_mod
     objective.gated.detach_gates()
 
 
-def test_the_gates_are_drawn_to_the_ungated_model_by_the_forward_kl(make_model, input_ids):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gates_are_drawn_to_the_ungated_model_by_the_forward_kl(temperature, make_model, input_ids):
     """KL(teacher || student); the reverse would forgive what the student leaves out."""
-    objective = PruningObjective(GatedModel(make_model("llama"), -60.0), settings(distill=True))
+    chosen = replace(settings(distill=True), distill_temp=temperature)
+    objective = PruningObjective(GatedModel(make_model("llama"), -60.0), chosen)
     uneven = objective.gated.masks().mu.map(lambda v: torch.linspace(0.2, 1.8, len(v)))
     with torch.no_grad(), objective.gated.using(uneven):
         loss = float(objective._task_loss(input_ids))
-        student = objective.gated(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
+        student = (objective.gated(input_ids=input_ids).logits[:, :-1] / temperature).log_softmax(-1)
         with objective.gated.off():
-            teacher = objective.gated(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
-    forward = float((teacher.exp() * (teacher - student)).sum(-1).mean())
-    reverse = float((student.exp() * (student - teacher)).sum(-1).mean())
+            teacher = (objective.gated(input_ids=input_ids).logits[:, :-1] / temperature).log_softmax(-1)
+    forward = temperature**2 * float((teacher.exp() * (teacher - student)).sum(-1).mean())
+    reverse = temperature**2 * float((student.exp() * (student - teacher)).sum(-1).mean())
     assert abs(forward - reverse) > 0.02 * forward  # control: they can be told apart
     assert loss == pytest.approx(forward, rel=1e-4)
 
@@ -107,7 +109,9 @@ def test_settled_gates_keep_their_choice_and_train_the_kept_means_without_noise(
     parts[0]["loss"].backward()
     chosen = [values < 0 for values in objective.masks().log_alpha]
     sizes = objective.settings.rules
-    kept = plan_from_masks(objective.masks(), objective.gated.shape, sizes).full_scale()
+    plan = plan_from_masks(objective.masks(), objective.gated.shape, sizes)
+    assert float(parts[0]["expected_sparsity"]) == pytest.approx(plan.sparsity) == pytest.approx(0.3, abs=0.05)
+    kept = plan.full_scale()
     assert 0 < sum(int((scale == 0).sum()) for scale in kept)
     scale = kept.flat()
     assert torch.equal(objective.gated.mu.grad != 0, scale != 0)
