@@ -102,6 +102,19 @@ def test_where_predictions_come_no_nearer_the_refit_stays(make_model, updated):
     assert weights_differ(narrow, refitted) > 1e-4  # control
 
 
+@pytest.mark.parametrize("batch_size", [8, 3])  # of the 8 held-out windows: one batch, or a smaller last one
+def test_the_last_window_is_judged_by_the_held_out_predictions(batch_size, make_model, updated, monkeypatch):
+    """By the very distance that chooses the share: from the dense predictions, a mean over the held-out tokens."""
+    model = make_model()
+    plan, narrow = updated(model)
+    before = divergence(narrow, model, HELD_OUT)
+    assert before != pytest.approx(divergence(narrow, model, CALIBRATION), rel=1e-2)  # controls
+    assert before != pytest.approx(divergence(model, narrow, HELD_OUT), rel=1e-3)
+    monkeypatch.setattr(module, "RATES", ())
+    errors = reconstruct(model, narrow, plan, *TEXTS, batch_size=batch_size).errors
+    assert errors[-1] == (pytest.approx(before, rel=1e-4),) * 2
+
+
 def test_a_massive_token_is_not_all_that_is_trained_on(make_model, updated, monkeypatch):
     model = make_model()
     model.get_input_embeddings().weight.data[3] *= 1000
