@@ -1,6 +1,7 @@
 """A target of parameters, memory or operations: the sparsity that it asks for, what is reached, and what cannot be."""
 
 import pytest
+import torch
 from support import tiny
 from transformers import LlamaConfig
 
@@ -11,7 +12,9 @@ from tvaprune.flags.ranges import BYTES, NUMBERS, amount
 from tvaprune.measure.work import forward_flops, narrower
 from tvaprune.models.parameters import model_parameters
 from tvaprune.models.shape import shape_of
-from tvaprune.targets import settle_target
+from tvaprune.models.units import PerUnit
+from tvaprune.plan.keep_plan import KeepPlan
+from tvaprune.targets import reached, settle_target
 
 WINDOW = 64
 
@@ -69,6 +72,39 @@ def test_the_share_by_hand(fine):
     assert args.prune.target_sparsity == [0.5726]  # (6,482,000 - 3,000,000) / 6,081,600 = 0.57255, rounded up
     _, turned = settled(folder, "--target_params", "3M", "--rotate", "on")
     assert turned.prune.target_sparsity == args.prune.target_sparsity  # nothing to untie
+
+
+def test_weights_of_no_known_precision_are_counted_in_float32(fine, tmp_path):
+    config = LlamaConfig.from_pretrained(fine[0])
+    config.dtype = None
+    config.save_pretrained(tmp_path)
+    (_, plain), (_, halves) = (settled(folder, "--target_memory", "12MB") for folder in (tmp_path, fine[0]))
+    assert plain.prune.target_sparsity == [0.5726] != halves.prune.target_sparsity  # of 3M parameters, and of 6M
+
+
+def test_a_head_that_turning_unties_counts_beside_the_embedding(fine, tmp_path):
+    config = LlamaConfig.from_pretrained(fine[0], tie_word_embeddings=True)
+    config.save_pretrained(tmp_path)
+    shares = [settled(tmp_path, "--target_params", "3M", "--rotate", kind)[1] for kind in ("on", "off")]
+    # Another 500 * 400 have to go where both are stored: (6,482,000 - 3,000,000) / 6,081,600, or 200,000 less.
+    assert [args.prune.target_sparsity for args in shares] == [[0.5726], [0.5397]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--target_params 3M", "reached 3,442,000 parameters"),  # 2 * (320,000 + 1,200,000 + 800) + 400,400
+        ("--target_memory 6MB", "reached 6.9MB of weights"),  # 2 bytes each
+        # Of a token 2 * 6,280,000 in linears, 4 * 400 * 64 in either layer's attention, both halved but for the head
+        ("--target_speedup 2.5", "reached 1.94 times as few operations"),
+    ],
+)
+def test_what_a_plan_of_half_the_heads_and_channels_reaches(fine, flags, said):
+    folder, shape = fine
+    half = PerUnit(torch.arange(400), (torch.arange(100),) * 2, (torch.arange(1000),) * 2)
+    plan = KeepPlan(half, half.map(lambda units: torch.ones(len(units))), shape, 1)
+    target, _ = settled(folder, *flags.split())
+    assert reached(target, plan) == f"{flags}: {said}"
 
 
 def test_without_a_target_nothing_changes(fine):
