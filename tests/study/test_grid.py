@@ -1,0 +1,65 @@
+"""What a comparison's cells are run with: their seeds, targets and texts."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tvaprune.flags.arguments import parse_comparison
+from tvaprune.study import cells
+from tvaprune.study.grid import Cell, Grid
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Of every kind of choice, at two sparsities, of two seeds."""
+    flags = [
+        "--models", "m", "--output", tmp_path, "--methods", "vib", "vib_once", "bonsai", "--weight_updates", "refit",
+        "--sparsities", 0.3, 0.5, "--seeds", 3, 4, "--train_samples", 16, "--calibration_samples", 8,
+        "--zero_eval_sparsities", 0.5, "--zero_eval_seeds", 4,
+    ]  # fmt: skip
+    args = parse_comparison([*map(str, flags)])
+    return Grid(args, args.models[0])
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_cell_has_its_own_seed(seed, grid, monkeypatch):
+    """In its flags, in what is drawn beside them, and in its files."""
+    found, cell = [], Cell("vib", "refit", 0.3, seed)
+    monkeypatch.setattr(cells, "set_seed", found.append)
+    measurement = object.__new__(cells.Measurement)
+    measurement.grid = grid
+    measurement.base = cells.Run(grid.arguments(cell), None, None)
+    monkeypatch.setattr(cells.Run, "dense_model", lambda run: None)
+    run = measurement._run(cell, choosing=True)
+    assert found == [seed] and run.args.training.seed == seed
+    assert grid.mask_path(cell).stem == run.args.output_dir.name == f"vib-0.3-{seed}"
+
+
+def test_gates_see_the_text_of_training_and_what_scores_or_updates_that_of_calibration(grid):
+    def samples(method, choosing):
+        args = grid.arguments(Cell(method, "refit", 0.3, 3), choosing)
+        return args.data.max_train_samples, args.prune.refit_samples
+
+    assert [samples(method, True) for method in ("vib", "vib_once", "bonsai")] == [(16, 8), (16, 8), (8, 8)]
+    assert samples("vib", False) == (8, 8)  # the update's
+
+
+def test_one_choice_for_several_targets_is_made_for_the_largest(grid, monkeypatch):
+    def asked(method):
+        cell = Cell(method, "refit", 0.3, 3)
+        return grid.arguments(cell, choosing=True).prune.target_sparsity, grid.targets(cell)
+
+    assert asked("vib") == ([0.3], [0.3])  # gates of its own
+    assert asked("vib_once") == ([0.5], [0.3, 0.5])
+    made, run = [], SimpleNamespace(train_blocks=lambda count: None, shape=None, rules=None, rotation=None)
+    run.args = run.model = SimpleNamespace(config=None)
+    monkeypatch.setattr(cells, "wants_rotation", lambda args, config: False)
+    monkeypatch.setattr(cells, "scored", lambda run, blocks, target: made.append(target))
+    monkeypatch.setattr(cells, "calibrate", lambda masks, shape, target, rules: target)
+    assert cells._masks_of(run, "bonsai", asked("bonsai")[1]) == ({0.3: 0.3, 0.5: 0.5}, None)
+    assert made == [0.5]
+
+
+def test_tasks_are_scored_where_sparsity_and_seed_are_asked_for(grid):
+    assert {(cell.target_sparsity, cell.seed) for cell in grid.cells if grid.is_scored(cell)} == {(0.5, 4)}
+    assert {(cell.target_sparsity, cell.seed) for cell in grid.cells} == {(0.3, 3), (0.3, 4), (0.5, 3), (0.5, 4)}
