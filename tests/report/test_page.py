@@ -15,6 +15,7 @@ from support.run_folder import COMMAND, GATES, results, write_run
 
 import tvaprune
 from tvaprune.cli import run_command, run_verb
+from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.errors import InputError
 from tvaprune.measure.generations import PROMPTS, pieces
 from tvaprune.outputs import PAGE_NAME
@@ -89,7 +90,9 @@ def test_a_run_of_every_part_has_every_section_with_its_figures(run):
         ["a", "acc", "2", "0.250", "1.000 ± 0.100", "0.500 ± 0.100", "-0.500 ± 0.500"],
         ["1", "24 of 32", "2 of 4", "1 of 2", "32 of 64"],  # layer 1: two query heads for each KV head
         ["2", "24 of 32", "0 of 4", "0 of 2", "8 of 64"],
+        ["average of the last run's (acc, acc_norm)", "", "", "", "1.000 ± 0.100", "0.500 ± 0.100", ""],
         ["forward pass, 4 batches of 8 × 16 tokens", "3.00 s", "2.00 s", "1.40×", "1.50×", "1.60×"],
+        ["training step, 4 batches of 8 × 16 tokens", "3.00 s", "2.50 s", "1.20×", "1.30×", "1.60×"],
         ["weights, 2 bytes each", "3.05 MiB", "1.91 MiB", "1.60×", "", "1.60×"],
         # keys and values of 6 and of 3 heads, 4 numbers of 2 bytes each
         ["KV cache of a token, 2 bytes each", "96 B", "48 B", "2.00×", "", "1.60×"],
@@ -101,6 +104,44 @@ def test_a_run_of_every_part_has_every_section_with_its_figures(run):
     assert "KL from 0.400 to 0.300 on 2 held-out blocks" in text and "verb: prune\nseed: 1" in text
     assert "Not scored, for want of data: b." in text
     assert "<mark> Lyon</mark>,</span>" in text and text.count("<mark>") == 1  # the tuned model says less, nothing else
+    assert re.findall(r"<dt>(.*)</dt><dd>(.*)<small>(.*)</small>", text)[:5] == [
+        ("perplexity", "20.00 → 25.00", "gap 0.223 ± 0.002"), ("fine-tuned", "22.00", "gap 0.095 ± 0.003"),
+        ("decoder sparsity", "0.5100", "asked: 0.5"), ("parameters", "1M", "of 1.6M"),
+        ("forward pass", "1.50×", "ideal 1.60×"),
+    ]  # fmt: skip
+
+
+def test_every_curve_is_of_its_own_figure(run, monkeypatch):
+    drawn = {}
+
+    def draw(title, series, *labels, **options):
+        drawn[title] = {one.name: list(one.points) for one in series}
+
+    monkeypatch.setattr("tvaprune.report.making.line_chart", draw)
+    page(run)
+    assert drawn == {
+        "Task loss": {"task loss": [(1, 0.31), (2, 0.27)]},
+        "Sparsity": {"expected": [(1, 0.1), (2, 0.4)], "target": [(1, 0.2), (2, 0.5)], "scored masks": [(2, 0.49)]},
+        "Multipliers of the constraint": {"λ1": [(1, -0.5), (2, 0.5)], "λ2": [(1, 1.5), (2, 2.5)]},
+        "Perplexity of the masks": {"mask, folded": [(2, 26.5)]},
+        "Cross-entropy": {"cross-entropy": [(1, 3.2), (2, 3.1)]},
+        "Kullback-Leibler to the dense model": {"KL": [(1, 0.3), (2, 0.2)]},
+        "Hidden states": {"1 − cosine": []},
+        "Perplexity": {
+            "fine-tuned, on the windows compared on": [(2, 22.5)],
+            "dense, on those reported": [(0, 20.0), (2, 20.0)],
+            "pruned, on those reported": [(0, 25.0), (2, 25.0)],
+        },
+        "Divergence": {"held-out KL": [(0.0, 0.4), (0.5, 0.3), (1.0, 0.35)], "taken": [(0.5, 0.3)]},
+    }
+
+
+def test_a_reconstruction_stands_after_its_refit(run):
+    assert "Then reconstructed" not in page(run)[1]  # control
+    errors = (0.2, 0.1), (0.3, 0.3), (0.5, 0.4)
+    results(reconstruct=Reconstruction((0.0, 0.5, 1.0), (0.3, 0.2, 0.25), 0.5, errors)).write(run)
+    said = "Then reconstructed, 2 of 3 windows of half layers nearer to the dense hidden states, and left at 0.5 of"
+    assert f"{said} the way: KL from 0.300 to 0.200." in " ".join(page(run)[1].split())
 
 
 def test_the_models_that_a_run_saved_are_asked(make_model, tmp_path):
