@@ -5,12 +5,15 @@ import torch
 from datasets import Dataset
 from support.scored import BLOCKS, EVEN, make_constant
 
+from tvaprune.choose.choose import _kept_as
 from tvaprune.choose.scores import SCORES, score_masks
-from tvaprune.choose.scores.bonsai import RIDGES, bonsai_scores, coefficients
+from tvaprune.choose.scores.bonsai import RIDGES, _Rounds, bonsai_scores, coefficients
 from tvaprune.choose.scores.calibration import Calibration, InputSums
+from tvaprune.flags.conditions import parse
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.exact_cut import calibrate
 from tvaprune.plan.keep_plan import plan_from_masks
+from tvaprune.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +105,33 @@ def test_bonsai_drops_first_what_writes_nothing(one_token):
             layer.mlp.down_proj.weight[:, channel] = (40 + channel) * 1e-5 * model.lm_head.weight[5]
         layer.mlp.down_proj.weight[:, 9] = 0.0
     assert int(bonsai_scores(Calibration(model, blocks, 0.2, 0, 4)).inter[0].argmin()) == 9
+
+
+def test_a_round_of_bonsai_takes_its_share_from_the_lowest_prior_and_what_stays_goes_by_it(make_model, monkeypatch):
+    """Prior and worth both rise with a channel's place, and no head is worth less than a channel."""
+    monkeypatch.setattr("tvaprune.choose.scores.bonsai.SUB_MODELS_PER_ROUND", 2)
+    monkeypatch.setattr(_Rounds, "_prior", lambda self: [m * torch.arange(1.0, len(m) + 1) for m in self.present])
+    looked_at = []
+
+    def worth(present, utility):
+        looked_at.append(present.shape[1])
+        return torch.cat([torch.tensor([1e3]), torch.arange(present.shape[1] - 1)])  # of one head, of the channels
+
+    monkeypatch.setattr("tvaprune.choose.scores.bonsai.coefficients", worth)
+    model = make_model("llama", num_hidden_layers=1, **EVEN)
+    (scores,) = bonsai_scores(Calibration(model, BLOCKS, 0.1, 0, 4)).inter
+    # Of 10,240 parameters a round takes 512, 5 channels of 96; a tenth of those that are left is looked at, rounded up.
+    assert scores.floor()[:16].tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3]
+    assert looked_at == [1 + 7, 1 + 6, 1 + 6] and bool((scores.diff() > 0).all())
+
+
+def test_a_kept_round_serves_no_other_seed_text_model_or_pass_but_any_target(make_model, tmp_path):
+    def kept(*flags, digest="one", text=BLOCKS):
+        given = ["--model_name_or_path", str(tmp_path), "--prune_method", "bonsai", *flags]
+        return _kept_as(Run(parse("prune", given), make_model(), None, digest), text)
+
+    first = kept()
+    assert first == kept() == kept("--target_sparsity", "0.7")
+    passes = kept("--per_device_eval_batch_size", "1"), kept("--block_size", "16")
+    others = kept("--seed", "1"), kept(digest="two"), kept(text=BLOCKS.select(range(4))), *passes
+    assert len({first, *others}) == 6
