@@ -23,7 +23,8 @@ MINI = LlamaConfig(vocab_size=4096, hidden_size=128, intermediate_size=384, num_
 def arguments(tmp_path_factory):
     """Flags of a verb, for a model of a name, in half the bytes unless it is the miniature."""
     folder = tmp_path_factory.mktemp("configs")
-    for name, config in {**CONFIGS, "mini": MINI}.items():
+    tied = LlamaConfig(**{**MINI.to_dict(), "tie_word_embeddings": True})
+    for name, config in {**CONFIGS, "mini": MINI, "tied": tied}.items():
         config.save_pretrained(folder / name)
 
     def flags(verb, name, *given):
@@ -128,6 +129,14 @@ def test_memory_is_more_than_what_stays_free(arguments):
     for wrong in (2, -1, math.nan, math.inf):
         with pytest.raises(InputError, match="--memory is .*: give a number of GiB above 2"):
             arguments("prune", "mini", "--memory", wrong)
+
+
+def test_a_head_that_turning_unties_is_counted(arguments):
+    turned, kept = (work_of(arguments("prune", "tied", "--rotate", kind)) for kind in ("on", "auto"))
+    for side in ("dense", "pruned"):
+        more = model_parameters(getattr(turned, side)) - model_parameters(getattr(kept, side))
+        assert more == 4096 * getattr(kept, side).hidden_size
+    assert update_cost.refit(turned) > update_cost.refit(kept)
 
 
 def test_a_layer_that_loses_all_is_counted_as_it_is_stored(arguments):

@@ -13,12 +13,11 @@ import torch
 
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.ranges import RESERVED_MEMORY
-from tvaprune.given import plan_of
+from tvaprune.given import plan_of, turned_shape
 from tvaprune.measure import cost, update_cost
 from tvaprune.measure.perplexity import windows_of_pass
 from tvaprune.measure.work import GIB, Work, narrower, of_family
 from tvaprune.models.load import load_config, precision
-from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.masks import Masks
 from tvaprune.run import SELECTION_SAMPLES, held_out_samples, most_windows, window_of
@@ -48,7 +47,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
     training, finetune, config = args.training, args.finetune, load_config(args.source.model_name_or_path)
     on_card = training.device.type == "cuda" if on_card is None else on_card
     plan = None if units is None else plan_of(args, units)
-    shape = shape_of(config) if plan is None else plan.shape
+    shape = turned_shape(args, config) if plan is None else plan.shape
     device = torch.device("cuda" if on_card else "cpu")
     asked, trains = finetune.train_lm_head, _step(args) is not None or args.prune.reconstructs
     return Work(

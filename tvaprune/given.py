@@ -2,9 +2,11 @@
 
 import copy
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -18,7 +20,7 @@ from tvaprune.identity import IDENTITY_NAME
 from tvaprune.measure.zeroshot import RELEASED_TASKS, ZeroShot
 from tvaprune.models.load import load_config
 from tvaprune.models.rotate import Rotation
-from tvaprune.models.shape import shape_of
+from tvaprune.models.shape import ModelShape, shape_of
 from tvaprune.outputs import PLAN_NAME
 from tvaprune.plan.keep_plan import KeepPlan, plan_from_masks
 from tvaprune.plan.masks import Masks, load_masks, read_record
@@ -61,6 +63,14 @@ def given_rotation(args: Arguments, hidden_size: int) -> Rotation | None:
     if args.prune.plan is not None:
         return read_rotation(Path(args.prune.plan), KeepPlan.load(Path(args.prune.plan)).rotation, hidden_size)
     return None
+
+
+def turned_shape(args: Arguments, config: PretrainedConfig) -> ModelShape:
+    """Returns the unpruned model's sizes in the basis that is asked for."""
+    shape = shape_of(config)
+    if args.prune.rotate == "on":  # a turned head is no longer the embedding
+        return replace(shape, tie_word_embeddings=False)
+    return shape
 
 
 def plan_of(args: Arguments, units: Masks | KeepPlan) -> KeepPlan:

@@ -7,7 +7,7 @@ asked for. What was reached is told beside the target.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,10 +15,10 @@ from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.ranges import BYTES, NUMBERS, amount
 from tvaprune.flags.verbs import TARGETS
+from tvaprune.given import turned_shape
 from tvaprune.measure.work import forward_flops
 from tvaprune.models.load import load_config
 from tvaprune.models.parameters import counted_parameters, model_parameters
-from tvaprune.models.shape import shape_of
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.run import window_of
 
@@ -82,9 +82,7 @@ def target_of(args: Arguments) -> Target | None:
         return None
     ((name, value),) = given.items()
     config = load_config(args.source.model_name_or_path)
-    shape = shape_of(config)
-    if args.prune.rotate == "on":  # a turned head is no longer the embedding
-        shape = replace(shape, tie_word_embeddings=False)
+    shape = turned_shape(args, config)
     if name == "target_speedup":
         window = window_of(args, config)
         whole, layers = (forward_flops(shape, window, window, head) for head in (True, False))
