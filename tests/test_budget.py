@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.simulate import CONFIGS
-from tvaprune.budget import GIB, fit, memory_of, rotation_batch, times, times_training, work_of
+from tvaprune.budget import GIB, fit, fitted, memory_of, rotation_batch, times, times_training, work_of
 from tvaprune.errors import InputError
 from tvaprune.flags.conditions import parse
 from tvaprune.measure import cost, update_cost
@@ -129,6 +129,18 @@ def test_memory_is_more_than_what_stays_free(arguments):
     for wrong in (2, -1, math.nan, math.inf):
         with pytest.raises(InputError, match="--memory is .*: give a number of GiB above 2"):
             arguments("prune", "mini", "--memory", wrong)
+
+
+def test_the_dense_model_stays_on_the_card_where_something_later_needs_it(arguments):
+    def stays(verb, *given):
+        args = arguments(verb, "mini", "--speed_batches", 0, *given)
+        return fitted(args, work_of(args)).keep_dense
+
+    assert not stays("prune", "--target_sparsity", 0.5)
+    assert stays("prune", "--target_sparsity", 0.2, 0.5)  # it is cut once more
+    assert stays("prune", "--do_zero_eval", True, "--compare_dense", True)
+    assert stays("finetune") and not stays("finetune", "--distill", False)
+    assert not stays("finetune", "--teacher_cache", "cache")
 
 
 def test_a_head_that_turning_unties_is_counted(arguments):
