@@ -179,6 +179,7 @@ def module(line, monkeypatch):
     python, m, name, *flags = shlex.split(line)
     assert (python, m) == ("python", "-m")
     monkeypatch.setattr(sys, "argv", [name, *flags])
+    monkeypatch.delitem(sys.modules, "tvaprune.describe", raising=False)  # which runpy would warn of
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(name, run_name="__main__")
     return ended.value.code

@@ -98,6 +98,8 @@ class CheckpointedTrainer(Trainer):
         bar: What shows its progress in place of transformers' own, where any is shown.
     """
 
+    _rows: tuple[int, ...] = ()  # of each batch of the step; a loss alone, without a training, has none
+
     def __init__(self, *args: Any, identity: Identity, bar: TrainerCallback, **options: Any) -> None:
         super().__init__(*args, **options)
         self.model_accepts_loss_kwargs = False  # a loss is a mean: Trainer divides it by the accumulation steps
@@ -106,7 +108,6 @@ class CheckpointedTrainer(Trainer):
             self.add_callback(bar)
         self.identity = identity
         self._resumed: str | None = None
-        self._rows: list[int] = []  # of each batch of the step
         self.add_callback(_AtSteps(self._find_best))
         model: Any = self.model  # frozen weights and buffers are the same in all processes, or sharded
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -127,7 +128,7 @@ class CheckpointedTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """Returns the batches of a step, and notes how many rows each has: an epoch's last may have fewer."""
         found = super().get_batch_samples(*args, **options)
-        self._rows = [len(batch["input_ids"]) for batch in found[0]]
+        self._rows = tuple(len(batch["input_ids"]) for batch in found[0])
         return found
 
     def of_step(self, loss: torch.Tensor, rows: int) -> torch.Tensor:
