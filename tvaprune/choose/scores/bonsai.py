@@ -75,7 +75,12 @@ class _Rounds:
         layers = self.shape.num_hidden_layers
         self.costs = [head_parameters(self.shape)] * layers + [channel_parameters(self.shape)] * layers
         self.total = sum(cost * len(module) for cost, module in zip(self.costs, self.present, strict=True))
-        self.removed = self.rounds = 0
+        self.rounds = 0
+
+    @property
+    def removed(self) -> int:
+        """How many parameters are gone."""
+        return sum(cost * int((module == 0).sum()) for cost, module in zip(self.costs, self.present, strict=True))
 
     def run(self) -> PerUnit:
         """Prunes round by round past the target and returns when each unit went; what stays is ordered by the prior."""
@@ -85,7 +90,7 @@ class _Rounds:
         with tqdm(total=num_rounds * SUB_MODELS_PER_ROUND, initial=done, desc="Bonsai", unit="sub-model") as bar:
             while self.removed <= self.calibration.target * self.total and any(module.any() for module in self.present):
                 draw = self._draw(self._sample(TOKENS_PER_SUB_MODEL), self._prior(), bar)
-                self.removed += self._remove(draw, self.rounds)
+                self._remove(draw)
                 self.rounds += 1
                 if self.calibration.kept is not None:
                     ranks.on_main(self._keep, self.calibration.kept)
@@ -96,18 +101,16 @@ class _Rounds:
 
     def _keep(self, path: Path) -> None:
         """Writes the state between two rounds: they take minutes each, on a CPU a quarter of an hour."""
-        counts = {"removed": self.removed, "rounds": self.rounds}
-        units = {"present": self.present, "scores": self.scores}
+        state = {"rounds": self.rounds, "present": self.present, "scores": self.scores}
         with replacing(path) as temporary:
-            torch.save({**counts, **units, "generator": self.generator.get_state()}, temporary)
+            torch.save({**state, "generator": self.generator.get_state()}, temporary)
 
     def _go_on(self, path: Path) -> None:
         """Takes up the state that an interrupted run left, if there is one."""
         state = ranks.on_main(_read, path)
         if state is None:
             return
-        self.removed, self.rounds = state["removed"], state["rounds"]
-        self.present, self.scores = state["present"], state["scores"]
+        self.rounds, self.present, self.scores = state["rounds"], state["present"], state["scores"]
         self.generator.set_state(state["generator"])
         print(f"note: Bonsai goes on after {self.rounds} rounds that an interrupted run measured")
 
@@ -159,8 +162,8 @@ class _Rounds:
             dropped[torch.multinomial(chances, count, generator=self.generator)] = 1.0
         return dropped
 
-    def _remove(self, draw: _Draw, rounds: int) -> int:
-        """Removes the units of the lowest coefficients, at least one, and returns how many parameters went."""
+    def _remove(self, draw: _Draw) -> None:
+        """Removes the units of the lowest coefficients, at least one."""
         order = coefficients(draw.present, draw.utility).argsort(stable=True)
         removed = 0
         for rank, (module, place) in enumerate(draw.places[order].tolist()):
@@ -168,8 +171,7 @@ class _Rounds:
                 break
             removed += self.costs[module]
             self.present[module][place] = 0.0
-            self.scores[module][place] = rounds + rank / len(order)
-        return removed
+            self.scores[module][place] = self.rounds + rank / len(order)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
