@@ -1,6 +1,7 @@
 """What all tests share: no network, no files left behind, and tiny models with nothing trivially zero or one."""
 # ruff: noqa: E402
 
+import gc
 import os
 import sys
 import tempfile
@@ -51,6 +52,10 @@ TINY = {
 }
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # else each collection looks through all that is imported: half a second, twice in a command
 
 
 def pytest_unconfigure():

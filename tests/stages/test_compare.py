@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import tiny
 
+from tvaprune.choose.scores import bonsai
 from tvaprune.cli import run_command, run_verb
 from tvaprune.files import holding_folders, prepare_folder
 from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
@@ -21,6 +22,7 @@ from tvaprune.flags.settings import CompareSettings
 from tvaprune.flags.verbs import VERBS
 from tvaprune.models.rotate import Rotation
 from tvaprune.outputs import OF_A_COMPARISON, wrote
+from tvaprune.plan.masks import load_masks
 from tvaprune.run import Run
 from tvaprune.study import cells
 from tvaprune.study.cells import Measurement
@@ -196,6 +198,29 @@ def test_an_interrupted_comparison_goes_on_and_a_finished_one_computes_nothing(c
     code, out, error = command(flags, output)
     assert code == 0 and "seed 0: " not in out
     assert times(output / "tiny") == after
+
+
+def test_an_interrupted_bonsai_goes_on_and_its_seconds_are_those_of_both_runs(flags, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bonsai, "SUB_MODELS_PER_ROUND", 4)
+    fewer = ["--methods", "bonsai", "--weight_updates", "none", "--sparsities", 0.3]
+    with monkeypatch.context() as patch:
+        rounds = iter([bonsai.coefficients] * 2)
+        patch.setattr(bonsai, "coefficients", lambda *args: next(rounds, _interrupt)(*args))
+        assert command([*flags, *fewer], tmp_path / "out")[0] == 130
+    (left,) = (tmp_path / "cache").glob("scores-*")
+    torch.save(torch.load(left) | {"seconds": 1000.0}, left)
+    code, out, error = command([*flags, *fewer], tmp_path / "out")
+    assert code == 0 and "note: Bonsai goes on after 2 rounds" in out and not left.exists(), error
+    choosing = [tiny.read_json(path)["seconds"] for path in (tmp_path / "out" / "tiny" / "masks").glob("*.json")]
+    assert len(choosing) == 1 and 1000 < choosing[0] < 1100
+    assert command([*flags, *fewer], tmp_path / "whole")[0] == 0  # control: all in one run
+    masks = [load_masks(tmp_path / name / "tiny" / "masks" / "bonsai-0.3-0.pkl") for name in ("out", "whole")]
+    assert all(torch.equal(*pair) for pair in zip(*(mask.log_alpha for mask in masks), strict=True))
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_cells_of_before_there_were_errors_are_read_as_they_are(compared, flags, command, tmp_path):

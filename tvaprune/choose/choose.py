@@ -13,6 +13,7 @@ from tvaprune.checkpoints import own_checkpoints
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.rotation import learn_rotation, loses_rotation, wants_rotation
 from tvaprune.choose.scores import PER_TARGET, score_masks
+from tvaprune.choose.scores.kept import KeptRounds
 from tvaprune.choose.settings import Cadence, GateSettings, describe, gate_settings
 from tvaprune.choose.trainer import GateTrainer
 from tvaprune.errors import SCORING_UNITS, TRAINING, InputError, running_out_in
@@ -159,14 +160,13 @@ def _score_units(run: Run) -> Path:
     """Scores the units in one shot and returns the mask's file."""
     blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
     target = max(run.args.prune.target_sparsity)
-    kept = cache_folder() / f"scores-{_kept_as(run, blocks)}.pt"
-    masks = scored(run, blocks, target, kept)
+    masks, kept = scored(run, blocks, target)
     flags = {"prune_method": run.args.prune.prune_method, "max_train_samples": len(blocks)}
     identity = run.identity(
         flags | {"target_sparsity": target}, (blocks, run.selection_blocks()), rules_as_flags(run.rules)
     )
     path = _write_mask(run, masks, {"train_blocks": len(blocks), "identity": identity})
-    ranks.on_main(kept.unlink, missing_ok=True)
+    kept.discard()
     return path
 
 
@@ -185,11 +185,16 @@ def _windows(run: Run) -> int:
     return scored_windows(run.args.data.block_size, run.args.training.per_device_eval_batch_size)
 
 
-def scored(run: Run, blocks: Dataset, target: float, kept: Path | None = None) -> Masks:
-    """Scores units for a target, as ``--prune_method`` says; ``--per_device_eval_batch_size`` makes passes smaller."""
+def scored(run: Run, blocks: Dataset, target: float) -> tuple[Masks, KeptRounds]:
+    """Scores units for a target, as ``--prune_method`` says; ``--per_device_eval_batch_size`` makes passes smaller.
+
+    Returns:
+        The masks, and what an interrupted scoring goes on from: to be discarded once the masks are written.
+    """
     method, seed = run.args.prune.prune_method, run.args.training.seed
+    kept = KeptRounds(cache_folder() / f"scores-{_kept_as(run, blocks)}.pt")
     with running_out_in(SCORING_UNITS):
-        return score_masks(run.model, method, blocks, target, seed, _windows(run), kept)
+        return score_masks(run.model, method, blocks, target, seed, _windows(run), kept), kept
 
 
 def _write_mask(run: Run, masks: Masks, record: dict[str, object]) -> Path:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, set_seed
 from tvaprune.choose.choose import DEFAULT_CALIBRATION_SAMPLES, choose_masks, in_basis, scored
 from tvaprune.choose.rotation import wants_rotation
 from tvaprune.choose.scores import check_scored
+from tvaprune.choose.scores.kept import KeptRounds
 from tvaprune.cut.narrow import narrow
 from tvaprune.errors import InputError
 from tvaprune.files import write_json
@@ -41,6 +42,31 @@ from tvaprune.study.grid import VIB, Cell, Grid
 from tvaprune.text.blocks import token_blocks
 
 Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """The masks of every target sparsity, their basis, and what an interrupted scoring goes on from."""
+
+    masks: dict[float, Masks]
+    rotation: Rotation | None
+    kept: KeptRounds | None
+
+    @classmethod
+    def of(cls, run: Run, method: str, targets: Sequence[float]) -> "_Choice":
+        """Trains gates or scores units once, and cuts at every target.
+
+        Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
+        """
+        if wants_rotation(run.args, run.model.config):
+            run = in_basis(dataclasses.replace(run, model=copy.deepcopy(run.model)))
+        kept = None
+        if method in (VIB, VIB_ONCE):
+            (path,) = choose_masks(run).masks.values()
+            masks = load_masks(path)
+        else:
+            masks, kept = scored(run, run.train_blocks(DEFAULT_CALIBRATION_SAMPLES), max(targets))
+        return cls({target: calibrate(masks, run.shape, target, run.rules) for target in targets}, run.rotation, kept)
 
 
 class Measurement:
@@ -133,17 +159,21 @@ class Measurement:
             return known
         self._last = None  # what it takes is no cost of the choice
         run, targets = self._run(cell, choosing=True), self.grid.targets(cell)
-        (masks, rotation), seconds, memory = self._timed(lambda: _masks_of(run, cell.method, targets))
+        choice, seconds, memory = self._timed(lambda: _Choice.of(run, cell.method, targets))
+        if choice.kept is not None:
+            seconds += choice.kept.seconds
         content = settings | {"contents": self.contents, "targets": targets}
         content |= {"seconds": seconds, "peak_memory": memory}
-        content["rotation"] = None if rotation is None else rotation.digest
-        for target, mask in masks.items():
+        content["rotation"] = None if choice.rotation is None else choice.rotation.digest
+        for target, mask in choice.masks.items():
             path = self.grid.mask_path(dataclasses.replace(cell, target_sparsity=target))
             path.parent.mkdir(parents=True, exist_ok=True)
-            if rotation is not None:
-                save_rotation(rotation, path.parent)
+            if choice.rotation is not None:
+                save_rotation(choice.rotation, path.parent)
             save_masks(mask, path)
             write_json(content, path.with_suffix(".json"))
+        if choice.kept is not None:
+            choice.kept.discard()
         return content
 
     def _contents(self, cell: Cell | None = None) -> dict[str, object]:
@@ -247,19 +277,3 @@ class Measurement:
         with PeakMemory(self.base.args.training.device) as memory:
             result = work()
         return result, time.perf_counter() - started, memory.peak
-
-
-def _masks_of(run: Run, method: str, targets: Sequence[float]) -> tuple[dict[float, Masks], Rotation | None]:
-    """Trains gates or scores units once, and cuts at every target sparsity; returns the basis of the choice too.
-
-    Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
-    """
-    if wants_rotation(run.args, run.model.config):
-        run = in_basis(dataclasses.replace(run, model=copy.deepcopy(run.model)))
-    if method in (VIB, VIB_ONCE):
-        (path,) = choose_masks(run).masks.values()
-        masks = load_masks(path)
-    else:
-        blocks = run.train_blocks(DEFAULT_CALIBRATION_SAMPLES)
-        masks = scored(run, blocks, max(targets))
-    return {target: calibrate(masks, run.shape, target, run.rules) for target in targets}, run.rotation

@@ -6,7 +6,6 @@ what it ranks over, and gives the group form under GQA, where a KV head is one u
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -16,6 +15,7 @@ from tvaprune.choose.scores.activations import magnitude_scores, wanda_sp_scores
 from tvaprune.choose.scores.bonsai import bonsai_scores
 from tvaprune.choose.scores.calibration import Calibration
 from tvaprune.choose.scores.flap import flap_scores
+from tvaprune.choose.scores.kept import KeptRounds
 from tvaprune.choose.scores.ranking import random_scores
 from tvaprune.choose.scores.taylor import taylor_global_scores, taylor_scores
 from tvaprune.errors import InputError
@@ -58,7 +58,7 @@ def score_masks(
     target: float = 0.5,
     seed: int = 0,
     batch_size: int = 4,
-    kept: Path | None = None,
+    kept: KeptRounds | None = None,
 ) -> Masks:
     """Scores every KV head and MLP channel.
 

@@ -5,17 +5,14 @@ Source: Dery, Kolawole et al., Everybody Prune Now (arXiv 2402.05406), section 3
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from tvaprune import ranks
 from tvaprune.choose.gated_model import GatedModel
 from tvaprune.choose.scores.calibration import Calibration, output_projections, read_inputs
 from tvaprune.choose.scores.ranking import by_head, per_unit, ranked
-from tvaprune.files import replacing
 from tvaprune.measure.perplexity import perplexity
 from tvaprune.models.parameters import channel_parameters, head_parameters
 from tvaprune.models.units import PerUnit
@@ -85,7 +82,7 @@ class _Rounds:
     def run(self) -> PerUnit:
         """Prunes round by round past the target and returns when each unit went; what stays is ordered by the prior."""
         if self.calibration.kept is not None:
-            self._go_on(self.calibration.kept)
+            self._go_on(self.calibration.kept.read())
         num_rounds, done = math.ceil(self.calibration.target / PRUNED_PER_ROUND) + 1, self.rounds * SUB_MODELS_PER_ROUND
         with tqdm(total=num_rounds * SUB_MODELS_PER_ROUND, initial=done, desc="Bonsai", unit="sub-model") as bar:
             while self.removed <= self.calibration.target * self.total and any(module.any() for module in self.present):
@@ -93,21 +90,19 @@ class _Rounds:
                 self._remove(draw)
                 self.rounds += 1
                 if self.calibration.kept is not None:
-                    ranks.on_main(self._keep, self.calibration.kept)
+                    self.calibration.kept.write(self._state())
         for score, module, prior in zip(self.scores, self.present, self._prior(), strict=True):
             score.copy_(torch.where(module > 0, self.rounds + ranked(prior), score))
         layers = self.shape.num_hidden_layers
         return per_unit(self.shape, self.scores[:layers], self.scores[layers:])
 
-    def _keep(self, path: Path) -> None:
-        """Writes the state between two rounds: they take minutes each, on a CPU a quarter of an hour."""
+    def _state(self) -> dict[str, Any]:
+        """Returns what the next round begins with."""
         state = {"rounds": self.rounds, "present": self.present, "scores": self.scores}
-        with replacing(path) as temporary:
-            torch.save({**state, "generator": self.generator.get_state()}, temporary)
+        return state | {"generator": self.generator.get_state()}
 
-    def _go_on(self, path: Path) -> None:
+    def _go_on(self, state: dict[str, Any] | None) -> None:
         """Takes up the state that an interrupted run left, if there is one."""
-        state = ranks.on_main(_read, path)
         if state is None:
             return
         self.rounds, self.present, self.scores = state["rounds"], state["present"], state["scores"]
@@ -172,17 +167,6 @@ class _Rounds:
             removed += self.costs[module]
             self.present[module][place] = 0.0
             self.scores[module][place] = self.rounds + rank / len(order)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Returns a kept state; None where there is none, or a damaged one: it is measured again."""
-    if not path.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception:  # each kind of damage raises kinds of its own
-        return None
-    return state
 
 
 def _considered(prior: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ KV heads and MLP channels write through the output and down projections; most sc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tvaprune import ranks
+from tvaprune.choose.scores.kept import KeptRounds
 from tvaprune.errors import InputError
 from tvaprune.models.families import family_of
 from tvaprune.models.layout import Block, layout_of
@@ -32,7 +32,7 @@ class Calibration:
         target: Share of the decoder layers' parameters that will go.
         seed: Of a method's draws.
         batch_size: Windows per forward pass.
-        kept: A file where a method of many rounds keeps what it has after each, and goes on from; None: nowhere.
+        kept: Where a method of many rounds keeps what it has after each, and goes on from; None: nowhere.
     """
 
     model: PreTrainedModel
@@ -40,7 +40,7 @@ class Calibration:
     target: float
     seed: int
     batch_size: int
-    kept: Path | None = None
+    kept: KeptRounds | None = None
 
     @property
     def shape(self) -> ModelShape:
