@@ -18,6 +18,7 @@ from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
 from tvaprune.flags.recipes import advice_of, expand, is_on, naming_recipe, recipe_of
 from tvaprune.flags.verbs import MODES, VERBS, check_flags, underscored
+from tvaprune.garbage import uncollected
 
 EXIT_INPUT = 2
 EXIT_SIGNAL = 128  # plus the signal's number
@@ -77,18 +78,22 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
     if not VERBS[verb].first:  # a verb with a parser of its own
         if ranks.launched() > 1:
             raise InputError(f"{verb} runs in one process: call it without torchrun or accelerate launch")
-        return getattr(import_module(module), function)(arguments)
+        with uncollected():
+            stage = import_module(module)
+        return getattr(stage, function)(arguments)
     with naming_recipe(verb, arguments):
         arguments = expand(verb, arguments)
         check_flags(verb, arguments, also)
-        from transformers.utils import logging
+        with uncollected():  # a fifth of a start
+            from transformers.utils import logging
 
-        from tvaprune.flags.conditions import parse
+            from tvaprune.flags.conditions import parse
 
-        logging.set_verbosity_error()
-        parsed = parse(verb, arguments)
+            logging.set_verbosity_error()
+            parsed = parse(verb, arguments)
+            stage = import_module(module)
         ranks.agree(parsed.recipe)
-        return getattr(import_module(module), function)(parsed)
+        return getattr(stage, function)(parsed)
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ split, is dropped. What remains is measured by `overlap` and tested.
 """
 
 import ast
-import gc
 import hashlib
 import importlib.util
 import inspect
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
+from tvaprune.garbage import uncollected
 
 # Packages of requirement.txt, and of what it pulls in, that carry prose. A fixed list: what else is installed on a
 # machine must not change the text.
@@ -109,15 +109,10 @@ def _language_reference() -> Iterator[Document]:
 def collect() -> list[Document]:
     """Reads every document of this machine, without exact repeats, in the order of their names."""
     documents = list(_language_reference())
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees are millions of objects without a cycle: to look for some takes longer than the rest
-    try:
+    with uncollected():  # syntax trees have no cycle
         for package, folder in tqdm(_package_folders().items(), desc="reading python_docs", unit="package"):
             for module, path in _python_files(package, folder):
                 documents += _docstrings(module, path.read_text(encoding="utf-8", errors="replace"))
-    finally:
-        if collecting:
-            gc.enable()
     documents.sort(key=lambda document: (document.module, document.name, document.text))
     unique = {" ".join(document.text.split("\n\n", 1)[-1].split()): document for document in reversed(documents)}
     return sorted(unique.values(), key=lambda document: (document.module, document.name, document.text))
