@@ -12,7 +12,7 @@ from tvaprune.models.families import FAMILIES
 PACKAGE = ROOT / "tvaprune"
 ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
-    ["errors"],
+    ["errors", "garbage"],
     ["ranks"],
     ["endings"],
     ["files", "losses", "flags", "wheels", "phases"],
