@@ -235,6 +235,25 @@ def lock_folder(flag: str, folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits while another process is within for the same path; on a file system without locks for nobody."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"note: another process makes {path}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def mark(folder: Path, files: list[str] | None = None) -> None:
     """Says that this tool wrote a folder, and which files in it."""
     write_json({"written_by": "tvaprune", "files": files or []}, folder / MARK_NAME)

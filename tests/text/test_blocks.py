@@ -3,6 +3,9 @@
 import gzip
 import json
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -234,6 +237,30 @@ def test_two_processes_that_build_the_same_blocks_do_not_disturb_each_other(cach
 
     assert data.cached(cache / "blocks-0", build)["input_ids"][:] == [[1]]
     assert os.listdir(cache) == ["blocks-0"]
+
+
+def test_what_another_process_makes_already_is_waited_for(cache, capsys):
+    begun, rest, made = threading.Event(), threading.Event(), []
+
+    def build(target):
+        made.append(target)
+        begun.set()
+        assert rest.wait(60)
+        Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(target)
+
+    with ThreadPoolExecutor() as pool:  # a lock is of an open file: threads stand for processes
+        first = pool.submit(data.cached, cache / "blocks-0", build)
+        assert begun.wait(60)
+        second = pool.submit(data.cached, cache / "blocks-0", build)
+        other = pool.submit(data.cached, cache / "blocks-1", build)  # control: of another name, nobody waits
+        end, said = time.monotonic() + 60, ""
+        while time.monotonic() < end and (len(made) < 2 or not said):
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        rest.set()
+        assert all(found.result()["input_ids"][:] == [[1]] for found in (first, second, other))
+    assert len(made) == 2 and said == f"note: another process makes {cache / 'blocks-0'}; waiting for it\n"
+    assert sorted(os.listdir(cache)) == ["blocks-0", "blocks-1"]
 
 
 def test_the_cache_stands_where_the_environment_says(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import cache_folder, clear_leftovers, first_folder
+from tvaprune.files import cache_folder, clear_leftovers, first_folder, one_at_a_time
 from tvaprune.text import english_prose, package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
@@ -194,8 +194,10 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Any:
                 ) from error
     clear_leftovers(folder.parent)
     try:
-        with first_folder(folder) as temporary:
-            build(temporary)
+        with one_at_a_time(folder):
+            if not folder.exists():  # else it was made while this process waited
+                with first_folder(folder) as temporary:
+                    build(temporary)
     except OSError as error:
         raise InputError(
             f"the text cache {folder.parent} cannot be written ({error.strerror or reason(error)}); set TVAPRUNE_CACHE "
