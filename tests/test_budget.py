@@ -113,6 +113,16 @@ def test_an_offload_that_was_refused_stays_refused(arguments, capsys):
     assert not folds.prune.refit_offload and capsys.readouterr().out == ""
 
 
+def test_of_a_model_over_several_gpus_nothing_is_set_as_nobody_knows_what_each_holds(arguments, capsys):
+    args = arguments("prune", "Llama-3-8B", "--memory", 24)
+    args.source.device_map = "auto"
+    fit(args)
+    assert not args.prune.refit_offload and rotation_batch(args) == 8 and capsys.readouterr().out == ""
+    args.source.device_map = "none"  # control: one GPU
+    fit(args)
+    assert args.prune.refit_offload and rotation_batch(args) == 1
+
+
 def test_the_default_is_the_gpu_where_it_has_less(arguments, monkeypatch):
     args = arguments("prune", "mini")
     assert memory_of(args) == 40
