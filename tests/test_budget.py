@@ -23,8 +23,8 @@ MINI = LlamaConfig(vocab_size=4096, hidden_size=128, intermediate_size=384, num_
 def arguments(tmp_path_factory):
     """Flags of a verb, for a model of a name, in half the bytes unless it is the miniature."""
     folder = tmp_path_factory.mktemp("configs")
-    tied = LlamaConfig(**{**MINI.to_dict(), "tie_word_embeddings": True})
-    for name, config in {**CONFIGS, "mini": MINI, "tied": tied}.items():
+    tied, half = (LlamaConfig(**MINI.to_dict() | own) for own in ({"tie_word_embeddings": True}, {"dtype": "float16"}))
+    for name, config in {**CONFIGS, "mini": MINI, "tied": tied, "half": half}.items():
         config.save_pretrained(folder / name)
 
     def flags(verb, name, *given):
@@ -151,6 +151,25 @@ def test_the_dense_model_stays_on_the_card_where_something_later_needs_it(argume
     assert stays("prune", "--do_zero_eval", True, "--compare_dense", True)
     assert stays("finetune") and not stays("finetune", "--distill", False)
     assert not stays("finetune", "--teacher_cache", "cache")
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
+def test_the_older_word_for_activation_checkpointing_counts_too(arguments):
+    assert not work_of(arguments("finetune", "mini")).checkpointing  # control
+    assert work_of(arguments("finetune", "mini", "--gradient_checkpointing", True)).checkpointing
+
+
+@pytest.mark.parametrize(("update", "size"), [("reconstruct", 4), ("refit", 2)])
+def test_what_is_trained_on_a_card_without_bfloat16_is_counted_in_float32(update, size, arguments, monkeypatch):
+    args = arguments("apply", "half", "--mask_loc", __file__, "--dtype", "auto", "--weight_update", update)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
+    assert work_of(args, on_card=True).weight_bytes == size
+
+
+def test_a_refit_is_counted_on_the_blocks_that_it_fits_and_chooses_on(arguments):
+    work = work_of(arguments("prune", "mini", "--refit_samples", 9))
+    assert (work.refit_blocks, work.held_blocks) == (9, 4)
 
 
 def test_a_head_that_turning_unties_is_counted(arguments):

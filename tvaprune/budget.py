@@ -57,7 +57,7 @@ def work_of(args: Arguments, units: Masks | KeepPlan | None = None, on_card: boo
         block=args.data.block_size,
         batch=training.per_device_train_batch_size,
         accumulates=training.gradient_accumulation_steps > 1,
-        checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
+        checkpointing=bool(training.activation_checkpointing),
         redraws=on_card,
         distill=args.distill.distill and finetune.teacher_cache is None,
         window=window_of(args, config),
@@ -102,7 +102,7 @@ def _update(work: Work) -> float:
 def changes(args: Arguments, work: Work) -> dict[str, bool | int]:
     """Returns the flags, by name, in which a work differs from what the flags say."""
     training, found = args.training, dict[str, bool | int]()
-    if work.checkpointing and not (training.activation_checkpointing or training.gradient_checkpointing):
+    if work.checkpointing and not training.activation_checkpointing:
         found["activation_checkpointing"] = True
     if work.batch != training.per_device_train_batch_size:
         blocks = training.per_device_train_batch_size * training.gradient_accumulation_steps
