@@ -92,6 +92,24 @@ def test_where_large_steps_lead_astray_small_ones_are_tried(make_model, updated,
     assert all(after < before for before, after in report.errors)
 
 
+def test_the_rate_is_relative_to_each_weight_and_falls_to_nothing_over_all_passes(make_model, make_masks, monkeypatch):
+    model, begun, sizes = make_model(num_hidden_layers=2), [], []
+    plan = make_plan(model, make_masks)
+    begin = module._Trained.begin
+
+    def watched(window, rate, steps):
+        begin(window, rate, steps)
+        begun.append((rate, window.optimizer.param_groups))
+        sizes.append([float(weight.square().mean().sqrt()) for weight in window.weights])
+
+    monkeypatch.setattr(module._Trained, "begin", watched)
+    reconstruct(model, sliced(model, plan), plan, HELD_OUT, HELD_OUT.select(range(2)), batch_size=4)
+    assert begun and {rate for rate, _ in begun} <= set(module.RATES)
+    for (rate, groups), each in zip(begun, sizes, strict=True):
+        assert [group["initial_lr"] for group in groups] == pytest.approx([rate * size for size in each])
+        assert max(group["lr"] for group in groups) < 1e-6 * rate * max(each)
+
+
 def test_where_predictions_come_no_nearer_the_refit_stays(make_model, updated):
     model = make_model()
     plan, refitted = updated(model)

@@ -33,6 +33,7 @@ from tvaprune.phases import (
     RECONSTRUCT_CHOICE,
     REFIT,
     REFIT_CHOICE,
+    UNIT_SCORES,
 )
 from tvaprune.plan.keep_plan import plan_from_masks
 from tvaprune.plan.masks import save_masks
@@ -103,6 +104,18 @@ def test_masks_are_scored_as_often_as_a_run_scores_them(large):
     assert estimate(large, "prune", eval_strategy="no").work.scorings == 0
     assert "gate training" not in phases(estimate(large, "prune", PruneSettings(prune_method="flap")))
     assert estimate(large, "finetune").work.scorings == 9  # 72 steps, --eval_steps 0.1 of them is every 8
+
+
+def test_as_many_blocks_and_epochs_are_counted_as_are_asked_for(large):
+    def steps(verb, *settings, blocks=900):
+        return estimate(large, verb, DataSettings(max_train_samples=blocks), *settings).work.steps
+
+    assert (steps("prune", blocks=300), steps("prune")) == (300, 900)
+    once, thrice = (steps("finetune", FinetuneSettings(epoch_f=epochs)) for epochs in (1.0, 3.0))
+    assert thrice == 3 * once > 0
+    taylor = PruneSettings(prune_method="taylor")
+    few, default = (estimate(large, "prune", DataSettings(max_train_samples=count), taylor) for count in (8, None))
+    assert default.counted[UNIT_SCORES] == 16 * few.counted[UNIT_SCORES]  # of 128
 
 
 @pytest.mark.parametrize("window", [512, 2048, 4096])
