@@ -116,3 +116,14 @@ def test_refit_offload_leaves_the_dense_model_on_the_cpu(offload, moves, make_mo
     with pytest.raises(Stopped):
         narrowing.narrow(run, plan, keep_dense=False)
     assert seen == moves and cut_to == ["the device"]
+
+
+def test_a_reconstruction_takes_its_steps_in_the_order_of_the_runs_seed(make_model, full_plan, monkeypatch):
+    model, given = make_model(), []
+    monkeypatch.setattr(narrowing, "refit_layers", lambda *args, **options: None)
+    monkeypatch.setattr(narrowing, "reconstruct_layers", lambda *args, seed, **options: given.append(seed))
+    for update, seed in (("reconstruct", 5), ("reconstruct", 6), ("refit", 7)):  # the last one takes none
+        flags = SimpleNamespace(prune=PruneSettings(weight_update=update), training=SimpleNamespace(seed=seed))
+        run = SimpleNamespace(model=model, phases=Phases(), args=flags)
+        narrowing._fitted(run, make_model(), CPU, True, (full_plan(model), None, None, 1))
+    assert given == [5, 6]

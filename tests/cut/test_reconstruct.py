@@ -110,6 +110,17 @@ def test_the_rate_is_relative_to_each_weight_and_falls_to_nothing_over_all_passe
         assert max(group["lr"] for group in groups) < 1e-6 * rate * max(each)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_and_the_final_norm_are_trained_and_the_head_stays(tied, make_model, make_masks):
+    model = make_model(num_hidden_layers=2, tie_word_embeddings=tied)
+    plan = make_plan(model, make_masks)
+    before, narrow = sliced(model, plan), sliced(model, plan)
+    reconstruct(model, narrow, plan, HELD_OUT, HELD_OUT.select(range(2)), batch_size=4, shares=(1.0,))
+    pairs = zip(narrow.named_parameters(), before.parameters(), strict=True)
+    stays = {name for (name, weight), other in pairs if torch.equal(weight, other)}
+    assert stays == {"model.embed_tokens.weight", "lm_head.weight"} - ({"lm_head.weight"} if tied else set())
+
+
 def test_where_predictions_come_no_nearer_the_refit_stays(make_model, updated):
     model = make_model()
     plan, refitted = updated(model)
