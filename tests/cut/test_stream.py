@@ -214,6 +214,18 @@ def test_the_memory_of_a_walk_is_that_of_the_arithmetic_whatever_the_number_of_l
     assert many < 1.3 * few and same < 1.3 * wanted
 
 
+def test_disk_is_for_streams_of_both_widths_and_shares_of_the_held_out_text(make_model, make_masks):
+    plan = make_plan(make_model(), make_masks)
+    wide, narrow, weights = plan.shape.hidden_size, plan.hidden_size, plan.num_parameters
+    assert narrow < wide
+    for fitted, held_out in ((3000, 70), (3000, 7000)):  # the shares of a refit are less than the weights, and more
+        streams = (fitted + held_out) * (wide + narrow)
+        refitted, reconstructed = 5 * held_out * narrow + weights, 2 * held_out * narrow + 2 * weights
+        assert disk_needed(plan, 2, fitted, held_out) == 2 * (streams + refitted)
+        assert disk_needed(plan, 2, fitted, held_out, True) == 2 * (streams + max(refitted, reconstructed))
+    assert 5 * 70 * narrow < 2 * 70 * narrow + weights and 5 * 7000 * narrow > 2 * 7000 * narrow + weights
+
+
 def test_a_70b_is_refitted_on_a_card_of_24_gb():
     """Llama-3-70B at half its KV heads and channels, in bfloat16, 8 windows of 512 tokens at a time."""
     half = room.half_plan()

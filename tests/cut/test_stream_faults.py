@@ -234,8 +234,13 @@ def test_an_interrupted_run_leaves_nothing(dense, text, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_walk(dense, text, tmp_path, monkeypatch):
+    asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    ended = apply(*flags_of(dense, text, tmp_path), *STREAM)
+    for name, needed in (("disk_needed", disk_needed), ("memory_needed", stream.memory_needed)):
+        monkeypatch.setattr(stream, name, lambda *args, of=needed: asked.append(args[2:]) or of(*args))
+    ended = apply(*flags_of(dense, text, tmp_path), *STREAM, "--per_device_eval_batch_size", 3)
+    # tokens of a pass; those that are fitted, and those that choose: 12 and 6 blocks of 16
+    assert asked == [(3 * 16, False), (12 * 16, 6 * 16, False)]
     assert (ended.code, ended.fault) == (2, "") and "put --save_pruned on a larger disk" in ended.err
     assert not (tmp_path / "pruned").exists()
 
