@@ -14,7 +14,7 @@ from support.other_families import OTHER_ROWS
 from support.updates import CALIBRATION, HELD_OUT, divergence, refit, weights_differ
 
 from tvaprune.cut.refit import _Refit
-from tvaprune.cut.ridge import Moments, Ridge, augmented, nearest
+from tvaprune.cut.ridge import Moments, Outputs, Ridge, augmented, fit_linear, nearest, with_one
 from tvaprune.cut.slice import Cut
 from tvaprune.cut.walk import Batch, importance
 from tvaprune.models.families import family_of
@@ -73,6 +73,34 @@ def test_moments_of_tokens_and_the_error_of_weights():
     torch.testing.assert_close(moments.inputs, x.T @ x, rtol=1e-5, atol=1e-5)
     missed = (y - x @ weight.T).square().sum() - y.square().sum()
     assert moments.error(weight) == pytest.approx(float(missed), rel=1e-4)
+
+
+def test_a_linear_is_fitted_some_rows_at_a_time_by_the_errors_of_all_of_them(monkeypatch):
+    """As a head is, whose rows are many: kept ones of a dense linear, with their bias."""
+
+    def fitted(rows, kept):
+        generator = torch.Generator().manual_seed(2)
+        dense, narrow = torch.nn.Linear(4, 7), torch.nn.Linear(3, len(kept))
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            narrow.weight.copy_(dense.weight[kept, :3])
+            narrow.bias.copy_(dense.bias[kept])
+            moments = [Moments.zeros(4, 5, torch.device("cpu")) for _ in range(2)]
+            for each in moments:
+                values = torch.randn(12, 4, generator=generator)
+                seen = values[:, :3] + 0.5 * torch.randn(12, 3, generator=generator)
+                each.add(with_one(seen, narrow), with_one(values, dense))
+            monkeypatch.setattr("tvaprune.cut.ridge.ROWS", rows)
+            ridges = [Ridge(moments[0].inputs, strength) for strength in (math.inf, 1.0, 0.1)]
+            strength = fit_linear(narrow, ridges, *moments, Outputs(dense, torch.tensor(kept)))
+        return strength, augmented(narrow, slice(None)).detach()
+
+    strength, whole = fitted(8192, [0, 2, 3, 5, 6])
+    assert strength == 1.0 and fitted(8192, [6])[0] == math.inf  # control: the last row alone stays
+    again, parts = fitted(2, [0, 2, 3, 5, 6])
+    assert again == strength
+    torch.testing.assert_close(parts, whole)
 
 
 def test_with_nothing_pruned_it_returns_the_dense_weights(model, full_plan):
