@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -12,6 +13,7 @@ from support import tiny
 from support.texts import DOCUMENTS, SPLITS, write_hub_copies, write_text
 
 from tvaprune.errors import InputError
+from tvaprune.text import sources
 from tvaprune.text.sources import check_named, is_streamed, load_documents
 
 
@@ -192,6 +194,19 @@ def test_a_command_says_of_a_damaged_file_nothing_but_that_line(tmp_path):
     done = subprocess.run(call, env=environment, cwd=tiny.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "not a readable .parquet file" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_text_of_this_machine_is_read_anew_where_python_or_a_package_is_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path))
+    read, found = [], []
+    monkeypatch.setattr(
+        sources.python_docs, "read_splits", lambda: read.append(0) or dict.fromkeys(SPLITS, [f"reading {len(read)}"])
+    )
+    for installed, interpreter in (("1", "3.11"), ("1", "3.11"), ("2", "3.11"), ("2", "3.12"), ("1", "3.11")):
+        monkeypatch.setattr(sources, "version", lambda package, installed=installed: installed)
+        monkeypatch.setattr(sources, "sys", SimpleNamespace(version=interpreter))
+        found += load_documents("python_docs", "test")
+    assert found == ["reading 1", "reading 1", "reading 2", "reading 3", "reading 1"]
 
 
 def test_local_copies_of_hub_repositories(tmp_path):
