@@ -4,6 +4,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,42 @@ def test_a_task_that_reads_answers_in_several_ways_counts_each_example_once():
     assert (found.metric, found.value, found.stderr) == ("exact_match,strict-match", 1 / 3, 0.3)
     assert found.settings["num_examples"] == 3 and found.per_example == right["strict-match"]
     assert found.samples == samples  # all of them are written out
+
+
+@pytest.mark.parametrize(
+    ("figures", "metric", "stderr"),
+    [
+        ({"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "acc_norm_stderr,none": 0.2}, "acc_norm", 0.2),
+        ({"f1,none": 0.25, "acc,none": 0.5, "acc_stderr,none": 0.1}, "acc", 0.1),
+        ({"f1,none": 0.25, "f1_stderr,none": "N/A"}, "f1", None),
+    ],
+)
+def test_the_accuracy_by_length_counts_where_a_task_has_it_beside_that_of_a_blind_choice(figures, metric, stderr):
+    samples = [{"filter": "none", metric: 1.0, "arguments": [("q", "a")] * choices} for choices in (2, 4, 4)]
+    found = zeroshot._score(
+        {
+            "results": {"task": figures},
+            "samples": {"task": samples},
+            "configs": {"task": {"output_type": "multiple_choice"}},
+            "n-shot": {"task": 0},
+            "versions": {"task": 1.0},
+        },
+        "task",
+        None,
+        "its/data",
+    )
+    assert (found.metric, found.value, found.stderr) == (metric, figures[f"{metric},none"], stderr)
+    assert found.chance == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3) and found.per_example == [1.0] * 3
+
+
+@pytest.mark.parametrize(("own", "asked", "wanted"), [(None, None, 0), (None, 3, 3), (5, None, 5), (5, 3, 3), (0, 3, 0)])
+def test_few_shot_examples_are_as_asked_for_unless_the_task_has_none_and_always_the_same(own, asked, wanted):
+    settings, seeds = {"num_fewshot": own}, []
+    task = SimpleNamespace(
+        get_config=settings.get, set_config=settings.__setitem__, set_fewshot_seed=lambda seed: seeds.append(seed)
+    )
+    zeroshot._set_fewshot(task, asked)
+    assert settings == {"num_fewshot": wanted} and seeds == [1234]  # as the harness's own command
 
 
 def test_missing_data_is_one_line_and_the_other_tasks_run(tmp_path, tokenizer, pruned, capsys):

@@ -195,6 +195,9 @@ def test_plan_as_json_round_trips(dim_multiple, make_masks, tmp_path):
     for mine, theirs in ((plan.kept, loaded.kept), (plan.scale, loaded.scale)):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True))
     assert json.loads((tmp_path / "plan.json").read_text())["sparsity"] == plan.sparsity
+    assert loaded.digest == plan.digest
+    others = replace(plan, scale=plan.scale.map(torch.neg)), replace(plan, kept=plan.kept.map(lambda kept: kept + 1))
+    assert len({plan.digest, *(other.digest for other in others)}) == 3
 
 
 def test_a_plan_whose_layer_lost_all_heads_round_trips(make_masks, tmp_path):

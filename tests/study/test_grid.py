@@ -15,7 +15,7 @@ def grid(tmp_path):
     flags = [
         "--models", "m", "--output", tmp_path, "--methods", "vib", "vib_once", "bonsai", "--weight_updates", "refit",
         "--sparsities", 0.3, 0.5, "--seeds", 3, 4, "--train_samples", 16, "--calibration_samples", 8,
-        "--zero_eval_sparsities", 0.5, "--zero_eval_seeds", 4,
+        "--zero_eval_sparsities", 0.5, "--zero_eval_seeds", 4, "--zero_eval_limit", 7, "--block_size", 32,
     ]  # fmt: skip
     args = parse_comparison([*map(str, flags)])
     return Grid(args, args.models[0])
@@ -44,6 +44,11 @@ def test_gates_see_the_text_of_training_and_what_scores_or_updates_that_of_calib
     assert samples("vib", False) == (8, 8)  # the update's
 
 
+def test_a_cell_is_learned_and_measured_in_windows_of_one_size(grid):
+    data = grid.arguments(grid.cells[0]).data
+    assert (data.block_size, data.ctx_length) == (32, 32)
+
+
 def test_one_choice_for_several_targets_is_made_for_the_largest(grid, monkeypatch):
     def asked(method):
         cell = Cell(method, "refit", 0.3, 3)
@@ -63,3 +68,5 @@ def test_one_choice_for_several_targets_is_made_for_the_largest(grid, monkeypatc
 def test_tasks_are_scored_where_sparsity_and_seed_are_asked_for(grid):
     assert {(cell.target_sparsity, cell.seed) for cell in grid.cells if grid.is_scored(cell)} == {(0.5, 4)}
     assert {(cell.target_sparsity, cell.seed) for cell in grid.cells} == {(0.3, 3), (0.3, 4), (0.5, 3), (0.5, 4)}
+    limits = {grid.is_scored(cell): grid.settings(cell)["zero_eval_limit"] for cell in grid.cells}
+    assert limits == {True: 7, False: None}  # scores of fewer examples serve no other limit
