@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, PythonBackend
 from tvaprune.errors import InputError
 from tvaprune.text import blocks as data
 from tvaprune.text import sources
-from tvaprune.text.blocks import token_blocks
+from tvaprune.text.blocks import spread, token_blocks
 from tvaprune.text.sources import load_documents
 
 WORDS = ["[UNK]", "[END]", "[STOP]", *sorted({word for document in DOCUMENTS for word in document.split()})]
@@ -90,6 +90,11 @@ def test_max_blocks_draws_by_seed_in_the_order_of_the_text(cache, tokenizer, tmp
     assert len(set(places)) == 20 and places == sorted(places)
     assert places != list(range(20))
     assert draw(max_blocks=90) == draw(max_blocks=1000) == every
+
+
+def test_blocks_that_are_spread_come_from_all_over_a_text_its_ends_among_them():
+    blocks = Dataset.from_dict({"place": list(range(9))})
+    assert [spread(blocks, count)["place"][:] for count in (1, 3, 20)] == [[0], [0, 4, 8], list(range(9))]
 
 
 def counted(tokenizer, monkeypatch):
@@ -186,6 +191,16 @@ def test_tokenizers_of_the_same_vocabulary_do_not_share_cached_blocks(other, cac
     path = write_text(tmp_path, "jsonl")
     ours = token_blocks(tokenizer, path, "train", 6)[:]["input_ids"].tolist()
     assert token_blocks(other, path, "train", 6)[:]["input_ids"].tolist() != ours
+
+
+def test_a_tokenizer_of_the_same_rules_that_ends_texts_otherwise_does_not_take_its_blocks(cache, tokenizer, tmp_path):
+    path = write_text(tmp_path, "jsonl")
+    first = token_blocks(tokenizer, path, "test", 4)[:]["input_ids"]
+    rules, tokenizer.eos_token = data._rules(tokenizer), "one"  # as a model's and its chat model's, of one tokenizer.json
+    assert data._rules(tokenizer) == rules
+    second = token_blocks(tokenizer, path, "test", 4)[:]["input_ids"]
+    end, other = map(WORDS.index, ("[END]", "one"))
+    assert end in first and end not in second and torch.equal(torch.where(first == end, other, first), second)
 
 
 def test_nothing_half_written_is_left_if_building_fails(cache, tokenizer, tmp_path, monkeypatch):
