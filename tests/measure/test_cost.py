@@ -140,6 +140,18 @@ def test_gradients_of_earlier_passes_are_counted():
         assert more == number * cost.trained_parameters(work)
 
 
+@pytest.mark.parametrize(("lora_r", "throughout"), [(0, 2 * 2), (128, 12)])
+def test_timing_training_holds_the_narrower_model_and_what_trains_of_it_beside_a_step_of_the_dense_one(
+    lora_r, throughout
+):
+    """And no teacher; the dense model's own head, which comes back, stays beside the one that is trained."""
+    _, work = work_of("Llama-2-7B", 2, lora_r=lora_r)
+    dense = replace(work, pruned=work.dense, distill=False)
+    more = cost.training_timing(work) - cost.finetuning_step(dense)
+    assert more == weights(work.pruned, work) + throughout * cost.trained_parameters(work)
+    assert weights(work.pruned, work) < 0.7 * weights(work.dense, work)  # control
+
+
 def test_the_simulation_counts_what_is_alive_and_where():
     with simulated() as card:
         x = torch.empty(1024, 1024, device=CARD, requires_grad=True)  # 4 MiB

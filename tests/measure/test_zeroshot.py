@@ -147,7 +147,11 @@ def test_a_task_that_reads_answers_in_several_ways_counts_each_example_once():
 @pytest.mark.parametrize(
     ("figures", "metric", "stderr"),
     [
-        ({"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "acc_norm_stderr,none": 0.2}, "acc_norm", 0.2),
+        (
+            {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "acc_norm_stderr,none": 0.2},
+            "acc_norm",
+            0.2,
+        ),
         ({"f1,none": 0.25, "acc,none": 0.5, "acc_stderr,none": 0.1}, "acc", 0.1),
         ({"f1,none": 0.25, "f1_stderr,none": "N/A"}, "f1", None),
     ],
@@ -170,7 +174,9 @@ def test_the_accuracy_by_length_counts_where_a_task_has_it_beside_that_of_a_blin
     assert found.chance == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3) and found.per_example == [1.0] * 3
 
 
-@pytest.mark.parametrize(("own", "asked", "wanted"), [(None, None, 0), (None, 3, 3), (5, None, 5), (5, 3, 3), (0, 3, 0)])
+@pytest.mark.parametrize(
+    ("own", "asked", "wanted"), [(None, None, 0), (None, 3, 3), (5, None, 5), (5, 3, 3), (0, 3, 0)]
+)
 def test_few_shot_examples_are_as_asked_for_unless_the_task_has_none_and_always_the_same(own, asked, wanted):
     settings, seeds = {"num_fewshot": own}, []
     task = SimpleNamespace(
