@@ -5,6 +5,8 @@ an embedding that is scaled by the root of the hidden width. ``plain``: norms af
 gate, and layers without attention where their config gives them no KV heads.
 """
 
+import functools
+
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, Gemma2TextScaledWordEmbedding
@@ -136,13 +138,19 @@ def register(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "fused", FUSED)
     monkeypatch.setitem(families.FAMILIES, "plain", PLAIN)
     for config in (FusedConfig, PlainConfig, PrunedFusedConfig, PrunedPlainConfig):
-        decoder = type("Decoder", (Decoder,), {"config_class": config, "__module__": __name__})
-        model = type("LanguageModel", (LanguageModel,), {"config_class": config, "__module__": __name__})
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, decoder, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        decoder, model = _classes(config)
         if config.model_type.startswith(families.PREFIX):
             monkeypatch.setitem(auto_classes.MODELS, families.base_type(config), (config, decoder, model))
+
+
+@functools.cache
+def _classes(config):
+    decoder = type("Decoder", (Decoder,), {"config_class": config, "__module__": __name__})
+    model = type("LanguageModel", (LanguageModel,), {"config_class": config, "__module__": __name__})
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, decoder)
+    AutoModelForCausalLM.register(config, model)
+    return decoder, model
 
 
 OTHER_ROWS = {  # as `support.families.ROWS`

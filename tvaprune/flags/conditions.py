@@ -85,7 +85,7 @@ CONDITIONS = (
               lambda args: args.training.device.type != "cpu"),
     Condition(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
               "without --activation_checkpointing True",
-              lambda args: bool(args.training.activation_checkpointing or args.training.gradient_checkpointing)),
+              lambda args: bool(args.training.activation_checkpointing)),
     Condition(("num_train_epochs", "epoch_f"), "beside --max_steps, which says how long the training is",
               lambda args: args.training.max_steps <= 0),
     Condition(("num_train_epochs",), "beside --epoch_f, the released tool's name for it",
