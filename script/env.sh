@@ -85,8 +85,11 @@ choose_python() { # NEEDS
         if ! differs="$(satisfied "$venv" "$1")"; then
             echo "installing requirement.txt into $ROOT/.venv (once, some minutes); $active has ${lacks:-not what is needed}" >&2
             [ -x "$venv" ] || "$active" -m venv "$ROOT/.venv"
-            # Compiled when first imported: most of it never is, and to compile all takes longer than the rest.
+            # Compiled when first imported: most of it never is, and pip takes longer to compile all than for the rest.
             (cd "$ROOT" && "$venv" -m pip install --quiet --disable-pip-version-check --no-compile -r requirement.txt)
+            if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then # else each start would compile anew, 15 seconds of it
+                "$venv" -m compileall -qq -j 0 -x /tests/ "$ROOT/.venv/lib" || true # some are templates
+            fi
             differs=""
         fi
     fi

@@ -26,18 +26,21 @@ def choose(tmp_path):
     repository, log = tmp_path / "clone", tmp_path / "pip"
     active, venv = tmp_path / "bin" / "python", repository / ".venv" / "bin" / "python"
     write_program(active, f'exec "{sys.executable}" "$@"')
-    write_program(venv, f'[ "$1" = - ] && exit 1; echo "$PWD: $*" >> "{log}"')
+    write_program(venv, f'[ "$1" = - ] && exit 1; echo "$PWD: $*" >> "{log}"; [ "$2" = pip ]')
     (repository / "script").mkdir()
     shutil.copy(ROOT / "script" / "env.sh", repository / "script")
 
-    def run(needs, project=IN_RANGE, pins=PINNED, text=None):
+    def run(needs, project=IN_RANGE, pins=PINNED, text=None, writes=True):
         files = {"pyproject.toml": f"[project]\n{project}\n", "requirement.txt": pins, "requirement-text.txt": text}
         for name, content in files.items():
             if content is not None:
                 (repository / name).write_text(content, encoding="utf-8")
         result = subprocess.run(
             ["bash", "-euc", 'source "$0"; echo "$PYTHON"', repository / "script" / "env.sh"], cwd=tmp_path,
-            env=os.environ | {"PATH": f"{active.parent}:{os.environ['PATH']}", "NEEDS": needs},
+            env=os.environ | {
+                "PATH": f"{active.parent}:{os.environ['PATH']}", "NEEDS": needs,
+                "PYTHONDONTWRITEBYTECODE": "" if writes else "1",
+            },
             capture_output=True, text=True,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -75,6 +78,13 @@ def test_where_something_is_missing_or_out_of_range_the_pins_are_installed_into_
     installed = choose.log.read_text(encoding="utf-8")
     flags = "--quiet --disable-pip-version-check --no-compile"
     assert installed == f"{choose.repository}: -m pip install {flags} -r requirement.txt\n"
+
+
+def test_where_python_may_not_write_what_it_compiles_all_is_compiled_at_once(choose):
+    python, _ = choose("pins", pins="pytest==0.1", writes=False)  # whatever does not compile, as templates do not
+    assert python == choose.venv
+    _, compiled = choose.log.read_text(encoding="utf-8").splitlines()
+    assert compiled.endswith(f": -m compileall -qq -j 0 -x /tests/ {choose.repository}/.venv/lib")
 
 
 def test_a_venv_that_serves_is_used_where_the_active_python_does_not(choose):
