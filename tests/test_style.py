@@ -1,6 +1,8 @@
-"""How the package reads: no function is longer than a screen."""
+"""How the package reads: no function is longer than a screen, and its types hold."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from support.tiny import ROOT
@@ -22,3 +24,10 @@ def test_no_function_is_longer_than_a_screen(path):
 @pytest.mark.parametrize(("lines", "found"), [(LONGEST - 1, []), (LONGEST, ["f"])])
 def test_a_function_that_is_too_long_is_found(lines, found):
     assert too_long("class C:\n  def f():\n" + "    x = 1\n" * lines) == found
+
+
+@pytest.mark.slow
+def test_mypy_finds_nothing():
+    pytest.importorskip("mypy")
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
