@@ -84,7 +84,7 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
     with naming_recipe(verb, arguments):
         arguments = expand(verb, arguments)
         check_flags(verb, arguments, also)
-        with uncollected():  # a fifth of a start
+        with uncollected():  # a tenth of a start
             from transformers.utils import logging
 
             from tvaprune.flags.conditions import parse
