@@ -196,10 +196,8 @@ def test_tokenizers_of_the_same_vocabulary_do_not_share_cached_blocks(other, cac
 def test_a_tokenizer_of_the_same_rules_that_ends_texts_otherwise_does_not_take_its_blocks(cache, tokenizer, tmp_path):
     path = write_text(tmp_path, "jsonl")
     first = token_blocks(tokenizer, path, "test", 4)[:]["input_ids"]
-    rules, tokenizer.eos_token = (
-        data._rules(tokenizer),
-        "one",
-    )  # as a model's and its chat model's, of one tokenizer.json
+    rules = data._rules(tokenizer)
+    tokenizer.eos_token = "one"  # as a model's and its chat model's, of one tokenizer.json
     assert data._rules(tokenizer) == rules
     second = token_blocks(tokenizer, path, "test", 4)[:]["input_ids"]
     end, other = map(WORDS.index, ("[END]", "one"))
