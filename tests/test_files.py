@@ -1,10 +1,8 @@
-"""Files and folders that appear whole, locks, marks: also when the process dies between two steps."""
+"""Files and folders that appear whole, and marks: also when the process dies between two steps."""
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,10 +15,7 @@ from tvaprune.files import (
     check_output,
     clear_leftovers,
     foreign_files,
-    holding_folders,
-    lock_folder,
     new_folder,
-    prepare_folder,
     replacing,
     reserve,
     write_text,
@@ -169,52 +164,6 @@ def test_a_folder_is_kept_apart_from_what_must_stay(place, how, tmp_path):
         check_apart("save_pruned", tmp_path / place, "--model_name_or_path", tmp_path / "a" / "b")
     check_apart("save_pruned", tmp_path / "a" / "y", "--model_name_or_path", tmp_path / "a" / "b")
     check_apart("save_pruned", "meta-llama/x", "--model_name_or_path", "meta-llama/x")  # a hub id is no folder
-
-
-HOLDS = """
-import sys
-from pathlib import Path
-from tvaprune.files import lock_folder
-with lock_folder("output_dir", Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_one_run_holds_a_folder_until_it_ends_however_it_ends(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(
-        InputError, match=rf"--output_dir .*: is in use by process {holder.pid} on .*; wait for its end"
-    ):
-        with lock_folder("output_dir", tmp_path):
-            pass
-    with pytest.raises(InputError, match="is in use by process"), holding_folders():
-        prepare_folder("output_dir", tmp_path, may_hold_files=True)
-    holder.kill()
-    holder.communicate()
-    assert names(tmp_path) == [".tvaprune-lock"]
-    with holding_folders():
-        prepare_folder("output_dir", tmp_path, may_hold_files=False)  # a lock is no file of the user's
-        prepare_folder("save_loc", tmp_path, may_hold_files=True)  # the same folder by another flag
-        assert str(os.getpid()) in (tmp_path / ".tvaprune-lock").read_text()
-    assert names(tmp_path) == []
-
-
-def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    lock, path, calls = files.fcntl.flock, tmp_path / ".tvaprune-lock", []
-
-    def removed_meanwhile(file, how):
-        lock(file, how)
-        calls.append(file)
-        if len(calls) == 1:
-            path.unlink()
-
-    monkeypatch.setattr(files.fcntl, "flock", removed_meanwhile)
-    with lock_folder("output_dir", tmp_path):
-        assert len(calls) == 2 and os.path.samestat(os.fstat(calls[1].fileno()), path.stat())
 
 
 def test_a_cache_that_another_process_built_meanwhile_stays(tmp_path):

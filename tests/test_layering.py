@@ -14,7 +14,7 @@ ROOMS = [  # lowest first; rooms of one row do not know each other
     ["__init__"],
     ["errors", "garbage"],
     ["ranks"],
-    ["endings"],
+    ["endings", "locks"],
     ["files", "losses", "flags", "wheels", "phases"],
     ["outputs"],
     ["models"],

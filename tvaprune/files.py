@@ -1,40 +1,36 @@
-"""Files and folders that appear whole or not at all, the marks that say which are this tool's own, one run a folder.
+"""Files and folders that appear whole or not at all, the marks that say which are this tool's own.
 
 A file or folder is written beside its place, as ``.tvaprune-part-HOST-PID-NAME``, and takes its name in one step. What
 a killed process left under such a name goes when the next run writes there.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
 import re
-import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from tvaprune.errors import InputError, reason
+from tvaprune.locks import hold
 
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 CARD_NAME = "README.md"  # its model card
 MARK_NAME = ".tvaprune.json"  # in a folder that this tool wrote: the files that it wrote there
-_LOCK_NAME = ".tvaprune-lock"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # on a shared disk a process has a number per machine
 _LEFT = re.compile(r"\.tvaprune-(part|old)-([0-9a-f]{8})-(\d+)-(.+)")
 _UMASK = os.umask(0)  # which only setting tells
 os.umask(_UMASK)
 _in_use: set[Path] = set()  # this process's own temporaries: its number may be that of a dead one
-_held: list[tuple[ExitStack, set[Path]]] = []  # the folders that the running command holds
 
 
 def cache_folder() -> Path:
@@ -152,7 +148,7 @@ def discard(folder: Path) -> None:
 def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
     """Makes an output folder, refuses one that is in use, and clears what a killed run left.
 
-    Within `holding_folders` the folder is this command's until its end.
+    Within `tvaprune.locks.holding_folders` the folder is this command's until its end.
 
     Args:
         flag: The flag that named it, for the message.
@@ -164,10 +160,7 @@ def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
     with _writing(flag, folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    if _held and folder.resolve() not in _held[-1][1]:
-        stack, held = _held[-1]
-        stack.enter_context(lock_folder(flag, folder))
-        held.add(folder.resolve())
+    hold(flag, folder)
     if holds_files(folder) and not may_hold_files:
         raise InputError(
             f"--{flag} {folder}: is not empty; go on with --resume_from_checkpoint True, replace it with "
@@ -188,70 +181,6 @@ def _writing(flag: str, folder: str | Path) -> Iterator[None]:
 def holds_files(folder: Path) -> bool:
     """Tells whether a folder holds more than locks and leftovers of this tool."""
     return folder.is_dir() and any(not path.name.startswith(".tvaprune-") for path in folder.iterdir())
-
-
-@contextmanager
-def holding_folders() -> Iterator[None]:
-    """Holds every folder that is prepared within, so that no two runs write into one; a decorator for a command."""
-    with ExitStack() as stack:
-        _held.append((stack, set()))
-        stack.callback(_held.pop)
-        yield
-
-
-@contextmanager
-def lock_folder(flag: str, folder: Path) -> Iterator[None]:
-    """Holds a folder; the lock ends with the process, however that ends.
-
-    Raises:
-        InputError: If another process holds it.
-    """
-    path = folder / _LOCK_NAME
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read(300).strip() or "another process"
-            file.close()
-            raise InputError(
-                f"--{flag} {folder}: is in use by {holder}; wait for its end, or give another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            print(f"note: {folder} cannot be locked; start no second run there")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break  # else its last holder removed it meanwhile
-        file.close()
-    with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)[:200]})\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits while another process is within for the same path; on a file system without locks for nobody."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"note: another process makes {path}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def mark(folder: Path, files: list[str] | None = None) -> None:

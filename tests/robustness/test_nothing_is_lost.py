@@ -16,7 +16,8 @@ from support import tiny
 import lora_ft_vib
 from tvaprune.checkpoints import CheckpointedTrainer, last_checkpoint
 from tvaprune.cli import main, run_command, run_verb
-from tvaprune.files import MARK_NAME, lock_folder
+from tvaprune.files import MARK_NAME
+from tvaprune.locks import lock_folder
 from tvaprune.models.shape import shape_of
 from tvaprune.outputs import BESIDE_RESULTS, OF_GATES, OF_TUNING, wrote
 from tvaprune.plan.masks import load_masks, save_masks

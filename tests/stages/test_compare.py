@@ -16,10 +16,11 @@ from support import tiny
 
 from tvaprune.choose.scores import bonsai
 from tvaprune.cli import run_command, run_verb
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
 from tvaprune.flags.settings import CompareSettings
 from tvaprune.flags.verbs import VERBS
+from tvaprune.locks import holding_folders
 from tvaprune.models.rotate import Rotation
 from tvaprune.outputs import OF_A_COMPARISON, wrote
 from tvaprune.plan.masks import load_masks

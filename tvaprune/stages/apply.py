@@ -12,9 +12,10 @@ from tvaprune.cut.narrow import narrow
 from tvaprune.cut.stream import narrow_streamed
 from tvaprune.errors import InputError
 from tvaprune.estimates import announce
-from tvaprune.files import holding_folders, prepare_folder, scratch_folder
+from tvaprune.files import prepare_folder, scratch_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
+from tvaprune.locks import holding_folders
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.outputs import RESULTS_NAME

@@ -8,9 +8,10 @@ import torch
 from tqdm.auto import tqdm
 
 from tvaprune.errors import InputError
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import parse_comparison
 from tvaprune.flags.settings import CompareSettings
+from tvaprune.locks import holding_folders
 from tvaprune.outputs import OF_A_COMPARISON, PAGE_NAME, check_replaced
 from tvaprune.refusals import check_not_model, check_widths
 from tvaprune.study.cells import Measurement

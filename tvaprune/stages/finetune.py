@@ -20,9 +20,10 @@ from tvaprune.checkpoint.folder import save_pruned
 from tvaprune.cut.narrow import as_stored, narrow
 from tvaprune.errors import InputError, reason
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import CONFIG_NAME, holding_folders, read_json, write_json
+from tvaprune.files import CONFIG_NAME, read_json, write_json
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import given_units, settle_multiple, zero_shot_tasks
+from tvaprune.locks import holding_folders
 from tvaprune.measure.perplexity import TextLoss, text_loss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.sharding import shard

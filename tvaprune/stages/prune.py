@@ -12,9 +12,10 @@ from tvaprune.choose.choose import Chosen, choose_masks, clear_results, gate_che
 from tvaprune.choose.scores import check_scored
 from tvaprune.cut.narrow import narrow
 from tvaprune.estimates import Estimate, announce
-from tvaprune.files import holding_folders, prepare_folder
+from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import Arguments
 from tvaprune.given import goes_on, settle_multiple, zero_shot_tasks
+from tvaprune.locks import holding_folders
 from tvaprune.measure.perplexity import TextLoss
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.load import load_config

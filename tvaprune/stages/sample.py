@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tvaprune.errors import InputError, quoted, running_out_in
-from tvaprune.files import as_json, holding_folders, prepare_folder, write_text
+from tvaprune.files import as_json, prepare_folder, write_text
 from tvaprune.flags.arguments import parse_sampling
 from tvaprune.flags.settings import SampleSettings
 from tvaprune.identity import IDENTITY_NAME, Identity, check_identity, content, model_digest, write_identity
+from tvaprune.locks import holding_folders
 from tvaprune.models.load import load_config, load_model
 from tvaprune.phases import told_bar
 from tvaprune.text.sampled import kinds_of, longest_page, pages

@@ -18,7 +18,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from tvaprune.errors import InputError, reason
-from tvaprune.files import cache_folder, clear_leftovers, first_folder, one_at_a_time
+from tvaprune.files import cache_folder, clear_leftovers, first_folder
+from tvaprune.locks import one_at_a_time
 from tvaprune.text import english_prose, package_readmes, python_docs
 
 SPLITS = python_docs.SPLITS
