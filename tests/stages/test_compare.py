@@ -2,10 +2,8 @@
 
 import json
 import math
-import random
 import re
 import shutil
-import sys
 from dataclasses import fields
 from statistics import stdev
 from types import SimpleNamespace
@@ -13,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import tiny
+from support.comparison import compare, small_grid
 
-from tvaprune.choose.scores import bonsai
-from tvaprune.cli import run_command, run_verb
 from tvaprune.files import prepare_folder
 from tvaprune.flags.arguments import IN_NO_CELL, OF_CELLS, Arguments, parse_comparison
 from tvaprune.flags.settings import CompareSettings
@@ -23,7 +20,6 @@ from tvaprune.flags.verbs import VERBS
 from tvaprune.locks import holding_folders
 from tvaprune.models.rotate import Rotation
 from tvaprune.outputs import OF_A_COMPARISON, wrote
-from tvaprune.plan.masks import load_masks
 from tvaprune.run import Run
 from tvaprune.study import cells
 from tvaprune.study.cells import Measurement
@@ -32,19 +28,7 @@ from tvaprune.study.grid import Cell, Grid, as_given
 
 @pytest.fixture(scope="module")
 def flags(make_model, tmp_path_factory):
-    """The flags of a small grid: one learned and one scored method, two sparsities, one seed."""
-    folder = tmp_path_factory.mktemp("compare")
-    checkpoint = tiny.save_checkpoint(make_model("llama"), folder / "tiny")
-    first = tiny.write_text(folder / "first.txt", 2400)
-    second = folder / "second.txt"
-    choose = random.Random(1)
-    second.write_text("\n\n".join(" ".join(choose.choices(tiny.WORDS[:6], k=12)) for _ in range(300)))
-    return [
-        "--models", checkpoint, "--dataset", first, "--other_texts", second, "--methods", "vib", "magnitude",
-        "--weight_updates", "none", "fold", "refit", "--sparsities", 0.3, 0.5, "--seeds", 0, "--block_size", 16,
-        "--train_samples", 16, "--calibration_samples", 8, "--max_eval_samples", 6, "--zero_eval_sparsities",
-        "--threads", 1, "--dim_multiple", 4, "--use_cpu",
-    ]  # fmt: skip
+    return small_grid(make_model, tmp_path_factory.mktemp("compare"))
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +157,11 @@ def times(folder):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """Returns a function that runs the command in this process: flags, output -> (exit code, stdout, stderr)."""
 
     def run(flags, output):
-        monkeypatch.setattr(sys, "argv", ["tvaprune"])
-        code = run_command(lambda: run_verb("compare", [*map(str, flags), "--output", str(output)]))
+        code = compare(flags, output)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -199,29 +182,6 @@ def test_an_interrupted_comparison_goes_on_and_a_finished_one_computes_nothing(c
     code, out, error = command(flags, output)
     assert code == 0 and "seed 0: " not in out
     assert times(output / "tiny") == after
-
-
-def test_an_interrupted_bonsai_goes_on_and_its_seconds_are_those_of_both_runs(flags, tmp_path, command, monkeypatch):
-    monkeypatch.setenv("TVAPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bonsai, "SUB_MODELS_PER_ROUND", 4)
-    fewer = ["--methods", "bonsai", "--weight_updates", "none", "--sparsities", 0.3]
-    with monkeypatch.context() as patch:
-        rounds = iter([bonsai.coefficients] * 2)
-        patch.setattr(bonsai, "coefficients", lambda *args: next(rounds, _interrupt)(*args))
-        assert command([*flags, *fewer], tmp_path / "out")[0] == 130
-    (left,) = (tmp_path / "cache").glob("scores-*")
-    torch.save(torch.load(left) | {"seconds": 1000.0}, left)
-    code, out, error = command([*flags, *fewer], tmp_path / "out")
-    assert code == 0 and "note: Bonsai goes on after 2 rounds" in out and not left.exists(), error
-    choosing = [tiny.read_json(path)["seconds"] for path in (tmp_path / "out" / "tiny" / "masks").glob("*.json")]
-    assert len(choosing) == 1 and 1000 < choosing[0] < 1100
-    assert command([*flags, *fewer], tmp_path / "whole")[0] == 0  # control: all in one run
-    masks = [load_masks(tmp_path / name / "tiny" / "masks" / "bonsai-0.3-0.pkl") for name in ("out", "whole")]
-    assert all(torch.equal(*pair) for pair in zip(*(mask.log_alpha for mask in masks), strict=True))
-
-
-def _interrupt(*_):
-    raise KeyboardInterrupt
 
 
 def test_cells_of_before_there_were_errors_are_read_as_they_are(compared, flags, command, tmp_path):
@@ -386,7 +346,7 @@ def test_nothing_that_a_cell_is_can_be_said_to_all_cells_at_once(flags, tmp_path
     words = grid.arguments(Cell("vib", "fold", 0.3, 0))
     names = {word.removeprefix("--") for word in words[: len(words) - len(settings.flags)] if word.startswith("--")}
     own = {entry.name for entry in fields(settings)}
-    assert names - own - set(OF_CELLS) == {"per_device_train_batch_size", "save_strategy"}  # which users may change
+    assert names - own - set(OF_CELLS) == {"per_device_train_batch_size"}  # which users may change
 
 
 @pytest.mark.parametrize("flag", IN_NO_CELL)

@@ -61,7 +61,7 @@ def test_one_choice_for_several_targets_is_made_for_the_largest(grid, monkeypatc
     monkeypatch.setattr(cells, "wants_rotation", lambda args, config: False)
     monkeypatch.setattr(cells, "scored", lambda run, blocks, target: (made.append(target), None))
     monkeypatch.setattr(cells, "calibrate", lambda masks, shape, target, rules: target)
-    assert cells._Choice.of(run, "bonsai", asked("bonsai")[1]).masks == {0.3: 0.3, 0.5: 0.5}
+    assert cells._Choice.of(run, "bonsai", asked("bonsai")[1], {}).masks == {0.3: 0.3, 0.5: 0.5}
     assert made == [0.5]
 
 

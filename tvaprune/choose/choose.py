@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tvaprune import ranks
 from tvaprune.checkpoints import own_checkpoints
@@ -103,18 +104,22 @@ def in_basis(run: Run, checkpoint: str | None = None) -> Run:
     return run.turned(rotation)
 
 
-def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
+def choose_masks(run: Run, checkpoint: str | None = None, watching: TrainerCallback | None = None) -> Chosen:
     """Chooses units for every ``--target_sparsity``.
 
     Gates are trained once, to the largest target, and units scored once, and cut at each; what ranks within each layer
     is scored anew for each. The file of the largest target is in ``<output_dir>/best``, the others are in
     ``<output_dir>/sparsity_<target>/best``.
+
+    Args:
+        checkpoint: What gate training goes on from; None begins anew.
+        watching: Is told of the steps of gate training, and of its checkpoints.
     """
     targets = sorted(run.args.each_target())
     others = [run.at(target) for target in targets[:-1]]
     method, history = run.args.prune.prune_method, None
     if method == "vib":
-        largest, history = _train_gates(run, checkpoint)
+        largest, history = _train_gates(run, checkpoint, watching)
     else:
         largest = _score_units(run)
     if method in PER_TARGET:
@@ -124,7 +129,9 @@ def choose_masks(run: Run, checkpoint: str | None = None) -> Chosen:
     return Chosen(dict(zip(targets, [*rest, largest], strict=True)), history)
 
 
-def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str, float]]]:
+def _train_gates(
+    run: Run, checkpoint: str | None, watching: TrainerCallback | None
+) -> tuple[Path, list[dict[str, float]]]:
     """Trains the gates and returns the best mask's file and the log."""
     args, training = run.args, run.args.training
     train_blocks = run.train_blocks(DEFAULT_TRAIN_SAMPLES, tells=True)
@@ -146,6 +153,8 @@ def _train_gates(run: Run, checkpoint: str | None) -> tuple[Path, list[dict[str,
     gated = GatedModel(run.model, settings.initial_log_variance, settings.gate_noise, keeps_norm_width)
     record = run.record() | {"train_blocks": len(train_blocks), "identity": identity}
     trainer = GateTrainer(gated, settings, training, train_blocks, selection_blocks, record, run.phases)
+    if watching is not None:
+        trainer.add_callback(watching)
     with running_out_in(TRAINING):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.score_last_mask()

@@ -39,6 +39,7 @@ from tvaprune.report.zero_shot import DENSE, PRUNED
 from tvaprune.run import Run
 from tvaprune.study.contents import RECORDED, perplexity_in_words
 from tvaprune.study.grid import VIB, Cell, Grid
+from tvaprune.study.kept_gates import KeptGates
 from tvaprune.text.blocks import token_blocks
 
 Result = TypeVar("Result")
@@ -46,24 +47,26 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """The masks of every target sparsity, their basis, and what an interrupted scoring goes on from."""
+    """The masks of every target sparsity, their basis, and what an interrupted run would have gone on from."""
 
     masks: dict[float, Masks]
     rotation: Rotation | None
-    kept: KeptRounds | None
+    kept: KeptRounds | KeptGates
 
     @classmethod
-    def of(cls, run: Run, method: str, targets: Sequence[float]) -> "_Choice":
+    def of(cls, run: Run, method: str, targets: Sequence[float], settings: Mapping[str, object]) -> "_Choice":
         """Trains gates or scores units once, and cuts at every target.
 
         Bonsai prunes unit by unit until the largest target is passed: the smaller ones lie on its way.
         """
+        kept: KeptRounds | KeptGates
+        gates = KeptGates(run.args.output_dir, settings) if method in (VIB, VIB_ONCE) else None
         if wants_rotation(run.args, run.model.config):
-            run = in_basis(dataclasses.replace(run, model=copy.deepcopy(run.model)))
-        kept = None
-        if method in (VIB, VIB_ONCE):
-            (path,) = choose_masks(run).masks.values()
-            masks = load_masks(path)
+            run = dataclasses.replace(run, model=copy.deepcopy(run.model))
+            run = in_basis(run, None if gates is None else gates.checkpoint)
+        if gates is not None:
+            (path,) = choose_masks(run, gates.checkpoint, gates).masks.values()
+            masks, kept = load_masks(path), gates
         else:
             masks, kept = scored(run, run.train_blocks(DEFAULT_CALIBRATION_SAMPLES), max(targets))
         return cls({target: calibrate(masks, run.shape, target, run.rules) for target in targets}, run.rotation, kept)
@@ -159,11 +162,9 @@ class Measurement:
             return known
         self._last = None  # what it takes is no cost of the choice
         run, targets = self._run(cell, choosing=True), self.grid.targets(cell)
-        choice, seconds, memory = self._timed(lambda: _Choice.of(run, cell.method, targets))
-        if choice.kept is not None:
-            seconds += choice.kept.seconds
         content = settings | {"contents": self.contents, "targets": targets}
-        content |= {"seconds": seconds, "peak_memory": memory}
+        choice, seconds, memory = self._timed(lambda: _Choice.of(run, cell.method, targets, dict(content)))
+        content |= {"seconds": choice.kept.seconds + seconds, "peak_memory": memory}
         content["rotation"] = None if choice.rotation is None else choice.rotation.digest
         for target, mask in choice.masks.items():
             path = self.grid.mask_path(dataclasses.replace(cell, target_sparsity=target))
@@ -172,8 +173,7 @@ class Measurement:
                 save_rotation(choice.rotation, path.parent)
             save_masks(mask, path)
             write_json(content, path.with_suffix(".json"))
-        if choice.kept is not None:
-            choice.kept.discard()
+        choice.kept.discard()
         return content
 
     def _contents(self, cell: Cell | None = None) -> dict[str, object]:

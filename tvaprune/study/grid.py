@@ -159,7 +159,6 @@ class Grid:
             "max_eval_samples": args.max_eval_samples,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": args.eval_batch_size,
-            "save_strategy": "no",
             "output_dir": self.folder / "gates" / self.mask_path(cell).stem,
         }
         flags = [str(item) for name, value in values.items() for item in (f"--{name}", value)]
