@@ -13,7 +13,7 @@ installed, on the GGUF files that the export writes; their sizes are told anyway
 import argparse
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -175,6 +175,27 @@ def sizes(models: list[str], files: dict[str, dict[str, Path]]) -> str:
     return "\n".join(lines)
 
 
+def measured(args: argparse.Namespace, files: dict[str, dict[str, Path]]) -> Iterator[list[Timing]]:
+    """Yields the timings of every pruned model beside the dense one, in transformers and in llama.cpp."""
+    for model in args.pruned:
+        yield hugging_face(args.dense, model, args)
+        if importlib.util.find_spec("llama_cpp") is not None:
+            for outtype in args.outtypes:
+                yield llama_cpp(files[args.dense][outtype], files[model][outtype], model, args)
+
+
+def write_page(found: list[Timing], table: str, args: argparse.Namespace) -> str:
+    """Writes what has been timed so far, as llama.cpp may take the process along; returns the page."""
+    device = hardware.describe_device(torch.device("cpu"))
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    where = f"({device}; median of {args.repeats} pairs)"
+    page = "\n\n".join(["\n".join([*head, *(timing.row() for timing in found)]), where, table])
+    write_text(page + "\n", args.output / "speed.md")
+    told = {"timings": [asdict(timing) for timing in found], "versions": hardware.versions()}
+    write_json(told | {"hardware": device}, args.output / "speed.json")
+    return page
+
+
 def main() -> None:
     """Times every pruned model against the dense one, prints the tables and writes them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=str(__doc__).split("\n")[0])
@@ -192,22 +213,13 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     models = [args.dense, *args.pruned]
     files = {model: gguf_files(model, args.output, args.outtypes) for model in models}
-    found = []
-    for model in args.pruned:
-        found += hugging_face(args.dense, model, args)
-        if importlib.util.find_spec("llama_cpp") is not None:
-            for outtype in args.outtypes:
-                pair = files[args.dense][outtype], files[model][outtype]
-                found += llama_cpp(*pair, model, args)
+    found: list[Timing] = []
+    for timings in measured(args, files):
+        found += timings
+        page = write_page(found, sizes(models, files), args)
+    print(page)
     if importlib.util.find_spec("llama_cpp") is None:
         print("note: llama.cpp is not timed: pip install llama-cpp-python")
-    where = f"({hardware.describe_device(torch.device('cpu'))}; median of {args.repeats} pairs)"
-    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    page = "\n\n".join(["\n".join([*head, *(timing.row() for timing in found)]), where, sizes(models, files)])
-    print(page)
-    write_text(page + "\n", args.output / "speed.md")
-    told = {"timings": [asdict(timing) for timing in found], "versions": hardware.versions()}
-    write_json(told | {"hardware": hardware.describe_device(torch.device("cpu"))}, args.output / "speed.json")
 
 
 if __name__ == "__main__":

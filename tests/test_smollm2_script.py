@@ -4,7 +4,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models.test_from_gguf import DIGITS, SIZES, byte_level
@@ -167,6 +169,21 @@ def test_llama_cpp_alone_is_timed_and_files_are_weighed(make_model, tmp_path, mo
     assert [row["what"] for row in told] == [f"llama.cpp {name}" for name in names]
     assert all(row["dense"] > 0 and row["ratio"][0] <= row["ratio"][1] and row["ideal"] > 2 for row in told)
     assert "| MiB | safetensors | f16 | q8_0 |" in capsys.readouterr().out
+
+
+def test_what_was_timed_before_llama_cpp_crashes_is_written(tmp_path, monkeypatch):
+    timing = speed.Timing("prefill", "cut", 2.0, 3.0, (1.4, 1.5, 1.6), 1.7)
+    monkeypatch.setattr(speed, "hugging_face", lambda *args: [timing])
+    monkeypatch.setattr(speed, "llama_cpp", lambda *args: sys.exit(139))  # stands for the signal
+    monkeypatch.setattr(speed, "gguf_files", lambda *args: {"f16": tmp_path})
+    monkeypatch.setattr(speed, "sizes", lambda *args: "")
+    monkeypatch.setattr(speed, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=bool)))
+    monkeypatch.setattr(sys, "argv", ["speed", "dense", "cut", "--outtypes", "f16", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        speed.main()
+    (told,) = tiny.read_json(tmp_path / "speed.json")["timings"]
+    assert told == asdict(timing) | {"ratio": [1.4, 1.5, 1.6]}
+    assert timing.row() in (tmp_path / "speed.md").read_text()
 
 
 def test_quartiles_are_those_of_the_values():
