@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from export.test_gguf_families import ROWS as FAMILY_ROWS
 from export.test_gguf_tokenizer import TEXT, byte_level
 from support.exports import fields_of, saved
 from support.families import CLOSE, ROWS, logits
@@ -109,12 +110,30 @@ def test_a_uniform_model_keeps_its_architecture(row, architecture, make_folder, 
         assert torch.equal(tensors["blk.1.attn_q_norm.weight"], weights["model.layers.1.self_attn.q_norm.weight"])
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("glm4", {"rope.dimension_count": 4, "attention.head_count": 4}),
+        ("hunyuan_v1_dense", {"rope.freq_base": 5000.0 * 100.0 ** (8 / 6), "rope.dimension_count": 8}),
+        ("cohere2", {"logit_scale": 0.7, "attention.layer_norm_epsilon": 1e-5, "attention.head_count": 4}),
+    ],
+)
+def test_what_a_graph_computes_with_beside_the_weights(row, told, make_model, tmp_path):
+    model_type, values, _, architecture = FAMILY_ROWS[row]
+    make_model(model_type, **({"head_dim": 8} | values)).save_pretrained(tmp_path / "stock")
+    export("gguf", tmp_path / "stock", tmp_path / "model.gguf", "f32", verify=False)
+    fields = fields_of(tmp_path / "model.gguf")
+    assert {name: fields.get(f"{architecture}.{name}") for name in told} == pytest.approx(told)
+    assert fields[f"{architecture}.vocab_size"] == 47 and fields["general.file_type"] == gguf.LlamaFileType.ALL_F32
+
+
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
 def test_precisions(outtype, make_folder, tmp_path):
     _, folder = make_folder(hidden_size=96, intermediate_size=96)
     export("gguf", folder, tmp_path / "model.gguf", outtype, verify=False)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert types["output_norm.weight"] == "F32"
+    file_type = gguf.LlamaFileType[f"MOSTLY_{outtype.upper()}"]
+    assert types["output_norm.weight"] == "F32" and fields_of(tmp_path / "model.gguf")["general.file_type"] == file_type
     widths = {name: tensor.shape[-1] for name, tensor in tensors_of(tmp_path / "model.gguf").items()}
     matrices = {name: kind for name, kind in types.items() if "norm" not in name}
     for name, kind in matrices.items():

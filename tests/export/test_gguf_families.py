@@ -50,7 +50,7 @@ ROWS = {  # row: family, values, what of it is written, llama.cpp's architecture
     "internlm3": ("internlm3", {"qkv_bias": True, "bias": True}, uneven, "deci"),
     "ministral": ("ministral", WINDOWS, uneven, "deci"),
     "cwm": ("cwm", WINDOWS | {"bos_token_id": 1, "eos_token_id": 46}, uneven, "deci"),
-    "granite": ("granite", TIED | SCALED, uniform, "llama"),
+    "granite": ("granite", TIED | SCALED | BIASES, uniform, "llama"),
     "granite, by layer": ("granite", SCALED | {"attention_bias": True, "mlp_bias": True}, uneven, "deci"),
     "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}, uneven, "deci"),
     "phi3": ("phi3", {}, uneven, "deci"),
@@ -182,14 +182,13 @@ def written(make_folder, tmp_path):
     return write
 
 
-def test_fused_projections_are_cut_and_single_ones_joined_where_the_graph_wants_it(written, tmp_path):
+def test_fused_projections_are_cut_and_single_ones_joined_where_the_graph_wants_it(written):
     fields, tensors, layer, _ = written("phi3")
     gate, up = layer["mlp.gate_up_proj"].chunk(2)
     assert torch.equal(tensors["blk.0.ffn_gate.weight"], gate) and torch.equal(tensors["blk.0.ffn_up.weight"], up)
     keys = fields["attention.head_count_kv"][0] * 8
     assert torch.equal(tensors["blk.0.attn_v.weight"], layer["self_attn.qkv_proj"][-keys:])
     assert not torch.equal(gate, up)  # control
-    (tmp_path / "model.gguf").unlink()
 
 
 def test_a_matrix_of_q_k_and_v_stacks_them(written):
@@ -201,6 +200,9 @@ def test_a_matrix_of_q_k_and_v_stacks_them(written):
 def test_what_a_graph_does_not_multiply_by_is_in_the_weights(written):
     fields, tensors, layer, weights = written("granite")
     torch.testing.assert_close(tensors["blk.0.ffn_down.weight"], layer["mlp.down_proj"] * (0.5 / 3.0))
+    torch.testing.assert_close(tensors["blk.0.attn_output.bias"], layer["self_attn.o_proj.bias"] * (0.5 / 3.0))
+    bias = layer["self_attn.q_proj.bias"].unflatten(0, (-1, 2, 4)).mT.flatten() * (0.3 * 8**0.5)  # neighbouring pairs
+    torch.testing.assert_close(tensors["blk.0.attn_q.bias"], bias)
     torch.testing.assert_close(tensors["output_norm.weight"], weights["model.norm.weight"] / 0.6)
     assert torch.equal(tensors["token_embd.weight"], weights["model.embed_tokens.weight"])
     assert "output.weight" not in tensors  # the tie stays

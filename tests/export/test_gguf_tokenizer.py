@@ -1,22 +1,28 @@
 """A GGUF file's tokenizer: what was written, read back independently, and what llama.cpp could not read."""
 
 import copy
+import inspect
 import json
 import random
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from support.exports import fields_of, saved
 from support.folders import tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from tvaprune.checkpoint.folder import load_pruned
+from tvaprune.checkpoint.tokenizer import TOKENIZER_CONFIG
 from tvaprune.errors import InputError
 from tvaprune.export import gguf_tokenizer
 from tvaprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
+from tvaprune.files import read_json, write_json
 from tvaprune.stages.export import export
 
 gguf = pytest.importorskip("gguf")
@@ -90,6 +96,47 @@ def test_a_token_that_a_tokenizer_does_not_have_is_none_that_it_adds(token, adds
     assert gguf_tokenizer._is_added({"bos_token": token}, content, "bos") is adds
 
 
+def test_special_tokens_are_told_with_what_they_are_for(make_folder):
+    words = byte_level()
+    words.add_special_tokens({"pad_token": "<pad>", "unk_token": "<none>"})
+    words.add_tokens(["<tool>"])  # which a user types
+    words.chat_template = "{{ messages }}"
+    _, folder = make_folder(words=words, vocab_size=len(words))
+    config, place = load_pruned(folder).config, words.convert_tokens_to_ids
+    fields = tokenizer_fields(folder, config)
+    assert {name: fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "unknown", "padding")} == {
+        "bos": 0, "eos": 1, "unknown": place("<none>"), "padding": place("<pad>"),
+    }  # fmt: skip
+    types = fields["tokenizer.ggml.token_type"]
+    assert (types[place("<pad>")], types[place("<tool>")], types[0], types[2]) == (3, 4, 3, 1)
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    (folder / "chat_template.jinja").unlink()
+    settings = read_json(folder / TOKENIZER_CONFIG) | {"chat_template": "{{ of_old }}"}
+    del settings["pad_token"]
+    write_json(settings, folder / TOKENIZER_CONFIG)
+    config.pad_token_id = 7
+    fields = tokenizer_fields(folder, config)
+    assert fields["tokenizer.chat_template"] == "{{ of_old }}" and fields["tokenizer.ggml.padding_token_id"] == 7
+
+
+def test_a_file_says_that_a_token_is_added_where_transformers_adds_it(tmp_path):
+    words = byte_level()
+    words.save_pretrained(tmp_path)
+    settings = read_json(tmp_path / TOKENIZER_CONFIG) | {"add_bos_token": True, "add_eos_token": True}
+    write_json(settings, tmp_path / TOKENIZER_CONFIG)
+    content, config = read_json(tmp_path / "tokenizer.json"), SimpleNamespace(vocab_size=len(words))
+    text, last = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    ends = {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}
+    template = {"type": "TemplateProcessing", "single": [text, last], "pair": [text, text], "special_tokens": ends}
+    both = {"type": "Sequence", "processors": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                                                "use_regex": True}, template]}  # fmt: skip
+    for processor, adds in ((None, False), (template, True), (both, True)):
+        write_json(content | {"post_processor": processor}, tmp_path / "tokenizer.json")
+        fields, found = tokenizer_fields(tmp_path, config), AutoTokenizer.from_pretrained(tmp_path)("gate").input_ids
+        assert fields["tokenizer.ggml.add_bos_token"] is (found[0] == 0) is False
+        assert fields["tokenizer.ggml.add_eos_token"] is (found[-1] == 1) is adds
+
+
 def apply_merges(merges, pieces):
     """Byte-pair encoding by its definition: the pair of lowest rank first."""
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
@@ -161,6 +208,36 @@ def test_a_tokenizer_that_llama_cpp_cannot_name_is_refused(make_folder, tmp_path
     tokenizer().save_pretrained(folder)
     with pytest.raises(InputError, match="a tokenizer of type WordLevel is not supported"):
         tokenizer_fields(folder, load_pruned(folder).config)
+
+
+def test_the_patterns_that_have_a_name_are_those_of_the_models():
+    llama3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    assert SPLITS == {llama3: "llama-bpe", PRETOKENIZE_REGEX: "qwen2"}
+
+
+@pytest.mark.parametrize(
+    ("first", "option", "plain", "name"),
+    [
+        ({"type": "Digits", "individual_digits": True}, "individual_digits", True, "smollm"),
+        (
+            {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated"},
+            "behavior",
+            False,
+            "qwen2",
+        ),
+    ],
+)
+def test_what_splits_otherwise_than_its_kind_has_no_name(first, option, plain, name):
+    steps = [first, {"type": "ByteLevel", "use_regex": plain, "add_prefix_space": False}]
+    assert gguf_tokenizer._split_name({"type": "Sequence", "pretokenizers": steps}) == name
+    with pytest.raises(InputError, match="llama.cpp has no name for this tokenizer's way to split text"):
+        gguf_tokenizer._split_name({"type": "Sequence", "pretokenizers": [first | {option: None}, steps[1]]})
+
+
+@pytest.mark.parametrize(("scheme", "prefix"), [("first", True), ("always", True), ("never", False)])
+def test_a_space_before_the_text_may_be_of_the_split(scheme, prefix):
+    content = {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": scheme}}
+    assert gguf_tokenizer._sentencepiece(content)["tokenizer.ggml.add_space_prefix"] is prefix
 
 
 def test_what_changes_a_text_before_it_is_split_is_refused(make_folder):

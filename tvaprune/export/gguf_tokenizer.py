@@ -168,11 +168,11 @@ def _named(settings: Mapping[str, Any], short: str) -> Any:
 
 
 def _is_added(settings: Mapping[str, object], content: dict[str, Any], short: str) -> bool:
-    """Tells whether the tokenizer itself puts the token around a text: by its template, or by its flag."""
-    token = _named(settings, short)
-    processor = content.get("post_processor")
-    if processor is None:
-        return bool(settings.get(f"add_{short}_token", False))
+    """Tells whether the tokenizer itself puts the token around a text, by its template.
+
+    Of the flags ``add_bos_token`` and ``add_eos_token`` transformers reads none beside a tokenizer.json.
+    """
+    token, processor = _named(settings, short), content.get("post_processor") or {}
     steps = processor.get("processors", [processor])
     pieces = [piece for step in steps for piece in step.get("single", []) if isinstance(piece, dict)]
     return token is not None and any(piece.get("SpecialToken", {}).get("id") == token for piece in pieces)
