@@ -1,6 +1,7 @@
 """The exports: the tensors and fields that were written, read back independently, and the tool's own verification."""
 
 import importlib.util
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.errors import InputError
 from tvaprune.export.gguf_tokenizer import SPLITS
 from tvaprune.export.verify import require
+from tvaprune.files import _HOST
 from tvaprune.stages.export import export
 
 gguf = pytest.importorskip("gguf")
@@ -115,14 +117,16 @@ def test_a_uniform_model_keeps_its_architecture(row, architecture, make_folder, 
     [
         ("glm4", {"rope.dimension_count": 4, "attention.head_count": 4}),
         ("hunyuan_v1_dense", {"rope.freq_base": 5000.0 * 100.0 ** (8 / 6), "rope.dimension_count": 8}),
+        ("llama, linear rope", {"rope.freq_base": 5000.0, "rope.scaling.factor": None}),  # it has factors
         ("cohere2", {"logit_scale": 0.7, "attention.layer_norm_epsilon": 1e-5, "attention.head_count": 4}),
     ],
 )
 def test_what_a_graph_computes_with_beside_the_weights(row, told, make_model, tmp_path):
-    model_type, values, _, architecture = FAMILY_ROWS[row]
+    model_type, values, *_ = FAMILY_ROWS[row]
     make_model(model_type, **({"head_dim": 8} | values)).save_pretrained(tmp_path / "stock")
     export("gguf", tmp_path / "stock", tmp_path / "model.gguf", "f32", verify=False)
     fields = fields_of(tmp_path / "model.gguf")
+    architecture = fields["general.architecture"]
     assert {name: fields.get(f"{architecture}.{name}") for name in told} == pytest.approx(told)
     assert fields[f"{architecture}.vocab_size"] == 47 and fields["general.file_type"] == gguf.LlamaFileType.ALL_F32
 
@@ -233,6 +237,17 @@ def test_llama_cpp_gives_the_same_logits_and_tokens(row, make_folder, tmp_path, 
     there = Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
     for text in TEXT:
         assert there.tokenize(text.encode(), add_bos=False) == words(text, add_special_tokens=False)["input_ids"]
+
+
+def test_what_killed_commands_left_is_put_right(make_folder, tmp_path):
+    """A checkpoint that was about to be replaced has its name back, and half a file is gone."""
+    _, folder = make_folder()
+    kinds = {kind: f".tvaprune-{kind}-{_HOST}-{os.getpid()}-" for kind in ("old", "part")}
+    folder.rename(tmp_path / f"{kinds['old']}{folder.name}")
+    (out := tmp_path / "out").mkdir()
+    (out / f"{kinds['part']}other.gguf").write_bytes(b"GGUF")
+    export("gguf", folder, out / "model.gguf", "f32", verify=False)
+    assert [path.name for path in out.iterdir()] == ["model.gguf"] and {"out", folder.name} == set(os.listdir(tmp_path))
 
 
 def test_what_is_in_use_or_missing_is_said_in_one_line(make_folder, tmp_path, monkeypatch):
