@@ -40,6 +40,7 @@ def test_what_is_left_is_the_work_to_come_at_the_pace_so_far(clock, capsys):
     phases = Phases(PHASES, COUNTED, clock)
     phases.begin("look")
     clock.passes(5000)  # of loading, which is no counted work
+    assert phases.at("gates", 0.5) == "phase 1 of 3"  # nor is a part of another phase
     phases.start("dense")
     assert phases.at("dense", 0.0) == "phase 1 of 3"  # nothing was measured
     clock.passes(60)

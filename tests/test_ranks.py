@@ -206,6 +206,14 @@ def test_what_means_no_launcher_is_none(name, value, monkeypatch):
     assert (ranks.launched(), ranks.launched_here(), ranks.index()) == (1, 1, 0)
 
 
+def test_of_processes_that_do_not_know_each_other_one_of_each_machine_tells(monkeypatch):
+    monkeypatch.setattr(ranks, "_distributed", lambda: None)
+    for rank, local, tells in ((0, 0, True), (1, 1, False), (2, 0, True)):
+        for name, number in (("WORLD_SIZE", 4), ("RANK", rank), ("LOCAL_RANK", local)):
+            monkeypatch.setenv(name, str(number))
+        assert ranks.ends_first() is tells
+
+
 def test_a_verb_of_one_process_refuses_several(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["tvaprune", "describe", "mask.pkl"])

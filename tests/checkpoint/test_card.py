@@ -227,20 +227,28 @@ def test_the_model_card_tells_what_it_is_and_how_to_load_it(make_pruned, tmp_pat
         "versions": {"torch": "2.13.0"},
     }
     card = (save_pruned(narrow, plan, None, tmp_path / "pruned", record=record) / "README.md").read_text()
-    heads = " ".join(map(str, plan.num_key_value_heads))
+    heads, channels = (" ".join(map(str, widths)) for widths in (plan.num_key_value_heads, plan.intermediate_size))
     for text in (
         "base_model: meta-llama/Llama-3.2-1B\n",
+        f"| hidden dims | 36 | {plan.hidden_size} |",
         f"| KV heads per layer | 3 | {heads} |",
+        f"| MLP channels per layer | 52 | {channels} |",
+        "| query heads per KV head, head dim | 2, 6 | the same |",
         f"| sparsity of the decoder layers | 0 | {plan.sparsity:.4f} |",
         "| perplexity (wikitext2 validation, windows of 64) | 9.25 | 12.50 |",
         "- mask: best/mask_info_12.5.pkl",
+        "- weights updated by: fold",
+        f"- widths are multiples of: {plan.dim_multiple}",
         'from_pretrained("pruned", trust_remote_code=True)',
         "tvaprune.export --format gguf pruned",
     ):
         assert text in card
     stock, plan = make_pruned("mistral GQA, window shorter than the input", uniform)
-    card = (save_pruned(stock, plan, None, tmp_path / "stock") / "README.md").read_text()
+    tuned = {"finetune": {"method": "full", "steps": 3, "lora_r": None}, "dataset_name": "c4"}
+    card = (save_pruned(stock, plan, None, tmp_path / "stock", record=tuned) / "README.md").read_text()
     assert "trust_remote_code" not in card and "was not measured" in card
+    assert "and fine-tuned (full fine-tuning)" in card and "- fine-tuned by: method full, steps 3\n" in card
+    assert "- trained on: c4\n" in card
 
 
 @pytest.mark.parametrize(

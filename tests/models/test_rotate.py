@@ -84,9 +84,19 @@ def test_what_is_no_rotation_is_refused_before_anything_turns(make_model, input_
     assert torch.equal(logits(model, input_ids), before)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_head_of_its_own_trains_if_the_embedding_does(trains, make_model):
+    model = make_model("llama", tie_word_embeddings=True).requires_grad_(trains)
+    rotate(model, Rotation(random_rotation(model.config.hidden_size)))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert {weight.requires_grad for weight in model.parameters()} == {trains}
+
+
 def test_a_rotation_is_read_only_where_it_is_the_one_that_is_named(tmp_path):
     first, second = Rotation(random_rotation(8)), Rotation(random_rotation(8, seed=1))
     path, mask = save_rotation(first, tmp_path), tmp_path / "mask_info_1.0.pkl"
+    stretches = (None, torch.ones(8), torch.arange(1.0, 9.0))
+    assert len({Rotation(first.matrix, stretch).digest for stretch in stretches}) == 3
     found = read_rotation(mask, first.digest, 8)
     assert torch.equal(found.matrix, first.matrix) and read_rotation(mask, None, 8) is None
     with pytest.raises(InputError, match="is not beside it: keep both together"):
