@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizer
 from tvaprune.checkpoint.folder import load_pruned
 from tvaprune.errors import InputError
 from tvaprune.identity import weights_digest
-from tvaprune.models.from_gguf import gguf_header, gguf_model
+from tvaprune.models.from_gguf import gguf_file, gguf_header, gguf_model
 from tvaprune.models.load import load_config, load_model
 from tvaprune.models.shape import shape_of
 from tvaprune.plan.masks import save_masks
@@ -78,6 +78,7 @@ def test_a_file_is_read_back_as_the_model_that_was_written(family, values, make_
     assert weights_digest(read) == weights_digest(model)
     torch.testing.assert_close(logits(read, ids(model)), logits(model, ids(model)), **CLOSE)
     assert bool(read.config.tie_word_embeddings) == model.config.tie_word_embeddings
+    assert words.model_max_length == model.config.max_position_embeddings
     for text in ("the gate  keeps 12 units", "</s>a\n  b"):
         assert words(text).input_ids == byte_level()(text).input_ids
     again, _ = load_model(str(file.parent), "float32", CPU)  # its folder is the same model
@@ -272,6 +273,31 @@ def test_a_phi_3_has_its_window_and_a_rotary_embedding_of_a_part_is_refused(make
         gguf_model(file, config, "")
 
 
+@pytest.mark.parametrize(
+    ("entries", "factor", "told"),
+    [
+        ({"rope__scaling__factor": 4}, 1.0, "llama.rope.scaling.factor"),
+        ({}, 2.0, "rope_freqs.weight"),
+        ({"rope__scaling__factor": 1, "rope__scaling__original_context_length": 64}, 1.0, None),
+    ],
+)
+def test_a_rotary_embedding_is_scaled_by_an_entry_or_by_factors(entries, factor, told, tmp_path):
+    tensors = {"x": torch.ones(5), "rope_freqs.weight": torch.full((3,), factor)}
+    write_gguf(tmp_path / "model.gguf", Gemma2Config(), "llama", tensors, **entries)
+    header = gguf_header(tmp_path / "model.gguf")
+    assert (header.rotary, header.elements) == (told, 5)
+
+
+def test_other_weights_of_a_folder_go_before_a_file(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert gguf_file(str(tmp_path), "") == file == gguf_file(str(file), "")
+    for name in ("model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+        assert gguf_file(str(tmp_path), "") is None and gguf_file(str(file), "") == file
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize(("layers", "scalar"), [(42, 8), (46, 6)])  # the head's width; 24 hidden dims of 4 heads
 def test_the_largest_gemma_2_scales_its_attention_by_its_hidden_width(layers, scalar, tmp_path):
     config = Gemma2Config(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=layers)
@@ -280,18 +306,19 @@ def test_the_largest_gemma_2_scales_its_attention_by_its_hidden_width(layers, sc
 
 
 @pytest.mark.parametrize(
-    ("kinds", "dtype"),
+    ("kinds", "dtype", "told"),
     [
-        ((torch.float64,), torch.float64),
-        ((torch.float64, torch.float32), torch.float32),
-        ((torch.float32, torch.float16), torch.float16),
-        ((torch.float32, torch.int8), torch.bfloat16),  # control: no float, as a quantised one
+        ((torch.float64,), torch.float64, "F64"),
+        ((torch.float64, torch.float32), torch.float32, "F64"),
+        ((torch.float32, torch.float16), torch.float16, "F16"),
+        ((torch.float32, torch.int8), torch.bfloat16, "I8"),  # control: no float, as a quantised one
     ],
 )
-def test_numbers_of_double_precision_are_not_quantised(kinds, dtype, tmp_path):
+def test_numbers_of_double_precision_are_not_quantised(kinds, dtype, told, tmp_path):
     tensors = {str(kind): torch.ones(4, 4, dtype=kind) for kind in kinds}
     write_gguf(tmp_path / "model.gguf", Gemma2Config(), "gemma2", tensors)
-    assert gguf_header(tmp_path / "model.gguf").dtype == dtype
+    header = gguf_header(tmp_path / "model.gguf")
+    assert (header.dtype, header.precision) == (dtype, told)
 
 
 def test_tensors_that_transformers_would_leave_out_are_refused(make_gguf):
