@@ -169,6 +169,8 @@ def test_a_rotation_is_counted_where_the_run_turns(large):
     assert rotation.flops == pytest.approx(tokens * (4 * linear + 65 * 4 * 4096**2), rel=0.05)
     less = estimate(large, "prune", ModelSettings(str(large), memory=24.0))
     assert less.work.rotation_batch < 8 and phases(less)["rotation"].device <= 22 * GIB
+    on_another = estimates.estimate_of(parse("prune", ["--model_name_or_path", str(large)]), on_card=True, memory=24.0)
+    assert on_another.work == less.work
     for off in (PruneSettings(rotate="off"), PruneSettings(prune_method="flap")):
         assert "rotation" not in phases(estimate(large, "prune", off))
     assert "rotation" in phases(estimate(large, "prune", PruneSettings(prune_method="flap", rotate="on")))
@@ -319,8 +321,9 @@ def test_on_a_gpu_what_is_free_counts(large, monkeypatch, capsys):
         estimates.announce(args)
     capsys.readouterr()
     args.source.memory = 28.0
-    estimates.announce(args)
-    assert "GiB on the GPU (" in capsys.readouterr().out
+    flops, told = estimates.announce(args).flops, capsys.readouterr().out
+    assert "GiB on the GPU (" in told
+    assert f", {flops / 1e15:.2g} PFLOP ({flops / 9e15:.0f} min at 150 TFLOP/s)\n" in told
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * GIB, 80 * GIB))
     with pytest.raises(estimates.InputError, match="needs .* GiB, and 14.0 GiB are free on the GPU: give a smaller"):
         estimates.announce(args)
