@@ -16,7 +16,7 @@ from support.updates import CALIBRATION, HELD_OUT, divergence, refit, weights_di
 from tvaprune.cut.refit import _Refit
 from tvaprune.cut.ridge import Moments, Outputs, Ridge, augmented, fit_linear, nearest, with_one
 from tvaprune.cut.slice import Cut
-from tvaprune.cut.walk import Batch, importance
+from tvaprune.cut.walk import Batch, Settled, importance
 from tvaprune.models.families import family_of
 from tvaprune.models.layers import Half, Layers
 
@@ -371,3 +371,8 @@ def test_a_writers_fit_counts_a_token_the_less_the_larger_the_stream_past_it(mak
     measured = traces[down.in_features, down.out_features]
     assert measured == pytest.approx(float((inputs / past.square().sum(-1)).sum()), rel=1e-4)
     assert measured != pytest.approx(float(inputs.sum()), rel=0.1)  # control
+
+
+@pytest.mark.parametrize(("share", "way"), [(0.0, "none"), (0.6, "0.6"), (1.0, "all")])
+def test_how_far_a_model_went_is_told_in_words(share, way):
+    assert Settled((0.0, 0.6, 1.0), (3.0, 2.0, 1.0), share).way == way

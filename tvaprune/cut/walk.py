@@ -53,6 +53,11 @@ class Settled:
         known = dict(zip(self.shares, self.divergences, strict=True))
         return known.get(0.0, math.nan), known[self.share]
 
+    @property
+    def way(self) -> str:
+        """The share in words that go before "of the way"."""
+        return {0.0: "none", 1.0: "all"}.get(self.share, f"{self.share:g}")
+
 
 def importance(states: torch.Tensor) -> torch.Tensor:
     """Returns what the squared error of each token counts: less, the larger its state, as the next norm divides by it.

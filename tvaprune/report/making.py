@@ -116,7 +116,7 @@ def _reconstructed(done: Reconstruction) -> str:
     nearer = sum(after < before for before, after in done.errors)
     return (
         f"then reconstructed, {nearer} of {len(done.errors)} windows of half layers nearer to the dense hidden states, "
-        f"and left at {done.share:g} of the way: KL from {first:.3f} to {last:.3f}."
+        f"and left at {done.way} of the way: KL from {first:.3f} to {last:.3f}."
     )
 
 
@@ -129,7 +129,7 @@ def _refit(done: Refit) -> str:
         else f"none of {len(done.strengths)} linears refused it"
     )
     return (
-        f"refitted on {done.calibration_blocks} blocks and left at {done.share:g} of the way; KL from {first:.3f} to "
+        f"refitted on {done.calibration_blocks} blocks and left at {done.way} of the way; KL from {first:.3f} to "
         f"{last:.3f} on {done.held_out_blocks} held-out blocks; {refused}. The whole update took {done.seconds:.0f} s."
     )
 

@@ -109,7 +109,7 @@ def _update(results: Results) -> str:
     more = results.reconstruct
     trained = "" if more is None else f" -> {more.ends[1]:.3f} reconstructed"
     return (
-        f"refit on {done.calibration_blocks} blocks, {done.share:g} of the way from the fold: "
+        f"refit on {done.calibration_blocks} blocks, {done.way} of the way from the fold: "
         f"held-out KL to dense {before:.3f} -> {after:.3f}{trained}, {done.seconds:.0f} s"
     )
 
