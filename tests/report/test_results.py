@@ -3,11 +3,13 @@
 import json
 import math
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 from report.test_zero_shot_report import made, record_of, score
 from support import tiny
+from support.run_folder import results, write_run
 
 from tvaprune.cut.reconstruct import Reconstruction
 from tvaprune.errors import InputError
@@ -25,6 +27,7 @@ from tvaprune.report.results import (
     RefitBlocks,
     Results,
 )
+from tvaprune.report.steps import write_results
 from tvaprune.text.protocols import EvaluationText
 
 
@@ -131,3 +134,19 @@ def test_results_of_another_model_are_told_apart(change):
         assert made(**both).differing(made(**(both | {name: "other"}))) == [name]
     assert made(**both).differing(made(**both, mask="j")) == []  # the same units in another file
     assert made().differing(made(seed=2, command="other", perplexity=Perplexities(1.0, 2.0))) == []  # control
+
+
+@pytest.mark.parametrize("overwrites", [True, False])
+def test_a_model_as_it_is_that_replaces_a_cut_ones_results_leaves_no_plan_of_it(overwrites, tmp_path):
+    folder, plan = write_run(tmp_path / "out"), '{"dim_multiple": 8}'
+    for name, content in (("plan.json", plan), ("widths.png", "Matplotlib")):
+        (folder / name).write_text(content)
+    left = {"plan.json", "widths.png", "generations.json"}
+    args = SimpleNamespace(
+        save_loc=folder, recipe={"verb": "apply"}, training=SimpleNamespace(overwrite_output_dir=overwrites),
+        prune=SimpleNamespace(mask_loc=None, plan=None),
+    )  # fmt: skip
+    write_results(args, results())  # control: of this one widths were cut
+    assert left <= {path.name for path in folder.iterdir()}
+    write_results(args, made(widths=None))
+    assert left & {path.name for path in folder.iterdir()} == (set() if overwrites else left)

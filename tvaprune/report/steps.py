@@ -25,7 +25,7 @@ from tvaprune.measure.speed import SpeedUp, speed_up
 from tvaprune.measure.zeroshot import ZeroShot
 from tvaprune.models.layers import Streamed
 from tvaprune.models.parameters import SPARSITY_DEFINITION, model_parameters
-from tvaprune.outputs import OF_GATES, OF_TUNING, PAGE_NAME, PLAN_NAME, WIDTHS_NAME, drop
+from tvaprune.outputs import GENERATIONS_NAME, OF_GATES, OF_TUNING, PAGE_NAME, PLAN_NAME, WIDTHS_NAME, drop
 from tvaprune.phases import PRUNED_PERPLEXITY
 from tvaprune.plan.keep_plan import KeepPlan
 from tvaprune.plan.rotation import drop_rotations, save_rotation
@@ -118,7 +118,7 @@ def write_results(args: Arguments, results: Results) -> None:
     results.write(args.save_loc)
     drop_rotations(args.save_loc)  # that of the results which these replace
     if args.training.overwrite_output_dir:
-        _drop_curves(args, results)
+        _drop_older(args, results)
     write_recipe(args)
     try:
         write_page([args.save_loc], args.save_loc)
@@ -127,8 +127,10 @@ def write_results(args: Arguments, results: Results) -> None:
         print(f"note: no {PAGE_NAME} is written: {error}")
 
 
-def _drop_curves(args: Arguments, results: Results) -> None:
-    """Removes the logs of another run's trainings; those of the gates stay where the mask or plan that is cut lies."""
+def _drop_older(args: Arguments, results: Results) -> None:
+    """Removes what another run left; the logs of the gates stay where the mask or plan that is cut lies."""
+    if results.widths is None:  # nothing is cut, and nobody asked
+        drop(args.save_loc, (PLAN_NAME, WIDTHS_NAME, GENERATIONS_NAME))
     cut = args.prune.mask_loc or args.prune.plan
     if not results.trained_gates and (cut is None or args.save_loc.resolve() not in Path(cut).resolve().parents):
         drop(args.save_loc, OF_GATES)
