@@ -8,6 +8,7 @@ from support.byte_tokenizer import byte_tokenizer
 from support.families import MORE_ROWS, ROWS
 from transformers import AutoTokenizer
 
+from tvaprune.errors import InputError
 from tvaprune.text import sampled
 from tvaprune.text.sampled import KINDS, kinds_of, longest_page, openings, pages, words_of
 
@@ -58,6 +59,15 @@ def test_a_conversation_opens_with_what_stands_before_the_words_of_a_user(asked)
     assert opened.shape[0] == 3 and len({tuple(row) for row in opened.tolist()}) == 1
     assert asked.decode(opened[0].tolist()) == "<s>the system\nuser says "
     assert kinds_of(asked) == KINDS and kinds_of(byte_tokenizer()) == ("document",)
+
+
+def test_a_chat_template_that_cannot_be_used_is_told_and_one_that_opens_nothing_opens_no_page(asked):
+    for broken in ("{% for turn in messages %}", "{{ raise_exception('no system') }}"):
+        asked.chat_template = broken
+        with pytest.raises(InputError, match="the tokenizer's chat template cannot be used .*; mend it"):
+            kinds_of(asked)
+    asked.chat_template = "{{ messages[0]['content'] }}</s>"
+    assert kinds_of(asked) == ("document",)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,6 +51,7 @@ def sample(settings: SampleSettings) -> Path:
     prepare_folder("output_dir", folder, may_hold_files=True)
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu")
     model, tokenizer = load_model(settings.model_name_or_path, settings.dtype, device)
+    kinds = kinds_of(tokenizer)
     identity: Identity = {
         "flags": {name: value for name, value in asdict(settings).items() if name in _SETTLING},
         "contents": {"model_name_or_path": content(settings.model_name_or_path, model_digest(model))},
@@ -63,7 +64,6 @@ def sample(settings: SampleSettings) -> Path:
     elif (folder / IDENTITY_NAME).is_file():
         check_identity("text", folder, identity)
     write_identity(place, identity)
-    kinds = kinds_of(tokenizer)
     batches = math.ceil(settings.tokens / (settings.page * settings.batch_size * len(kinds))) * len(kinds)
     if len(_whole_batches(file, settings.batch_size)) < batches:
         there = _whole_batches(part if part.is_file() else file, settings.batch_size)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 
 KINDS = ("document", "conversation")
 _MARK = "user's words"
@@ -26,8 +26,12 @@ _ROWS = 16  # pages whose next tokens are drawn at once: what a large vocabulary
 
 
 def kinds_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Returns the kinds of pages that a model can open: conversations where its tokenizer knows their form."""
-    return KINDS if getattr(tokenizer, "chat_template", None) else KINDS[:1]
+    """Returns the kinds of pages that a model can open: conversations where its tokenizer knows how they begin.
+
+    Raises:
+        InputError: If the tokenizer's chat template cannot be used.
+    """
+    return KINDS if getattr(tokenizer, "chat_template", None) and _before_a_user(tokenizer) else KINDS[:1]
 
 
 def longest_page(config: PretrainedConfig) -> int:
@@ -61,11 +65,22 @@ def openings(tokenizer: PreTrainedTokenizerBase, kind: str, count: int, generato
         generator: Draws the words.
     """
     if kind == "conversation":
-        turns = [{"role": "user", "content": _MARK}]
-        before = str(tokenizer.apply_chat_template(turns, tokenize=False)).partition(_MARK)[0]
-        return torch.tensor([tokenizer(before, add_special_tokens=False)["input_ids"]]).repeat(count, 1)
+        before = tokenizer(_before_a_user(tokenizer), add_special_tokens=False)["input_ids"]
+        return torch.tensor([before]).repeat(count, 1)
     words = generator.choice(words_of(tokenizer), size=count)
     return torch.tensor([[*_start(tokenizer), word] for word in words.tolist()])
+
+
+def _before_a_user(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns what a chat template puts before the words of a user."""
+    try:
+        said = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
+    except Exception as error:  # a template is a program of the checkpoint's
+        raise InputError(
+            f"the tokenizer's chat template cannot be used ({reason(error)}); mend it, or take it away: then all pages "
+            "are documents"
+        ) from error
+    return said.partition(_MARK)[0]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
