@@ -5,9 +5,12 @@ import math
 import re
 
 import pytest
+import torch
 from support import tiny
 
-from tvaprune.models.vetting import check_config, check_folder, drop_code
+from tvaprune.errors import InputError
+from tvaprune.models.load import load_config, load_whole
+from tvaprune.models.vetting import INDEX, WEIGHTS, check_config, check_folder, drop_code, shards
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "head_dim", "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
@@ -63,3 +66,22 @@ def test_a_file_loses_code_and_what_is_no_json(tmp_path):
     file.write_text('{"max_length":20}')
     drop_code(file)
     assert file.read_text() == '{"max_length":20}'  # as it was
+
+
+def test_an_index_without_a_file_is_told(tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {}}))
+    with tiny.refused(f"DIR: {INDEX} names no file; give the checkpoint as it was published"):
+        shards(tmp_path, "DIR")
+    (tmp_path / WEIGHTS).touch()  # control: one file goes before an index
+    assert shards(tmp_path, "DIR") == [tmp_path / WEIGHTS]
+
+
+def test_a_generation_config_that_transformers_refuses_is_named(make_model, tmp_path):
+    folder = tiny.save_checkpoint(make_model(), tmp_path / "model")
+    told = folder / "generation_config.json"
+    for text in ("{", '{"temperature": 0.6, "do_sample": false}'):  # controls: not read, and read with a warning
+        told.write_text(text)
+        load_whole(folder, load_config(str(folder)), "DIR", dtype=torch.float32)
+    told.write_text('{"max_new_tokens": -3}')
+    with pytest.raises(InputError, match="DIR: generation_config.json cannot be used .*is -3.*; mend it, or move it"):
+        load_whole(folder, load_config(str(folder)), "DIR", dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,6 +191,7 @@ def load_whole(path: str | Path, config: PretrainedConfig, named: str, **options
     with _in_one_line(named, file or path):
         if file is None:
             check_stored(path, _sizes_of(config), named)
+            _generation_config(path, named)
             model, loaded = read_model(path, config, **options)
         else:
             model, loaded = gguf_model(file, config, named, attn_implementation=_kernel(config), **options)
@@ -231,12 +232,28 @@ def open_model(
             _take_tie(path, config, False)
             model = bare_model(config, read_as, _kernel(config), device)
             found = Shards(model, stored, read_as, named)
-        with suppress(OSError):  # there is none: that of the config
-            model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = _generation_config(path, named) or model.generation_config
     for key in CODE_KEYS:
         model.generation_config.__dict__.pop(key, None)
     _check_whole(named, {"missing_keys": found.missing, "unexpected_keys": found.unknown})
     return model, tokenizer, found
+
+
+def _generation_config(path: str | Path, named: str) -> GenerationConfig | None:
+    """Returns how a checkpoint generates; None: it does not say so.
+
+    Raises:
+        InputError: If transformers refuses what it says.
+    """
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(path)
+    except OSError:
+        return None
+    except Exception as error:  # whatever values of a wrong kind raise
+        raise InputError(
+            f"{named}: generation_config.json cannot be used ({reason(error)}); mend it, or move it away"
+        ) from error
+    return found
 
 
 def _precision_in(stored: dict[str, Stored]) -> torch.dtype | None:

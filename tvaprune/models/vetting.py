@@ -118,6 +118,8 @@ def shards(path: str | Path, named: str) -> list[Path]:
         names = set(read_json(folder / INDEX)["weight_map"].values())
     except Exception as error:  # a broken index raises nearly anything
         raise InputError(f"{named}: {INDEX} cannot be read ({reason(error)}); mend it") from error
+    if not names:
+        raise InputError(f"{named}: {INDEX} names no file; give the checkpoint as it was published")
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise InputError(
