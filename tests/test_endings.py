@@ -1,6 +1,7 @@
 """How a command ends: a signal, a reader that leaves, a full disk."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -211,6 +212,13 @@ def test_a_full_disk_is_one_line(error, is_full, capsys):
     assert run_command(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "there is no room on the disk" in line and "make room, and run again" in line
+
+
+def test_a_terminal_that_lacks_a_letter_ends_nothing(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run_command(lambda: print("19.66 ± 0.85", "of модель")) == 0
+    assert written.getvalue() == b"19.66 ? 0.85 of ??????\n"
 
 
 @pytest.mark.parametrize("command", ["-m tvaprune", "tva_prune.py"])

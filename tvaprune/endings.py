@@ -130,6 +130,9 @@ class _Unclosed:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:  # a terminal without our letters ends no run either
+            encoding = self._stream.encoding
+            return self.write(text.encode(encoding, "replace").decode(encoding))
         except BrokenPipeError:
             self._leave()
             return len(text)
