@@ -214,6 +214,14 @@ def test_a_full_disk_is_one_line(error, is_full, capsys):
     assert "there is no room on the disk" in line and "make room, and run again" in line
 
 
+def test_outputs_that_were_closed_before_the_start_end_nothing(monkeypatch):
+    done = []
+    for name in ("stdout", "stderr"):  # what Python has for them
+        monkeypatch.setattr(sys, name, None)
+    assert run_command(lambda: print("said", flush=True) or done.append(sys.stderr.write("told"))) == 0
+    assert done and sys.stdout is None
+
+
 def test_a_terminal_that_lacks_a_letter_ends_nothing(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))

@@ -112,15 +112,19 @@ def _send_again(lost: "sys.UnraisableHookArgs") -> bool:
 
 @contextmanager
 def unclosed() -> Iterator[None]:
-    """Lets the output's reader leave, as `head -1` does: what is written after that goes nowhere, and nothing ends."""
+    """Lets the output's reader leave, as `head -1` does: what is written after that goes nowhere, and nothing ends.
+
+    So does what is written where an output was closed before the start (``>&-``): Python has None for it.
+    """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Unclosed(stream)) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (cast(TextIO, _Unclosed(stream or nowhere)) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
 
 
 class _Unclosed:
