@@ -76,6 +76,14 @@ def test_an_index_without_a_file_is_told(tmp_path):
     assert shards(tmp_path, "DIR") == [tmp_path / WEIGHTS]
 
 
+def test_parts_without_their_index_are_told(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with tiny.refused(f"DIR: holds model-00001-of-00002.safetensors, but no {INDEX}, which says what lies in which"):
+        shards(tmp_path, "DIR")
+    (tmp_path / WEIGHTS).touch()  # control
+    assert shards(tmp_path, "DIR") == [tmp_path / WEIGHTS]
+
+
 def test_a_generation_config_that_transformers_refuses_is_named(make_model, tmp_path):
     folder = tiny.save_checkpoint(make_model(), tmp_path / "model")
     told = folder / "generation_config.json"

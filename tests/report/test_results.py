@@ -144,9 +144,12 @@ def test_a_model_as_it_is_that_replaces_a_cut_ones_results_leaves_no_plan_of_it(
     left = {"plan.json", "widths.png", "generations.json"}
     args = SimpleNamespace(
         save_loc=folder, recipe={"verb": "apply"}, training=SimpleNamespace(overwrite_output_dir=overwrites),
-        prune=SimpleNamespace(mask_loc=None, plan=None),
+        prune=SimpleNamespace(mask_loc=None, plan=None), evaluation=SimpleNamespace(prompt_tokens=32),
     )  # fmt: skip
     write_results(args, results())  # control: of this one widths were cut
     assert left <= {path.name for path in folder.iterdir()}
+    args.evaluation.prompt_tokens = 0  # nobody was asked
+    write_results(args, results())
+    assert (folder / "generations.json").exists() == (not overwrites) and (folder / "plan.json").exists()
     write_results(args, made(widths=None))
     assert left & {path.name for path in folder.iterdir()} == (set() if overwrites else left)

@@ -222,7 +222,7 @@ def test_another_plan_gives_another_model_and_a_wrong_one_is_refused(source, mak
     assert "is of another model (num_hidden_layers 3 for 4); give the plan of this model" in line
     (tmp_path / "no.json").write_text("{}")
     line = refused(capsys, "finetune", *source[0], "--plan", tmp_path / "no.json", "--output_dir", tmp_path / "o")
-    assert "not a keep plan (KeyError); give the plan.json of a run" in line
+    assert "not a keep plan (no 'shape' in it); give the plan.json of a run" in line
     assert not (tmp_path / "o").exists()
 
 

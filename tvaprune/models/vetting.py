@@ -109,10 +109,13 @@ def shards(path: str | Path, named: str) -> list[Path]:
     """Returns the safetensors files of a folder, as its index names them; none of a hub id.
 
     Raises:
-        InputError: If the index is damaged, or names a file outside the folder.
+        InputError: If the index is damaged or missing, or names a file outside the folder.
     """
     folder = Path(path)
     if not (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():  # one file goes before an index
+        parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+        if parts and not (folder / WEIGHTS).is_file():
+            raise InputError(f"{named}: holds {parts[0]}, but no {INDEX}, which says what lies in which file; fetch it")
         return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
     try:
         names = set(read_json(folder / INDEX)["weight_map"].values())

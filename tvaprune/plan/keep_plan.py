@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tvaprune.errors import InputError
+from tvaprune.errors import InputError, reason
 from tvaprune.files import read_json, write_text
 from tvaprune.identity import digest_of
 from tvaprune.models.parameters import decoder_sparsity, model_parameters
@@ -191,9 +191,8 @@ class KeepPlan:
             plan._check()
             return plan
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise InputError(
-                f"{path}: not a keep plan ({type(error).__name__}); give the plan.json of a run"
-            ) from error
+            why = f"no {error} in it" if isinstance(error, KeyError) else reason(error)
+            raise InputError(f"{path}: not a keep plan ({why}); give the plan.json of a run") from error
 
 
 def _numbers(values: object, dtype: torch.dtype) -> torch.Tensor:

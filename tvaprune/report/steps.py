@@ -129,8 +129,10 @@ def write_results(args: Arguments, results: Results) -> None:
 
 def _drop_older(args: Arguments, results: Results) -> None:
     """Removes what another run left; the logs of the gates stay where the mask or plan that is cut lies."""
-    if results.widths is None:  # nothing is cut, and nobody asked
-        drop(args.save_loc, (PLAN_NAME, WIDTHS_NAME, GENERATIONS_NAME))
+    if results.widths is None:  # nothing is cut
+        drop(args.save_loc, (PLAN_NAME, WIDTHS_NAME))
+    if results.widths is None or not args.evaluation.prompt_tokens:
+        drop(args.save_loc, (GENERATIONS_NAME,))
     cut = args.prune.mask_loc or args.prune.plan
     if not results.trained_gates and (cut is None or args.save_loc.resolve() not in Path(cut).resolve().parents):
         drop(args.save_loc, OF_GATES)
