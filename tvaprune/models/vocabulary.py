@@ -20,13 +20,12 @@ def without_strays(tokenizer: Any, vocab_size: int) -> Any:
     if len(content["added_tokens"]) == len(added):
         return tokenizer
     others = {token["content"] for token in added} - {token["content"] for token in content["added_tokens"]}
-    special: dict[str, Any] = {}
-    for role, token in tokenizer.special_tokens_map.items():
-        kept = [each for each in token if each not in others] if isinstance(token, list) else token
-        special |= {role: kept} if isinstance(token, list) or token not in others else {}
+    special = {role: token for role, token in tokenizer.special_tokens_map.items() if token not in others}
+    more = [token for token in tokenizer.extra_special_tokens if token not in others]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=tokenizer.chat_template,
-        padding_side=tokenizer.padding_side, model_max_length=tokenizer.model_max_length, **special,
+        padding_side=tokenizer.padding_side, model_max_length=tokenizer.model_max_length,
+        extra_special_tokens=more, **special,
     )  # fmt: skip
 
 
