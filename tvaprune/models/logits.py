@@ -107,7 +107,7 @@ def _summing(head: Any) -> Product:
     """Returns a head that is called once a chunk and a loss, and adds up the gradients of its weight as they come.
 
     Autograd holds three of them at the first sum, and of 128,256 tokens in float32 each is 2 GiB. A head that is
-    frozen, in shares or under autocast is returned as it is.
+    frozen, in shares or under autocast is returned as it is. No family's head has a bias.
     """
     plain: Product = head
     linear: Any = head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
@@ -120,7 +120,7 @@ def _summing(head: Any) -> Product:
 
     def product(states: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = _Summed.apply(states.to(weight.dtype), shared, sums)
-        return logits if linear.bias is None else logits + linear.bias
+        return logits
 
     return product
 

@@ -253,7 +253,7 @@ def _make(model_type: str, name: str) -> None:
     model: Any = MODEL_MAPPING[config]
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
     module, stem = sys.modules[causal.__module__], causal.__name__.removesuffix("ForCausalLM")
-    layer, attention = (getattr(module, stem + kind) for kind in ("DecoderLayer", "Attention"))
+    layer = getattr(module, stem + "DecoderLayer")
 
     def derive(kind: str, *bases: Any, **attributes: Any) -> Any:
         doc = f"{bases[-1].__name__} with per-layer widths."
@@ -265,9 +265,7 @@ def _make(model_type: str, name: str) -> None:
     own_layer = derive("DecoderLayer", _PrunedLayer, layer)
     common = {"config_class": own_config, "_no_split_modules": [own_layer.__name__]}
     common |= {"_supports_sdpa": False} if model_type in CAPS_ATTENTION else {}
-    records = dict(getattr(model, "_can_record_outputs", None) or {})  # a router's logits among them
-    records |= {"hidden_states": own_layer, "attentions": attention}
-    own_model = derive("Model", _PrunedModel, model, layer_class=own_layer, _can_record_outputs=records, **common)
+    own_model = derive("Model", _PrunedModel, model, layer_class=own_layer, **common)
     derive("ForCausalLM", _PrunedForCausalLM, causal, model_class=own_model, **common)
 
 

@@ -1,6 +1,5 @@
 """The comparison's picture: perplexity over sparsity, a line for each method and update."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -73,7 +72,7 @@ def _error_bars(
     axes: Axes, places: Sequence[float], values: Sequence[float], errors: Sequence[float | None], colour: str
 ) -> None:
     """Draws the standard errors of those values that have one."""
-    known = [one for one in zip(places, values, errors, strict=True) if one[2] is not None and math.isfinite(one[1])]
+    known = [one for one in zip(places, values, errors, strict=True) if one[2] is not None]
     if known:
         x, y, yerr = map(list, zip(*known, strict=True))
         axes.errorbar(x, y, yerr=yerr, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
