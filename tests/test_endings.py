@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -96,6 +98,34 @@ def test_elsewhere_a_signal_that_a_destructor_swallows_comes_again(capsys):
     assert sys.unraisablehook is before
 
 
+def test_a_swallowed_signal_does_not_come_again_once_the_command_has_ended(monkeypatch):
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)
+
+    due, came = [], []
+    timer = lambda seconds, send: SimpleNamespace(start=lambda: due.append(send))  # noqa: E731
+    monkeypatch.setattr(endings.threading, "Timer", timer)
+    before = signal.signal(signal.SIGINT, lambda *_: came.append("again"))
+    try:
+        assert run_command(Swallows) == 0
+        (send,) = due
+        send()
+        time.sleep(0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == []
+
+
+def test_in_another_thread_a_command_runs_without_hearing_signals():
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run_command(lambda: None)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
 def test_other_exceptions_that_a_destructor_ignores_are_told(monkeypatch):
     class Fails:
         def __del__(self):
@@ -128,7 +158,9 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(monkeypatch):
     assert run_command(command) == 143
 
 
-def test_what_a_launcher_passes_on_after_the_terminal_is_one_signal(monkeypatch):
+@pytest.mark.parametrize(("within", "done"), [(10.0, ["the rest of the step"]), (-1.0, [])])
+def test_what_a_launcher_passes_on_after_the_terminal_is_one_signal(within, done, monkeypatch):
+    monkeypatch.setattr(endings, "_PASSED_ON", within)
     steps = []
 
     def command():
@@ -146,7 +178,7 @@ def test_what_a_launcher_passes_on_after_the_terminal_is_one_signal(monkeypatch)
         ignored = signal.getsignal(signal.SIGTERM)
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert steps == ["the rest of the step"]
+    assert steps == done
     assert ignored == signal.SIG_IGN  # a launcher sends it to those that end already
 
 
@@ -178,11 +210,15 @@ def test_a_reader_that_leaves_ends_nothing(tmp_path):
     assert (tmp_path / "done").exists()
 
 
-def raised(kind, *args, cause=None):
-    try:
-        raise kind(*args) from cause
-    except kind as error:
-        return error
+def test_a_stream_within_has_all_that_it_had():
+    with endings.unclosed():
+        assert (sys.stdout.encoding, sys.stderr.isatty()) == (sys.__stdout__.encoding, False)
+
+
+def raised(kind, *args, cause=None, context=None):
+    error = kind(*args)
+    error.__cause__, error.__context__ = cause, context
+    return error
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
@@ -193,8 +229,14 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
     [
         (FULL, True),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
         (raised(RuntimeError, "while saving", cause=FULL), True),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (raised(RuntimeError, "while saving", context=FULL), True),
+        *(
+            (SafetensorError(f"Error while serializing: I/O error: (os error {number})"), True)
+            for number in (28, 122, 27)
+        ),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
         (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), True),
         (RuntimeError("basic_ios::clear: iostream error"), True),
         (OSError(errno.EACCES, "Permission denied"), False),

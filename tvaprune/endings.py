@@ -28,8 +28,7 @@ _FULL_WORDS = (
 )  # fmt: skip
 _PASSED_ON = 10.0  # seconds in which a launcher sends its processes what the terminal has sent them already
 _AGAIN = 0.05  # seconds after which a signal is sent again: what lost it has ended by then
-_asked: list[int] = []  # the signals that came
-_since: list[float] = []  # when they came
+_asked: list[tuple[int, float]] = []  # the signals that came, and when
 _waiting: list[bool] = []  # whether they wait for the next step
 
 
@@ -58,7 +57,6 @@ def watched() -> Iterator[None]:
     finally:
         sys.unraisablehook = tells
         _asked.clear()
-        _since.clear()
         for number, handler in before.items():  # a launcher ends the others when one has: they are at it
             signal.signal(number, handler if ranks.launched() == 1 else signal.SIG_IGN)
 
@@ -77,20 +75,19 @@ def at_steps() -> Iterator[None]:
 def check() -> None:
     """Raises `Interrupted` if a signal came: call it where nothing is half done."""
     if _asked:
-        raise Interrupted(_asked[0])
+        raise Interrupted(_asked[0][0])
 
 
 def check_together() -> None:
     """Raises `Interrupted` in all processes of the run, at the same step, if a signal came to one."""
-    number = ranks.largest(_asked[0] if _asked else 0)
+    number = ranks.largest(_asked[0][0] if _asked else 0)
     if number:
         raise Interrupted(number)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    _asked.append(number)
-    _since.append(time.monotonic())
-    again = len(_asked) > 1 and (ranks.launched() == 1 or _since[-1] - _since[0] > _PASSED_ON)
+    _asked.append((number, time.monotonic()))
+    again = len(_asked) > 1 and (ranks.launched() == 1 or _asked[-1][1] - _asked[0][1] > _PASSED_ON)
     if not _waiting or again:
         raise Interrupted(number)
 
