@@ -19,11 +19,14 @@ RUN = ("--prune_method", "magnitude", "--weight_update", "fold", "--block_size",
 
 @pytest.fixture
 def source(make_model, tmp_path, monkeypatch):
-    """A tiny checkpoint, a text of its own, and a copy of WikiText-2's test rows; windows of 32 tokens."""
+    """A tiny checkpoint of 64 positions, a text of its own, WikiText-2's test rows; windows of 32 tokens, PTB's 64."""
     folder, text = tiny.save_checkpoint(make_model("llama"), tmp_path / "model"), tiny.write_text(tmp_path / "text.txt")
     (tmp_path / FILE).parent.mkdir(parents=True)
     Dataset.from_dict({"text": ["", *[" ".join(tiny.WORDS)] * 8]}).to_parquet(tmp_path / FILE)
-    short = {name: replace(p, window=32 if p.window == 2048 else 96) for name, p in protocols.PROTOCOLS.items()}
+    short = {
+        name: replace(p, window=32 * (2 if "ptb" in name else 1) if p.window == 2048 else 96)
+        for name, p in protocols.PROTOCOLS.items()
+    }
     for module in ("tvaprune.text.protocols", "tvaprune.refusals", "tvaprune.run"):
         monkeypatch.setattr(f"{module}.PROTOCOLS", short)
     return ("--model_name_or_path", folder, "--dataset_name", text, "--data_dir", tmp_path, "--output_dir",

@@ -11,7 +11,7 @@ from tvaprune.errors import InputError
 from tvaprune.measure.zeroshot import Score
 from tvaprune.study.cells import Measurement
 from tvaprune.study.contents import Cells, spread
-from tvaprune.study.page import comparison_page
+from tvaprune.study.page import _charts, _tables, comparison_page
 from tvaprune.study.picture import _panel, _tick
 from tvaprune.study.report import orders_of, ratios, worst_change, write_report
 
@@ -98,7 +98,9 @@ def test_the_error_of_a_median_is_that_of_the_seed_in_the_middle():
     assert spread([cell("vib", "fold", (0.9, 0.4))], SECOND) == "0.400"
 
 
-def test_a_text_goes_by_its_files_name_where_that_tells_it_apart(tmp_path):
+def test_a_text_goes_by_its_files_name_where_that_tells_it_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("tvaprune.study.report.plot", lambda cells, path: None)
+
     def headings(*texts):
         places = dict(zip((FIRST, SECOND), texts, strict=True))
         renamed = [
@@ -148,9 +150,32 @@ def test_the_report_prints_the_numbers_beside_what_is_sought(tmp_path):
     assert "Order at 0.5, one, refit: first: vib, flap, taylor; second: taylor, vib, flap." in text
     assert "Order at 0.5, two, fold: first: taylor, flap; second: flap, taylor." in text
     assert "| 0.5 | flap | 2.000 |" in text.split("## two")[1]  # one seed: no spread
+    assert "| 0.5 | vib |" not in text.split("## two")[1]  # which was not measured
     report = tiny.read_json(tmp_path / "compare.json")
     assert [row["to_refitted"] for row in report["figures"]] == pytest.approx([0.3, 1.5])
     assert len(report["cells"]) == 22
+
+
+def test_rows_are_of_one_sparsity_medians_of_seeds_and_baselines_not_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr("tvaprune.study.report.plot", lambda cells, path: None)
+
+    def seeds():
+        for seed, (average, seconds) in enumerate(((0.5, 1.0), (0.55, 2.0), (0.75, 9.0))):
+            scores = {"dense": {"average": 0.9, "tasks": {"a_task": 0.9}}, "pruned": {"average": average}}
+            costs = {"choosing": seconds, "update": 1.0, "perplexity": 1.0}
+            yield cell("vib", "refit", (0.3, 0.3), seed=seed, zero_shot=scores, seconds=costs, split="all")
+
+    others = [cell(method, "refit", (gap, gap)) for method, gap in (("vib_once", 0.2), ("flap", 0.6))]
+    lower = [cell(method, "refit", (0.1, 0.4), sparsity=0.3) for method in ("vib", "flap")]
+    write_report([*seeds(), *others, *lower], tmp_path)
+    text = (tmp_path / "compare.md").read_text()
+    assert "on the all splits of first (4 windows of 16 tokens), second (5 " in text and "of seeds 0 1 2 (least" in text
+    assert text.index("| 0.3 | vib |") < text.index("| 0.5 | vib |")
+    assert "(0.300 to 0.300) | 0.550 | 2.0 s |" in text
+    assert text.count("Order at ") == text.count("Order at 0.5, one, refit: first: vib_once, vib, flap") == 1
+    assert ratios(Cells([*seeds(), *others]), "m/one")[0]["best_refitted"] == "flap, refit"
+    others[1]["perplexity"][FIRST]["pruned"] = None  # beside what fell to no number there is no ratio
+    assert ratios(Cells([*seeds(), *others]), "m/one")[0]["to_refitted"] is None
 
 
 def test_the_picture_has_a_bar_where_an_error_is_known():
@@ -166,6 +191,37 @@ def test_the_picture_has_a_bar_where_an_error_is_known():
     assert bars(None) == []  # control
 
 
+def test_a_panel_is_of_one_model_medians_between_the_least_and_the_largest():
+    gaps = (0.1, 0.2, 0.9)
+    cells = Cells([*(cell("vib", "fold", (gap, 0.0), seed=seed) for seed, gap in enumerate(gaps)),
+                   cell("vib", "fold", (5.0, 0.0), model="m/two")])  # fmt: skip
+
+    def drawn(model):
+        axes = Figure().subplots()
+        _panel(axes, cells, model, FIRST, {"vib": "C0"})
+        (dense, line), (band,) = axes.lines, axes.collections
+        assert axes.get_yscale() == "log" and list(dense.get_ydata()) == [1.0, 1.0]
+        places = band.get_paths()[0].vertices[:, 1]
+        return [*line.get_ydata(), min(places), max(places)], axes.yaxis.get_major_formatter()(3.0)
+
+    assert drawn("m/one") == (pytest.approx([math.exp(gap) for gap in (0.2, 0.1, 0.9)]), "3")
+    assert drawn("m/two") == (pytest.approx([math.exp(5.0)] * 3), "")  # from 1 to 148 they would crowd
+
+
+def test_a_section_of_the_page_is_of_one_model_a_column_for_each_update_of_a_text():
+    cells = Cells([
+        cell("flap", update, (gap + more, gap), model=model, sparsity=sparsity)
+        for sparsity in (0.3, 0.5) for update, more in (("fold", 0.1), ("refit", 0.0))
+        for model, gap in (("m/one", 2.0), ("m/two", 0.75))
+    ])  # fmt: skip
+    chart, *others = _charts(cells, "m/two")
+    assert len(others) == 3 and "flap: 0.85 at 0.3" in chart.svg and "2.1" not in chart.svg
+    table, _ = _tables(cells, "m/two")
+    assert table.rows == [["flap", "0.850", "0.750", "0.750", "0.750", "1.5 s"]]
+    assert table.head[1:5] == ["first, fold", "first, refit", "second, fold", "second, refit"]
+    assert list(_charts(Cells(HAND_MADE), "m/one")) == []  # of one sparsity there is no line
+
+
 def test_a_model_that_fell_to_no_number_is_the_worst_and_ends_nothing(tmp_path):
     fallen = {"perplexity": {FIRST: {"dense": 1.0, "pruned": None}, SECOND: {"dense": 1.0, "pruned": 2.0}}}
     lost = [row | {"versions": {}} for row in HAND_MADE]
@@ -179,6 +235,6 @@ def test_a_model_that_fell_to_no_number_is_the_worst_and_ends_nothing(tmp_path):
     assert "<td>inf (inf to inf)</td>" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("digits", "labels"), [("125", ["20", "", "50"]), ("123456789", ["20", "30", "50"])])
+@pytest.mark.parametrize(("digits", "labels"), [("125", ["20", "", "50", ""]), ("123456789", ["20", "30", "50", ""])])
 def test_a_perplexity_is_labelled_by_its_first_digit(digits, labels):
-    assert [_tick(value, digits) for value in (20.0, 30.0, 50.0)] == labels
+    assert [_tick(value, digits) for value in (20.0, 30.0, 50.0, 0.5)] == labels

@@ -1,10 +1,14 @@
 """What a comparison's cells are run with: their seeds, targets and texts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from support import tiny
 
 from tvaprune.flags.arguments import parse_comparison
+from tvaprune.models.rotate import Rotation
 from tvaprune.study import cells
 from tvaprune.study.grid import Cell, Grid
 
@@ -70,3 +74,26 @@ def test_tasks_are_scored_where_sparsity_and_seed_are_asked_for(grid):
     assert {(cell.target_sparsity, cell.seed) for cell in grid.cells} == {(0.3, 3), (0.3, 4), (0.5, 3), (0.5, 4)}
     limits = {grid.is_scored(cell): grid.settings(cell)["zero_eval_limit"] for cell in grid.cells}
     assert limits == {True: 7, False: None}  # scores of fewer examples serve no other limit
+
+
+def test_a_given_mask_that_holds_something_else_by_now_is_refused(tmp_path):
+    path, measurement = tmp_path / "mask.pkl", object.__new__(cells.Measurement)
+    measurement.grid = SimpleNamespace(is_given=lambda cell: True, mask_path=lambda cell: path, folder=tmp_path)
+    measurement.contents = {"model": "a digest"}
+    path.write_bytes(b"one")
+    content = {"contents": measurement._contents("cell")}
+    measurement._check(path, content, "cell")  # control
+    path.write_bytes(b"two")
+    with tiny.refused("mask.pkl: made when its mask held something else; give another --output"):
+        measurement._check(path, content, "cell")
+
+
+def test_a_model_is_turned_anew_for_a_mask_of_another_basis(grid, monkeypatch):
+    monkeypatch.setattr(cells.Run, "dense_model", lambda run: None)
+    monkeypatch.setattr(cells.Run, "turned", lambda run, rotation: replace(run, rotation=rotation))
+    measurement, run = object.__new__(cells.Measurement), cells.Run(None, torch.nn.Linear(1, 1), None)
+    measurement._last = None
+    one, two = Rotation(torch.eye(2)), Rotation(-torch.eye(2))
+    first, again, other = (measurement._turned(run, rotation) for rotation in (one, one, two))
+    assert first.model is again.model is not other.model and run.model not in (first.model, other.model)
+    assert measurement._turned(run, None) is run and measurement._last is None
