@@ -5,6 +5,7 @@ import torch
 from support import tiny
 from transformers import LlamaConfig
 
+from tvaprune import targets
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import OF_CELLS, parse_comparison
 from tvaprune.flags.conditions import parse
@@ -70,6 +71,9 @@ def test_the_share_by_hand(fine):
     assert model_parameters(shape) == layers + rest
     _, args = settled(folder, "--target_params", "3M")
     assert args.prune.target_sparsity == [0.5726]  # (6,482,000 - 3,000,000) / 6,081,600 = 0.57255, rounded up
+    _, exact = settled(folder, "--target_params", 3_106_712)  # 0.555, which floats miss by little
+    assert exact.prune.target_sparsity == [0.555]
+    assert settled(folder, "--target_speedup", 2, "--ctx_length", 32)[0].window == 32
     _, turned = settled(folder, "--target_params", "3M", "--rotate", "on")
     assert turned.prune.target_sparsity == args.prune.target_sparsity  # nothing to untie
 
@@ -103,8 +107,10 @@ def test_what_a_plan_of_half_the_heads_and_channels_reaches(fine, flags, said):
     folder, shape = fine
     half = PerUnit(torch.arange(400), (torch.arange(100),) * 2, (torch.arange(1000),) * 2)
     plan = KeepPlan(half, half.map(lambda units: torch.ones(len(units))), shape, 1)
-    target, _ = settled(folder, *flags.split())
+    target, args = settled(folder, *flags.split())
     assert reached(target, plan) == f"{flags}: {said}"
+    line = targets.settled(args, target)
+    assert line.startswith(f"{flags}: --target_sparsity 0.") and ("not timed" in line) == ("speedup" in flags)
 
 
 def test_without_a_target_nothing_changes(fine):
@@ -121,6 +127,7 @@ def test_without_a_target_nothing_changes(fine):
         ),
         ("--target_params 0.4M", "--target_params 0.4M: cannot be reached by cutting the decoder layers"),
         ("--target_params 6482000", "cannot be reached"),
+        ("--target_params 400401", "cannot be reached"),  # nor by less than a whole layer in ten thousand
         ("--target_memory 1TB", "has 13.0MB of weights, without its layers 0.8MB"),
         ("--target_speedup 40", "without its layers 3[0-9.]+ times as few"),
         ("--target_params 1e3", "is 1e3: give an amount above 0 with its unit, such as 100M"),

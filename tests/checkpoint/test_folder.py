@@ -146,7 +146,8 @@ def test_equal_widths_give_a_stock_checkpoint(row, values, stock, make_pruned, i
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     assert type(loaded).__name__ == stock
     assert (tmp_path / "pruned" / "modeling_pruned.py").exists() == stock.startswith("Pruned")
-    assert "per_layer_config" not in read_config(tmp_path / "pruned")
+    config = read_config(tmp_path / "pruned")
+    assert "per_layer_config" not in config and config["rope_theta"] == narrow.config.rope_parameters["rope_theta"]
     assert torch.equal(logits(loaded, input_ids), logits(narrow, input_ids))
     if row == "llama GQA":
         assert read_config(tmp_path / "pruned").get("sliding_window") is None
@@ -165,6 +166,8 @@ def test_saving_leaves_the_model_and_its_precision_as_they_are(make_pruned, tmp_
     assert narrow.dtype == torch.float32 and narrow.config.dtype == torch.bfloat16
     narrow.config.dtype = torch.float32  # control
     assert saved("third") == {torch.float32}
+    narrow.to(torch.bfloat16)
+    assert saved("fourth") == {torch.bfloat16}
 
 
 def test_scaled_rotary_settings_survive(make_pruned, input_ids, tmp_path):

@@ -45,6 +45,8 @@ def test_set_attn_implementation_reaches_every_layer(uneven_folder, input_ids):
 def test_the_decoder_alone_loads_as_auto_model(uneven_folder, input_ids):
     decoder = AutoModel.from_pretrained(uneven_folder).eval()
     assert type(decoder).__name__ == "PrunedMistralModel"
+    for model in (decoder, load_pruned(uneven_folder)):  # a device map splits no layer
+        assert "PrunedMistralDecoderLayer" in model._no_split_modules
     with torch.no_grad():
         hidden = decoder(input_ids=input_ids).last_hidden_state
         assert torch.equal(load_pruned(uneven_folder).lm_head(hidden), logits(load_pruned(uneven_folder), input_ids))

@@ -228,10 +228,11 @@ def test_a_path_that_leads_nowhere_is_told_as_one_and_not_asked_of_the_hub(path)
     assert "is not there" not in refused("somebody/model", load_config)  # control: the hub may have it
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"model": {"type": "Unheard"}}', '{"version": "9.0"}'])
-def test_a_tokenizer_that_cannot_be_read_is_one_line(content, checkpoint):
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"model": {"type": "Unheard"}}', '{"version": "9.0"}',
+                                     '{"model_max_length": "many"}'])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_read_or_used_is_one_line(content, checkpoint):
     folder = checkpoint()
-    (folder / "tokenizer.json").write_text(content)
+    (folder / (TOKENIZER_CONFIG if "length" in content else "tokenizer.json")).write_text(content)
     assert "its tokenizer: cannot be loaded" in refused(folder)
 
 
@@ -352,5 +353,5 @@ def test_what_is_trained_is_not_in_float16_unless_asked(monkeypatch):
         assert precision("auto", CUDA, torch.bfloat16, trains=True) == torch.bfloat16
         assert precision("auto", CUDA, HALF) == HALF  # applying
         assert precision("float16", CUDA, HALF, trains=True) == HALF  # the user's
-    assert precision("auto", CPU, HALF, trains=True) == torch.float32
+    assert precision("auto", CPU, HALF, trains=True) == precision("auto", CUDA, None) == torch.float32
     assert precision("bfloat16", CPU, HALF) == torch.bfloat16

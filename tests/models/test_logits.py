@@ -62,7 +62,10 @@ def test_a_row_that_does_not_know_it_costs_memory_and_no_logit(model_type, input
     assert not checked(model, input_ids)  # no row
     monkeypatch.setitem(families.FAMILIES, model_type, ModelFamily(beta=10.0))
     assert not checked(model, input_ids)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("called"))
     assert not checked(model, input_ids.flip(1))  # and at every later call
+    assert len(calls) == 2  # once for the predictions
 
 
 def test_lora_and_its_trained_head_are_part_of_the_model(make_model, input_ids):
@@ -130,13 +133,20 @@ def test_a_trained_head_adds_up_the_gradients_of_all_chunks_and_losses_in_one_pl
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_frozen_head_and_one_under_autocast_are_called_as_they_are(make_model):
+def test_a_frozen_head_and_one_under_autocast_are_called_as_they_are(make_model, monkeypatch):
     head = make_model().get_output_embeddings()
     assert _summing(head) is not head  # control
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert _summing(head) is head
     with torch.no_grad():
         assert _summing(head) is head
+    with monkeypatch.context() as patch:  # on a GPU
+        patch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+        assert _summing(head) is head
+    half = make_model().to(torch.bfloat16)
+    tuned = add_lora(half, LoraSettings(2, 1.0, 0.0, train_lm_head=True)).get_output_embeddings()
+    trained = _summing(tuned)  # beside LoRA it is float32, whatever the model's precision
+    assert trained is not tuned and trained(torch.ones(2, 36, dtype=half.dtype)).dtype == torch.float32
     assert _summing(head.requires_grad_(False)) is head
 
 

@@ -138,6 +138,8 @@ def test_files_hold_experts_one_by_one_where_transformers_has_it_so(row, make_mo
     save_pruned(sliced(model, plan), plan, None, tmp_path / "pruned")
     with safe_open(tmp_path / "pruned" / "model.safetensors", framework="pt") as file:
         assert "model.layers.0.mlp.experts.gate_up_proj" in file.keys()
+    told = tiny.read_json(tmp_path / "pruned" / "config.json")["num_experts"]
+    assert told == model.config.num_local_experts  # in transformers 4's word for Qwen 3's
     with GatedModel(loaded).applying(plan):
         masked = logits(loaded, input_ids)
     torch.testing.assert_close(logits(load_pruned(tmp_path / "pruned"), input_ids), masked, **CLOSE)
