@@ -19,7 +19,7 @@ from support.folders import (
     with_more_tokens,
     with_units,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Qwen3MoeConfig
 
 from tvaprune.checkpoint import folder as checkpoint
 from tvaprune.checkpoint.folder import load_pruned, save_pruned
@@ -168,6 +168,12 @@ def test_saving_leaves_the_model_and_its_precision_as_they_are(make_pruned, tmp_
     assert saved("third") == {torch.float32}
     narrow.to(torch.bfloat16)
     assert saved("fourth") == {torch.bfloat16}
+
+
+def test_what_readers_have_other_defaults_for_is_written_out(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint._complete_config(tmp_path / "config.json", Qwen3MoeConfig(head_dim=8))
+    assert {"head_dim", "tie_word_embeddings", "sliding_window", "num_experts"} <= read_config(tmp_path).keys()
 
 
 def test_scaled_rotary_settings_survive(make_pruned, input_ids, tmp_path):

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
-from tvaprune.models.pruned import config_of_widths, empty_model
+from tvaprune.models.pruned import config_of_widths, empty_model, with_kernel
 from tvaprune.models.shape import shape_of
 
 SIZES = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
@@ -26,3 +26,9 @@ def test_a_model_without_weights_generates_and_trains_as_the_one_that_it_is_like
     like.generation_config.max_length = 77
     empty = empty_model(like.config, like)
     assert (empty.generation_config.max_length, empty.training) == (77, trains)
+
+
+@pytest.mark.parametrize(("hidden", "channels", "kernel"), [(16, 8, None), (12, 8, "eager"), (16, 12, "eager")])
+def test_experts_whose_rows_are_of_no_whole_16_bytes_have_no_kernel(hidden, channels, kernel):
+    sizes = SIZES | {"hidden_size": hidden, "intermediate_size": channels, "num_key_value_heads": 2}
+    assert getattr(with_kernel(MixtralConfig(**sizes)), "experts_implementation", None) == kernel

@@ -210,14 +210,14 @@ def test_a_panel_is_of_one_model_medians_between_the_least_and_the_largest():
 
 def test_a_section_of_the_page_is_of_one_model_a_column_for_each_update_of_a_text():
     cells = Cells([
-        cell("flap", update, (gap + more, gap), model=model, sparsity=sparsity)
+        cell("flap", update, (gap + more, gap), model=model, sparsity=sparsity, seconds={"choosing": gap})
         for sparsity in (0.3, 0.5) for update, more in (("fold", 0.1), ("refit", 0.0))
         for model, gap in (("m/one", 2.0), ("m/two", 0.75))
     ])  # fmt: skip
     chart, *others = _charts(cells, "m/two")
     assert len(others) == 3 and "flap: 0.85 at 0.3" in chart.svg and "2.1" not in chart.svg
     table, _ = _tables(cells, "m/two")
-    assert table.rows == [["flap", "0.850", "0.750", "0.750", "0.750", "1.5 s"]]
+    assert table.rows == [["flap", "0.850", "0.750", "0.750", "0.750", "0.8 s"]]
     assert table.head[1:5] == ["first, fold", "first, refit", "second, fold", "second, refit"]
     assert list(_charts(Cells(HAND_MADE), "m/one")) == []  # of one sparsity there is no line
 
