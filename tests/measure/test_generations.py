@@ -59,3 +59,12 @@ def test_answers_are_the_pieces_of_what_follows_each_prompt(make_model):
     assert len(found) == len(PROMPTS) and all(len(parts) == 5 for parts in found)
     ids = tokenizer(PROMPTS[1]).input_ids
     assert found[1] == pieces(tokenizer, continuations(model, [ids], 5, None)[0])
+
+
+def test_what_a_model_says_is_parted_into_what_each_token_adds(tmp_path):
+    tokenizer, text = byte_tokenizer(), "é, 10 € <b>"
+    ids = tokenizer(text).input_ids
+    parts = pieces(tokenizer, ids)
+    assert "".join(parts) == text and len(parts) == len(ids) == len(text.encode()) > len(text)
+    assert parts[:3] == ["", "é", ","]  # a letter of two tokens comes with its last
+    assert "".join(pieces(tokenizer, ids[:-5])) == "é, 10 \ufffd"  # cut within one: as the model's text is

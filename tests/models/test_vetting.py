@@ -80,7 +80,9 @@ def test_parts_without_their_index_are_told(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     with tiny.refused(f"DIR: holds model-00001-of-00002.safetensors, but no {INDEX}, which says what lies in which"):
         shards(tmp_path, "DIR")
-    (tmp_path / WEIGHTS).touch()  # control
+    (tmp_path / "pytorch_model.bin").touch()  # controls
+    assert shards(tmp_path, "DIR") == []
+    (tmp_path / WEIGHTS).touch()
     assert shards(tmp_path, "DIR") == [tmp_path / WEIGHTS]
 
 

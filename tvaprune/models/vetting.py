@@ -112,11 +112,13 @@ def shards(path: str | Path, named: str) -> list[Path]:
         InputError: If the index is damaged or missing, or names a file outside the folder.
     """
     folder = Path(path)
-    if not (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():  # one file goes before an index
+    if (folder / WEIGHTS).is_file():  # one file goes before an index
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
         parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-        if parts and not (folder / WEIGHTS).is_file():
+        if parts and not any(folder.glob("pytorch_model*.bin")):  # which serve beside half a download
             raise InputError(f"{named}: holds {parts[0]}, but no {INDEX}, which says what lies in which file; fetch it")
-        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+        return []
     try:
         names = set(read_json(folder / INDEX)["weight_map"].values())
     except Exception as error:  # a broken index raises nearly anything

@@ -29,15 +29,21 @@ class KeptGates(TrainerCallback):
         self._folder, self._settings, self._begun = folder, dict(settings), time.perf_counter()
         self.checkpoint, self.seconds = None, 0.0
         last = last_checkpoint(folder)
-        if last is not None and (seconds := self._seconds(last)) is not None:
-            self.checkpoint, self.seconds = str(last), seconds
-            print(f"note: gate training goes on from {last}")
+        if last is None:
+            return
+        seconds = self._seconds(last)
+        if seconds is None:
+            print(f"note: {last} is of other settings: gate training begins anew")
+            return
+        self.checkpoint, self.seconds = str(last), seconds
+        print(f"note: gate training goes on from {last}")
 
     def _seconds(self, checkpoint: Path) -> float | None:
+        """Returns what a checkpoint took; None: it is of other settings, or does not say."""
         try:
             content = read_json(checkpoint / _NAME)
             return float(content["seconds"]) if content["settings"] == self._settings else None
-        except (OSError, ValueError, KeyError, TypeError):  # nothing says what it belongs to
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
