@@ -189,7 +189,15 @@ def test_another_models_text_and_a_strangers_are_left_alone(source, make_model, 
 )
 def test_a_value_that_cannot_be_used_is_refused_and_nothing_is_written(source, written, flags, words, tmp_path):
     refused(sampled(source, tmp_path / "own", *flags), words)
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("*.jsonl*"))
+
+
+def test_a_page_too_small_for_a_conversation_is_told_before_the_first_document(make_model, written, tmp_path):
+    asked = tiny.save_checkpoint(make_model(), tmp_path / "asked")
+    (asked / "chat_template.jinja").write_text("the system says: {{ messages[0]['content'] }}", encoding="utf-8")
+    refused(sampled(asked, tmp_path / "own", "--page", 4), "--page 4: a conversation opens with 4 tokens; give 5 or more")
+    assert written.seen == [] and not list(tmp_path.rglob("text.jsonl*"))
+    assert sampled(asked, tmp_path / "own").code == 0 and len(written.seen) == BATCHES
 
 
 def test_what_cannot_be_written_is_told_before_the_model_is_loaded(source, monkeypatch, tmp_path):

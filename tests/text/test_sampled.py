@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from tvaprune.errors import InputError
 from tvaprune.text import sampled
-from tvaprune.text.sampled import KINDS, kinds_of, longest_page, openings, pages, words_of
+from tvaprune.text.sampled import KINDS, check_page, kinds_of, longest_page, openings, pages, words_of
 
 MINI = tiny.ROOT / "mistral_saves_tva" / "mini_mistral"
 TEMPLATE = (
@@ -114,7 +114,8 @@ def test_every_family_writes_on_what_it_wrote_before(row, make_model, asked, mon
     assert rows.shape == (3, tokens) and torch.equal(rows[:, 1:], likeliest[:, :-1])
 
 
-def test_a_page_without_room_beside_its_opening_is_refused(writer, asked):
+def test_a_page_without_room_beside_the_opening_of_any_kind_is_refused(asked):
     opening = openings(asked, "conversation", 1, np.random.default_rng(0)).shape[1]
+    check_page(asked, opening + 1)
     with tiny.refused(f"--page {opening}: a conversation opens with {opening} tokens; give {opening + 1} or more"):
-        pages(writer, asked, "conversation", 1, opening, 1.0, SEED)
+        check_page(asked, opening)

@@ -24,7 +24,7 @@ from tvaprune.identity import IDENTITY_NAME, Identity, check_identity, content, 
 from tvaprune.locks import holding_folders
 from tvaprune.models.load import load_config, load_model
 from tvaprune.phases import told_bar
-from tvaprune.text.sampled import kinds_of, longest_page, pages
+from tvaprune.text.sampled import check_page, kinds_of, longest_page, pages
 
 TEXT_NAME = "text.jsonl"
 PART_NAME = f"{TEXT_NAME}.part"
@@ -52,6 +52,7 @@ def sample(settings: SampleSettings) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu")
     model, tokenizer = load_model(settings.model_name_or_path, settings.dtype, device)
     kinds = kinds_of(tokenizer)
+    check_page(tokenizer, settings.page)
     identity: Identity = {
         "flags": {name: value for name, value in asdict(settings).items() if name in _SETTLING},
         "contents": {"model_name_or_path": content(settings.model_name_or_path, model_digest(model))},

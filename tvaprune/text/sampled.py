@@ -44,6 +44,18 @@ def longest_page(config: PretrainedConfig) -> int:
     return min(longest, rope.get("original_max_position_embeddings") or longest)
 
 
+def check_page(tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """Refuses pages that one of the kinds fills with its opening alone, before any page of another kind is written.
+
+    Raises:
+        InputError: Naming the kind, and how many tokens would do.
+    """
+    for kind in kinds_of(tokenizer):
+        opening = openings(tokenizer, kind, 1, np.random.default_rng(0)).shape[1]
+        if opening >= tokens:
+            raise InputError(f"--page {tokens}: a {kind} opens with {opening} tokens; give {opening + 1} or more")
+
+
 @lru_cache(maxsize=1)
 def words_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that begin a word of letters; of a vocabulary that marks none, all but the special ones."""
@@ -101,19 +113,12 @@ def pages(
 
     Args:
         kind: Of `KINDS`.
-        tokens: Of a page, opening and all.
+        tokens: Of a page, opening and all; `check_page` says whether there is room.
         temperature: That the predictions are divided by: 1 draws as the model predicts, less keeps to the likely.
         seed: Settles the openings and the draws, with the device.
-
-    Raises:
-        InputError: If a page has no room beside its opening.
     """
     generator = np.random.default_rng(seed)
     given = openings(tokenizer, kind, count, generator).to(model.device)
-    if given.shape[1] >= tokens:
-        raise InputError(
-            f"--page {tokens}: a {kind} opens with {given.shape[1]} tokens; give {given.shape[1] + 1} or more"
-        )
     torch.manual_seed(int(generator.integers(2**63)))
     found = _drawn(model, given, tokens, temperature)
     start = _start(tokenizer)  # blocks of text get one of their own, where the model needs it
