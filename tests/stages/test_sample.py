@@ -195,7 +195,8 @@ def test_a_value_that_cannot_be_used_is_refused_and_nothing_is_written(source, w
 def test_a_page_too_small_for_a_conversation_is_told_before_the_first_document(make_model, written, tmp_path):
     asked = tiny.save_checkpoint(make_model(), tmp_path / "asked")
     (asked / "chat_template.jinja").write_text("the system says: {{ messages[0]['content'] }}", encoding="utf-8")
-    refused(sampled(asked, tmp_path / "own", "--page", 4), "--page 4: a conversation opens with 4 tokens; give 5 or more")
+    line = "--page 4: a conversation opens with 4 tokens; give 5 or more"
+    refused(sampled(asked, tmp_path / "own", "--page", 4), line)
     assert written.seen == [] and not list(tmp_path.rglob("text.jsonl*"))
     assert sampled(asked, tmp_path / "own").code == 0 and len(written.seen) == BATCHES
 
