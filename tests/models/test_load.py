@@ -228,6 +228,13 @@ def test_a_path_that_leads_nowhere_is_told_as_one_and_not_asked_of_the_hub(path)
     assert "is not there" not in refused("somebody/model", load_config)  # control: the hub may have it
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_checkpoint_is_told_from_its_folder(name, checkpoint):
+    folder = checkpoint()
+    assert "is a file; give the folder that it is in" in refused(str(folder / name), load_config)
+    load_config(str(folder))  # control
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"model": {"type": "Unheard"}}', '{"version": "9.0"}',
                                      '{"model_max_length": "many"}'])  # fmt: skip
 def test_a_tokenizer_that_cannot_be_read_or_used_is_one_line(content, checkpoint):

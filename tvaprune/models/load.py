@@ -315,7 +315,12 @@ def _check_whole(named: str, loaded: dict[str, Any]) -> None:
 
 
 def _check_there(path: str, named: str) -> None:
-    """Refuses what is no path here and no name that the hub could have; it would tell of the name alone."""
+    """Refuses a file that is no GGUF, and what is no path here and no name that the hub could have.
+
+    Of a file transformers would take the config, and miss the rest on the hub, which would tell of the name alone.
+    """
+    if Path(path).is_file() and Path(path).suffix != SUFFIX:
+        raise InputError(f"{named}: is a file; give the folder that it is in")
     if Path(path).exists():
         return
     try:
