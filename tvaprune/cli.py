@@ -17,7 +17,7 @@ from typing import Any
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
 from tvaprune.flags.recipes import advice_of, expand, is_on, naming_recipe, recipe_of
-from tvaprune.flags.verbs import MODES, VERBS, check_flags, underscored
+from tvaprune.flags.verbs import MODES, VERBS, check_flags, from_home, underscored
 from tvaprune.garbage import uncollected
 
 EXIT_INPUT = 2
@@ -74,6 +74,7 @@ def run_verb(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> Any
         InputError: If the flags cannot be used.
     """
     ranks.check_numbers()
+    arguments = from_home(arguments)
     module, _, function = VERBS[verb].entry.partition(":")
     if not VERBS[verb].first:  # a verb with a parser of its own
         if ranks.launched() > 1:

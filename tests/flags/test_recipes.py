@@ -6,6 +6,7 @@ from tvaprune.cli import run_verb
 from tvaprune.errors import InputError
 from tvaprune.flags.arguments import Arguments
 from tvaprune.flags.recipes import PRESETS, expand, recipe_of
+from tvaprune.flags.verbs import from_home
 from tvaprune.stages.estimate import estimate
 
 FLAGS = ["--target_sparsity", "0.2", "0.5", "--uniform", "--dataset_name", "a b", "--run_name", "007", "--seed=3"]
@@ -48,6 +49,16 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     path = write(tmp_path, "seed: 1\nblock_size: 8\n")
     flags = expand("prune", ["--seed", "2", f"--config={path}"])
     assert recipe_of("prune", flags) == {"verb": "prune", "block_size": 8, "seed": 2}
+
+
+def test_the_users_home_is_meant_where_no_shell_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path, "save_pruned: ~/model\ndata_dir: some~/where\n")
+    assert expand("prune", ["--config", path]) == ["--save_pruned", f"{tmp_path}/model", "--data_dir", "some~/where"]
+    given = ["--output_dir=~/out", "--dataset_name", "c4,~/mine.txt", "--run_name", "~", "--data_dir=a~/b"]
+    assert from_home(given) == [f"--output_dir={tmp_path}/out", "--dataset_name", f"c4,{tmp_path}/mine.txt", *given[3:]]
+    with pytest.raises(InputError, match=f"--plan {tmp_path}/no.json: there is no such file"):
+        run_verb("apply", ["--plan=~/no.json"])
 
 
 def test_words_that_yaml_takes_for_truth_values_are_words(tmp_path):

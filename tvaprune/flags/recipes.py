@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tvaprune.errors import InputError, check_file
-from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, given_names
+from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, from_home, given_names
 
 RECIPE_NAME = "recipe.yaml"
 PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
@@ -94,7 +94,7 @@ def _flags_of(verb: str, given: str, recipe: str, is_target_given: bool) -> list
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, dict | list) or item == "" for item in values):
             raise InputError(f"{given}: {key} needs a plain value, or a list of them")
-        flags += [f"--{key}", *(_AS_FLAGS.get(text, text) for text in map(str, values))]
+        flags += [f"--{key}", *(_AS_FLAGS.get(text, text) for text in from_home(map(str, values)))]
     return flags
 
 

@@ -4,7 +4,10 @@ Nothing heavy is imported: ``tvaprune --help`` and a mistyped flag answer at onc
 """
 
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from tvaprune.errors import InputError
@@ -153,6 +156,14 @@ def flag_name(word: str) -> str:
 def underscored(word: str) -> str:
     """Returns a word of a command line, a flag's dashes as underscores: both spell it."""
     return f"--{flag_name(word)}{word[len(word.split('=', 1)[0]) :]}" if word.startswith("--") else word
+
+
+def from_home(words: Iterable[str]) -> list[str]:
+    """Returns words of a command line, a ``~/`` where a path begins as the user's home.
+
+    A shell puts it there itself, but not after ``=`` or a comma, nor in a recipe, nor in a call from Python.
+    """
+    return [re.sub("(?:(?<=[=,])|^)~(?=/)", lambda _: str(Path.home()), word) for word in words]
 
 
 def check_flags(verb: str, arguments: list[str], also: tuple[str, ...] = ()) -> None:
