@@ -16,7 +16,7 @@ from typing import Any
 
 from tvaprune import endings, ranks
 from tvaprune.errors import InputError, one_line, out_of_memory, program, reason
-from tvaprune.flags.recipes import advice_of, expand, is_on, naming_recipe, recipe_of
+from tvaprune.flags.recipes import OFF, ON, advice_of, expand, is_on, naming_recipe, recipe_of
 from tvaprune.flags.verbs import MODES, VERBS, check_flags, from_home, underscored
 from tvaprune.garbage import uncollected
 
@@ -147,7 +147,7 @@ def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
     kept: list[str] = []
     skips = False
     for word in arguments:
-        if skips and word.lower() in ("true", "false"):
+        if skips and word.lower() in (*ON, *OFF):
             skips = False
             continue
         skips = word in names

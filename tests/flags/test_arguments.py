@@ -123,6 +123,8 @@ def test_the_modes_of_the_released_scripts_are_accepted_from_them_alone():
         (["--mask_loc=k", "--finetune", "--do_eval", "True"], "finetune", ["--mask_loc=k"]),
         (["--do_zero_eval", "True"], "apply", ["--do_zero_eval", "True"]),
         (["--mask_loc", "k", "--do_train", "False", "--do_eval"], "apply", ["--mask_loc", "k", "--do_eval"]),
+        (["--mask_loc", "k", "--do_train", "0", "--do_eval", "yes"], "apply", ["--mask_loc", "k", "--do_eval", "yes"]),
+        (["--do_train", "yes", "--do_eval", "no", "--seed", "1"], "prune", ["--seed", "1"]),
         (["--mask-loc", "a-k", "--do-train", "--lora-r=2"], "finetune", ["--mask_loc", "a-k", "--lora_r=2"]),
     ],
 )

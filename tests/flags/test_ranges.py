@@ -146,6 +146,7 @@ IDLE = [
     ("apply", "--weight_update fold", "--refit_offload True", "without --weight_update refit"),
     ("finetune", "--weight_update none", "--refit_samples 8", "without --weight_update refit"),
     ("prune", "--weight_update reconstruct", "--refit_samples 8", None),
+    ("apply", "--weight_update fold", "--refit_offload no", None),
     ("apply", "", "--zero_eval_limit 3", "without --do_zero_eval True"),
     ("apply", "", "--write_out True", "without --do_zero_eval True"),
     ("prune", "--use_cpu", "--fp16 True", "without a GPU"),

@@ -55,7 +55,7 @@ CONDITIONS = (
               lambda args: not args.is_spread),
     Condition(("prompt_tokens",), "beside --shard True or --stream True, where no whole model is in memory: tvaprune "
               "report --prompts asks those that are saved",
-              lambda args: not (args.evaluation.prompt_tokens and (args.source.shard or args.prune.stream))),
+              lambda args: not (args.source.shard or args.prune.stream)),
     Condition(("prompt_tokens",), "without --do_eval True", lambda args: args.training.do_eval, ("apply",)),
     Condition(("teacher_cache",), "beside --shard True, which keeps the teacher's layers apart already",
               lambda args: not args.source.shard),

@@ -18,6 +18,7 @@ from tvaprune.flags.verbs import TARGETS, VERBS, flag_name, from_home, given_nam
 
 RECIPE_NAME = "recipe.yaml"
 PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
+OFF, ON = ("false", "f", "no", "n", "0"), ("true", "t", "yes", "y", "1")  # transformers' words for truth values
 _AS_FLAGS = {"true": "True", "false": "False"}  # YAML's words for what a command line spells so
 
 
@@ -119,8 +120,8 @@ def recipe_of(verb: str, arguments: list[str]) -> dict[str, object]:
 
 
 def is_on(recipe: Mapping[str, object], name: str) -> bool:
-    """Tells whether a flag is given, and does not say False."""
-    return str(recipe.get(name, False)).lower() != "false"
+    """Tells whether a flag is given, and does not say False, or 0."""
+    return str(recipe.get(name, False)).lower() not in OFF
 
 
 def advice_of(verb: str, arguments: list[str]) -> str:
