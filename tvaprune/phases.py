@@ -89,7 +89,7 @@ class Phases:
         return f"phase {self._place + 1} of {len(self._names)}" if len(self._names) > 1 and self._place >= 0 else ""
 
     def _restart(self, done: float) -> None:
-        self._begun = self._told = self._now()
+        self._begun = self._now()
         self._base = self._done = done
 
     def _close(self) -> None:
@@ -136,7 +136,7 @@ def told_bar(
 
         def advance() -> None:
             bar.update()
-            if label is not None and at is not None:
+            if at is not None:
                 bar.set_description(", ".join(filter(None, (label, at(bar.n / total)))), refresh=False)
 
         yield advance
