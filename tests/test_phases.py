@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tvaprune.phases import Phases, TrainingBar
+from tvaprune.phases import Phases, TrainingBar, told_bar
 
 PHASES = {"look": ("dense",), "train": ("rotation", "gates"), "cut": ("refit", "pruned")}
 COUNTED = {"dense": 10.0, "rotation": 20.0, "gates": 180.0, "refit": 30.0, "pruned": 10.0}
@@ -131,3 +131,21 @@ def test_a_trainings_bar_tells_it(resumed, clock):
     bar.on_step_end(None, state, None)
     left = {0: 6 + 1.78, 4: 2 + 1.78}[resumed]  # two minutes for 45: the steps to come, and 40 after them
     assert shown == [f"phase 2 of 3, about {round(left)} min left"]
+
+
+def test_a_trainings_bar_moves_with_its_steps(clock):
+    bar = TrainingBar(Phases(PHASES, COUNTED, clock), "gates")
+    state = SimpleNamespace(global_step=0, max_steps=8, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    state.global_step = 2
+    bar.on_step_end(None, state, None)
+    assert bar.training_bar.n == 2
+    bar.training_bar.close()
+
+
+def test_a_bar_tells_the_share_that_is_done():
+    told = []
+    with told_bar(4, "counting", "thing", lambda share: told.append(share) or "") as advance:
+        for _ in range(4):
+            advance()
+    assert told == [0.25, 0.5, 0.75, 1.0]
