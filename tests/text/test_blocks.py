@@ -41,13 +41,15 @@ def make_tokenizer(end, pre_tokenizer=None):
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end)
 
 
-def test_a_model_that_needs_bos_gets_it_before_every_block(cache, tokenizer, tmp_path):
+@pytest.mark.parametrize("bos", [0, 2])
+def test_a_model_that_needs_bos_gets_it_before_every_block(bos, cache, tokenizer, tmp_path):
     text = write_text(tmp_path, "jsonl")
     plain = token_blocks(tokenizer, text, "train", 7)[:]["input_ids"]
-    begun = token_blocks(tokenizer, text, "train", 8, bos=2)[:]["input_ids"]
-    assert begun.shape[1] == 8 and (begun[:, 0] == 2).all()
+    begun = token_blocks(tokenizer, text, "train", 8, bos=bos)[:]["input_ids"]
+    assert begun.shape[1] == 8 and (begun[:, 0] == bos).all()
     assert torch.equal(begun[:, 1:], plain)  # no token of the text is lost
-    assert not torch.equal(token_blocks(tokenizer, text, "train", 8)[:]["input_ids"], begun)  # nor is the cache's taken
+    for other in (None, 1):  # nor are the cache's taken
+        assert not torch.equal(token_blocks(tokenizer, text, "train", 8, bos=other)[:]["input_ids"], begun)
 
 
 def test_blocks_are_the_stream_of_documents_cut(cache, tokenizer, tmp_path):
@@ -64,6 +66,11 @@ def test_a_tokenizer_without_end_of_text_joins_directly(cache, tmp_path):
     blocks = token_blocks(make_tokenizer(None), write_text(tmp_path, "jsonl"), "test", block_size=25)
     assert len(blocks) == 1
     assert WORDS.index("[END]") not in blocks[0]["input_ids"].tolist()
+
+
+def test_an_end_of_text_whose_id_is_0_ends_documents(cache, tmp_path):
+    blocks = token_blocks(make_tokenizer("[UNK]"), write_text(tmp_path, "jsonl"), "test", block_size=6)
+    assert WORDS.index("[UNK]") == 0 and (blocks[:]["input_ids"][:, -1] == 0).all()  # of five words each
 
 
 def test_a_text_shorter_than_one_block_is_refused(cache, tokenizer, tmp_path):
@@ -144,6 +151,15 @@ def test_of_a_text_that_is_used_whole_blocks_are_drawn_as_ever(cache, tokenizer,
     assert token_blocks(tokenizer, path, "train", 12, max_blocks=10, seed=3)[:]["input_ids"].tolist() == drawn
 
 
+def test_of_one_large_document_blocks_are_drawn_from_all_of_it(cache, tokenizer, tmp_path, monkeypatch):
+    path = write_text(tmp_path, "txt")
+    every = token_blocks(tokenizer, path, "train", 12)[:]["input_ids"].tolist()
+    monkeypatch.setattr(data, "WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr(data, "DRAWN_FROM", 8)
+    drawn = token_blocks(tokenizer, path, "train", 12, max_blocks=10, seed=3)[:]["input_ids"].tolist()
+    assert len(load_documents(path, "train")) == 1 and max(map(every.index, drawn)) > len(every) / 2
+
+
 def test_of_c4_no_more_is_read_and_tokenised_than_is_asked_for(cache, tokenizer, tmp_path, monkeypatch):
     write_hub_copies(tmp_path)
     c4 = tmp_path / "allenai/c4/en/c4-train.00000-of-01024.json.gz"
@@ -202,6 +218,10 @@ def test_a_tokenizer_of_the_same_rules_that_ends_texts_otherwise_does_not_take_i
     second = token_blocks(tokenizer, path, "test", 4)[:]["input_ids"]
     end, other = map(WORDS.index, ("[END]", "one"))
     assert end in first and end not in second and torch.equal(torch.where(first == end, other, first), second)
+
+
+def test_texts_of_the_same_characters_in_other_documents_do_not_share_cached_blocks():
+    assert data._digest([], ["one two ", "three"]) != data._digest([], ["one ", "two three"])
 
 
 def test_nothing_half_written_is_left_if_building_fails(cache, tokenizer, tmp_path, monkeypatch):
