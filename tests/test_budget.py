@@ -11,6 +11,7 @@ from benchmarks.simulate import CONFIGS
 from tvaprune.budget import GIB, fit, fitted, memory_of, rotation_batch, times, times_training, work_of
 from tvaprune.errors import InputError
 from tvaprune.flags.conditions import parse
+from tvaprune.flags.ranges import RESERVED_MEMORY
 from tvaprune.measure import cost, update_cost
 from tvaprune.models.parameters import model_parameters
 from tvaprune.models.units import PerUnit
@@ -97,11 +98,37 @@ def test_what_the_user_gave_stays_and_what_it_needs_is_told(given, name, value, 
     assert "note: training needs about" in told and needed in told
 
 
+@pytest.mark.parametrize(
+    ("verb", "given"),
+    [
+        ("finetune", ("--distill", False)),
+        ("finetune", ("--do_zero_eval", True, "--compare_dense", True)),  # it is scored later
+        ("prune", ()),
+    ],
+)
+def test_a_teachers_cache_is_advised_only_where_it_leaves_the_dense_model_out(verb, given, arguments, capsys):
+    fit(arguments(verb, "Llama-3-8B", "--memory", 8, *given))
+    told = capsys.readouterr().out
+    assert "note: training needs about" in told and "--teacher_cache" not in told
+
+
+def test_scores_train_nothing(arguments, capsys):
+    fit(arguments("prune", "Llama-3-8B", "--memory", 8, "--prune_method", "magnitude", "--weight_update", "fold"))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_fits_in_no_way_runs_in_the_least(arguments):
+    args = arguments("finetune", "Llama-3-8B", "--memory", 8)
+    fit(args)
+    assert (args.training.per_device_train_batch_size, args.training.activation_checkpointing) == (1, True)
+
+
 def test_an_offload_that_was_refused_stays_refused(arguments, capsys):
     args = arguments("prune", "Llama-2-7B", "--memory", 24, "--refit_offload", "False")
     fit(args)
     assert not args.prune.refit_offload
-    assert "note: the refit needs about 23 GiB, and --memory 24 leaves 22" in capsys.readouterr().out
+    told = "note: the refit needs about 23 GiB, and --memory 24 leaves 22; --weight_update fold needs less"
+    assert told in capsys.readouterr().out
     args = arguments(
         "prune", "Llama-2-7B", "--memory", 26, "--refit_offload", "False", "--weight_update", "reconstruct"
     )
@@ -153,10 +180,22 @@ def test_the_dense_model_stays_on_the_card_where_something_later_needs_it(argume
     assert not stays("finetune", "--teacher_cache", "cache")
 
 
+def test_the_dense_model_stays_on_the_card_where_both_are_timed(arguments):
+    args = arguments("prune", "mini")
+    assert fitted(args, work_of(args)).keep_dense
+
+
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
 def test_the_older_word_for_activation_checkpointing_counts_too(arguments):
     assert not work_of(arguments("finetune", "mini")).checkpointing  # control
     assert work_of(arguments("finetune", "mini", "--gradient_checkpointing", True)).checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
+def test_so_it_does_where_it_was_refused(arguments):
+    args = arguments("finetune", "Llama-3-8B", "--gradient_checkpointing", False)
+    fit(args)
+    assert not args.training.activation_checkpointing
 
 
 @pytest.mark.parametrize(("update", "size"), [("reconstruct", 4), ("refit", 2)])
@@ -169,7 +208,47 @@ def test_what_is_trained_on_a_card_without_bfloat16_is_counted_in_float32(update
 
 def test_a_refit_is_counted_on_the_blocks_that_it_fits_and_chooses_on(arguments):
     work = work_of(arguments("prune", "mini", "--refit_samples", 9))
-    assert (work.refit_blocks, work.held_blocks) == (9, 4)
+    assert (work.refit_blocks, work.held_blocks, work.selection_blocks) == (9, 4, 128)
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "field", "value"),
+    [
+        ("prune", ("--block_size", 64), "block", 64),
+        ("prune", ("--ctx_length", 32), "window", 32),
+        ("prune", ("--max_eval_samples", 7), "windows", 7),
+        ("prune", ("--per_device_eval_batch_size", 3), "eval_batch", 3),
+        ("prune", ("--gradient_accumulation_steps", 1), "accumulates", False),
+        ("prune", ("--gradient_accumulation_steps", 2), "accumulates", True),
+        ("prune", ("--refit_offload", True), "refit_offload", True),
+        ("prune", ("--target_sparsity", 0.2, 0.5), "targets", 2),
+        ("finetune", ("--lora_r", 4), "lora_r", 4),
+        ("finetune", ("--full_ft", True), "lora_r", 0),
+        ("finetune", (), "train_lm_head", True),
+        ("finetune", ("--train_lm_head", False), "train_lm_head", False),
+        ("apply", ("--mask_loc", __file__, "--do_eval", True), "measures", True),
+        ("apply", ("--mask_loc", __file__, "--do_eval", False), "measures", False),
+    ],
+)
+def test_what_a_flag_asks_for_is_counted(verb, given, field, value, arguments):
+    assert getattr(work_of(arguments(verb, "mini", *given)), field) == value
+
+
+def test_a_tied_head_is_counted_as_trained_only_where_that_was_asked_for(arguments):
+    given = ((), ("--train_lm_head", True))
+    assert [work_of(arguments("finetune", "tied", *more)).train_lm_head for more in given] == [False, True]
+
+
+def test_of_several_targets_the_widest_model_is_counted(arguments):
+    several, widest = (work_of(arguments("prune", "mini", "--target_sparsity", *kind)) for kind in ((0.5, 0.2), (0.2,)))
+    assert several.pruned == widest.pruned
+
+
+def test_the_noise_of_gates_is_kept_on_a_cpu_and_drawn_again_on_a_card(arguments, monkeypatch):
+    args = arguments("prune", "mini")
+    assert [work_of(args, on_card=kind).redraws for kind in (None, True)] == [False, True]
+    monkeypatch.setattr(type(args.training), "device", torch.device("cuda"))
+    assert work_of(args).redraws
 
 
 def test_a_head_that_turning_unties_is_counted(arguments):
@@ -178,6 +257,34 @@ def test_a_head_that_turning_unties_is_counted(arguments):
         more = model_parameters(getattr(turned, side)) - model_parameters(getattr(kept, side))
         assert more == 4096 * getattr(kept, side).hidden_size
     assert update_cost.refit(turned) > update_cost.refit(kept)
+
+
+def keeping_all(shape):
+    kept = PerUnit(torch.arange(128), (torch.arange(4),) * 6, (torch.arange(384),) * 6)
+    return KeepPlan(kept, kept.map(lambda units: torch.ones(len(units))), shape, 1)
+
+
+@pytest.mark.parametrize(("fits", "needed"), [(times, cost.timing), (times_training, cost.training_timing)])
+def test_what_a_plan_keeps_tells_whether_both_models_fit_to_be_timed(fits, needed, arguments):
+    args = arguments("finetune", "mini")
+    plan = keeping_all(work_of(args).dense)
+    between = (needed(work_of(args)) + needed(work_of(args, plan))) / 2
+    args.source.memory = RESERVED_MEMORY + between / GIB
+    assert fits(args) and not fits(args, plan)
+
+
+def test_what_a_plan_keeps_tells_how_it_is_trained(arguments, capsys):
+    args = arguments("finetune", "mini")
+    plan = keeping_all(work_of(args).dense)
+    args.source.memory = RESERVED_MEMORY + cost.finetuning_step(work_of(args)) / GIB
+    fit(args)
+    assert capsys.readouterr().out == ""
+    fit(args, plan)
+    assert "note: to fit --memory" in capsys.readouterr().out
+
+
+def test_no_training_is_timed_where_nothing_is(arguments):
+    assert not times_training(arguments("finetune", "mini", "--speed_batches", 0))
 
 
 def test_a_layer_that_loses_all_is_counted_as_it_is_stored(arguments):
