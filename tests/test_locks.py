@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_one_run_holds_a_folder_until_it_ends_however_it_ends(tmp_path):
         prepare_folder("save_loc", tmp_path, may_hold_files=True)  # the same folder by another flag
         assert str(os.getpid()) in (tmp_path / ".tvaprune-lock").read_text()
     assert os.listdir(tmp_path) == []
+
+
+def test_folders_that_a_refused_run_made_go_again_and_those_that_were_there_stay(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").write_text("")
+    for place, left in ((Path("mine"), True), (Path("new", "er"), False), (Path("file", "below"), False)):
+        with pytest.raises(InputError), holding_folders():
+            prepare_folder("output_dir", tmp_path / place, may_hold_files=False)
+            raise InputError("no text")
+        assert (tmp_path / place).exists() == left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+    with holding_folders():
+        prepare_folder("output_dir", tmp_path / "new" / "er", may_hold_files=False)
+        (tmp_path / "new" / "er" / "results.json").write_text("{}")
+    assert (tmp_path / "new" / "er" / "results.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tvaprune.errors import InputError, reason
-from tvaprune.locks import hold
+from tvaprune.locks import at_the_end, hold
 
 CONFIG_NAME = "config.json"  # by which a folder is known to be a checkpoint
 CARD_NAME = "README.md"  # its model card
@@ -148,7 +148,8 @@ def discard(folder: Path) -> None:
 def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
     """Makes an output folder, refuses one that is in use, and clears what a killed run left.
 
-    Within `tvaprune.locks.holding_folders` the folder is this command's until its end.
+    Within `tvaprune.locks.holding_folders` the folder is this command's until its end; if nothing is in it then, as it
+    was refused, the folders that were made go again.
 
     Args:
         flag: The flag that named it, for the message.
@@ -158,6 +159,8 @@ def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
         InputError: If the folder cannot be written, another run holds it, or it holds files that nothing says to touch.
     """
     with _writing(flag, folder):
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        at_the_end(lambda: _drop_empty(made))
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     hold(flag, folder)
@@ -168,6 +171,12 @@ def prepare_folder(flag: str, folder: Path, may_hold_files: bool) -> None:
         )
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         clear_leftovers(place)
+
+
+def _drop_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager

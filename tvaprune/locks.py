@@ -40,6 +40,12 @@ def hold(flag: str, folder: Path) -> None:
         held.add(folder.resolve())
 
 
+def at_the_end(call: Callable[[], None]) -> None:
+    """Calls something at the end of `holding_folders`, if that is under way, once what is held from now on is free."""
+    if _held:
+        _held[-1][0].callback(call)
+
+
 @contextmanager
 def lock_folder(flag: str, folder: Path) -> Iterator[None]:
     """Holds a folder.
