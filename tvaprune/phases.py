@@ -136,7 +136,7 @@ def told_bar(
 
         def advance() -> None:
             bar.update()
-            if at is not None:
+            if label is not None and at is not None:
                 bar.set_description(", ".join(filter(None, (label, at(bar.n / total)))), refresh=False)
 
         yield advance

@@ -336,7 +336,7 @@ def test_a_model_that_gives_no_number_ends_before_any_work(script, checkpoint, t
         "--max_eval_samples", 4, "--use_cpu", "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert "the unpruned model itself gives a perplexity of nan" in tiny.refusal(code, error)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("dtype", "is_named"), [("auto", True), ("auto", False), ("float32", True)])
