@@ -64,7 +64,7 @@ def test_interrupted_gates_go_on_as_they_began(changed, goes_on, flags, tmp_path
     assert compare(flags, out) == 0
     said = capsys.readouterr().out
     assert ("note: gate training goes on from" in said) == goes_on
-    assert ("checkpoint-2 is of other settings: gate training begins anew" in said) != goes_on
+    assert ("checkpoint-2 is of other settings, or does not say of which: gate training begins anew" in said) != goes_on
     assert steps[3:] == [2, 3] if goes_on else [0, 1, 2]
     seconds = tiny.read_json(out / "tiny" / "masks" / "vib-0.3-0.json")["seconds"]
     assert 1000 < seconds < 1100 if goes_on else 0 < seconds < 100

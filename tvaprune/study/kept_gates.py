@@ -33,7 +33,7 @@ class KeptGates(TrainerCallback):
             return
         seconds = self._seconds(last)
         if seconds is None:
-            print(f"note: {last} is of other settings: gate training begins anew")
+            print(f"note: {last} is of other settings, or does not say of which: gate training begins anew")
             return
         self.checkpoint, self.seconds = str(last), seconds
         print(f"note: gate training goes on from {last}")
